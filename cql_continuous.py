@@ -1,0 +1,1520 @@
+"""Conservative Q-learning (CQL) for continuous actions: offline RL that explains itself.
+
+Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning",
+arXiv 2006.04779; on top of soft actor-critic, arXiv 1812.05905. Off-policy Q-learning from a fixed dataset
+D fails because the backup asks for Q at actions that D never shows, and the policy seeks out whichever of
+them is overestimated. CQL pushes Q down at the actions of a distribution mu and up at those of the data:
+
+  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]     + 1/2 E_D (Q - B Q)^2       (Eq. 4)
+  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ] + 1/2 E_D (Q - B Q)^2       (Eq. 3, R = -KL)
+  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )             + 1/2 E_D (Q - B Q)^2
+  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                + 1/2 E_D (Q - B Q)^2
+
+with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'). Two scales differ from the paper, as in its authors' code:
+the squared error has no 1/2, so --cql-alpha 5 is alpha = 2.5 above; and the log-sum-exp is an integral
+over the action box [-1,1]^d, of which we take the *mean* (subtract d log 2), so that a Q which ignores the
+action has a gap of exactly 0. Constants do not change the gradient. They do shift the Lagrange threshold
+--cql-target-gap: ours = theirs - d log 2 - log(3N) for JaxCQL and CORL (theirs 0.8 on AntMaze, d = 8,
+N = 10, is -8.1 here), and tau / w - d log 2 - log(3N) for the authors' code with weight w.
+
+  symbol            in the code               shape
+  s, a, r, s', d    batch.obs, .act, .rew, .next_obs, .done   (B, obs), (B, act), (B,), (B, obs), (B,)
+  Q_i(s,a)          critic(obs, act)          (n, B), or (n, B, M) for M actions a state
+  phi_i(s,a)        features of the critic    (n, B, D): the last hidden layer, what the linear head reads
+  mu, rho, p        proposals()               (B, M, act) and their log-densities (B, M)
+  y = r + gamma Q'  backup()                  (B,)
+  pi(a|s)           actor                     tanh of a Gaussian
+  alpha (entropy)   --alpha, log_alpha        scalar;   alpha (CQL)  --cql-alpha, log_cql_alpha   scalar
+  tau               --tau                     Polyak rate of the target critic
+
+Commands
+  python cql_continuous.py                                    # makes its own data, about ten minutes on 2 cores
+  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
+  python cql_continuous.py --cql-alpha 0                      # ablation: naive offline SAC; watch q_max
+
+Watch `diagnostics/q_data` (should settle, not fall), `diagnostics/cql_gap` (small, not hugely negative),
+`diagnostics/td_error` against `td_error_holdout`, `diagnostics/srank` and `feature_dot`. The run ends with
+a verdict computed from these alone, the numbers it rests on, and the flag to try next.
+
+Known limits: vector observations, box actions; a run's online phase resumes with a new episode (the
+offline phase resumes bitwise). Left out on purpose: policy constraints (BEAR, BRAC), images (see
+cql_atari.py), the many forms of DR3 and the rank penalty (see dr3_analysis.py).
+"""
+
+import copy
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import timeit
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    exp_name: str = "cql_continuous"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seeds networks, minibatches, collection and evaluation"""
+    torch_deterministic: bool = True
+    """use deterministic PyTorch kernels only (cuDNN)"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+    wandb_project_name: str = "offline-rl"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "HalfCheetah-v5"
+    """Gymnasium environment that evaluates the policy, and collects if no --dataset is given"""
+    dataset: str | None = None
+    """D4RL HDF5 file, Minari folder or id; not given: collect --collect-steps transitions and keep them"""
+    run_dir: str = "runs"
+    """folder that holds the run folders"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
+    checkpoint_frequency: int = 1_000
+    """updates between checkpoints (0: only at the end)"""
+    eval_frequency: int = 1_000
+    """updates between evaluations (0: only at the end)"""
+    eval_episodes: int = 10
+    """episodes of each evaluation (0: no evaluation, no environment needed with --dataset)"""
+    log_frequency: int = 100
+    """updates between logged losses and checks for non-finite numbers"""
+    diagnostics_frequency: int = 250
+    """updates between diagnostics (0: none, hence no verdict)"""
+    compile: bool = False
+    """run the losses through torch.compile"""
+    cudagraphs: bool = True
+    """on a GPU: capture the whole update in a CUDA graph"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16: critics on the sampled actions only; tf32: matrix products on a GPU"""
+
+    # --- length, size and data
+    num_updates: int = 8_000
+    """gradient steps on the dataset (the serious run: 1_000_000)"""
+    online_steps: int = 0
+    """environment steps of fine-tuning after the offline phase, one update each"""
+    offline_share: float = 0.5
+    """share of offline data in each minibatch of the fine-tuning"""
+    batch_size: int = 256
+    """B, transitions in a minibatch"""
+    holdout: float = 0.05
+    """share of episodes kept out of training, on which the TD error is measured (0 to compare with peers)"""
+    collect_steps: int = 20_000
+    """environment steps of the self-made replay (without --dataset)"""
+    normalize_obs: bool = True
+    """standardise observations by the dataset's mean and deviation"""
+    reward_scale: float = 1.0
+    """rewards are multiplied by this, then shifted"""
+    reward_shift: float = 0.0
+    """added to the scaled reward"""
+
+    # --- actor-critic
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak rate of the target critic"""
+    policy_lr: float = 1e-4
+    """learning rate of policy and temperature (authors' recipe for gym tasks)"""
+    q_lr: float = 3e-4
+    """learning rate of the critics"""
+    alpha: float | None = None
+    """entropy temperature; not given: tuned to an entropy of -dim(A)"""
+    backup: Literal["sac", "max", "sarsa"] = "sac"
+    """a' of the target: a sample of pi; the best of --cql-samples of them; the data's own next action"""
+    backup_entropy: bool = False
+    """subtract alpha log pi(a'|s') in the target (SAC's soft backup)"""
+    critic_updates: int = 1
+    """G_Q, critic steps an update (Algorithm 1)"""
+    policy_updates: int = 1
+    """G_pi, policy steps an update (Algorithm 1)"""
+    bc_steps: int = 1_000
+    """first updates in which the policy clones the data instead (authors: 40_000 of 3_000_000)"""
+
+    # --- CQL
+    cql_alpha: float = 5.0
+    """weight of the conservative term, the authors' scale (2 x the paper's alpha); 0: naive offline SAC"""
+    cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"
+    """which objective: CQL(H), CQL(rho), Eq. 2 or Eq. 1"""
+    cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
+    """p: Unif, pi(.|s), pi(.|s') apart; 1/2 pi + 1/2 Unif; or pi (default: three-sets for H, else policy)"""
+    cql_samples: int = 4
+    """N, sampled actions of each proposal set (authors: 10)"""
+    cql_temperature: float = 1.0
+    """T in T log E exp(Q / T)"""
+    cql_clip_diff: float | None = None
+    """lower clip of the conservative term of one state (AntMaze: -200)"""
+    cql_target_gap: float | None = None
+    """Lagrange threshold for diagnostics/cql_gap; --cql-alpha is then only where the dual variable starts"""
+
+    # --- networks and representation
+    num_critics: int = 2
+    """n, size of the ensemble (2 to 20); the backup takes its minimum"""
+    critic_width: int = 256
+    """units in a hidden layer of the critic"""
+    critic_depth: int = 2
+    """hidden layers of the critic (authors: 3)"""
+    policy_width: int = 256
+    """units in a hidden layer of the policy"""
+    policy_depth: int = 2
+    """hidden layers of the policy (authors: 3)"""
+    residual: bool = False
+    """residual connections between the critic's hidden layers"""
+    layer_norm: bool = False
+    """layer norm (no gain, no bias) before each ReLU of the critic"""
+    dropout: float = 0.0
+    """dropout rate after each ReLU of the critic, off in the target critic"""
+    unit_norm: bool = False
+    """divide the features phi by their norm"""
+    dr3_coef: float = 0.0
+    """weight of the mean dot product phi(s,a).phi(s',a') (arXiv 2112.04716; try 0.001 to 0.1)"""
+    vib_coef: float = 0.0
+    """weight of the variational information bottleneck on the features (arXiv 2109.10813; try 0.001 to 0.1)"""
+    vib_dim: int = 16
+    """width of that bottleneck"""
+
+
+LIMITS = {  # what check() accepts: (least, most)
+    "gamma": (0, 0.99999), "tau": (1e-9, 1), "holdout": (0, 0.9), "dropout": (0, 0.99), "offline_share": (0, 1),
+    "policy_lr": (1e-12, 10), "q_lr": (1e-12, 10), "reward_scale": (1e-12, 1e12), "cql_temperature": (1e-6, 1e6),
+    "num_critics": (2, 20), "vib_dim": (1, 4096), "critic_width": (1, 65536), "policy_width": (1, 65536),
+    "critic_depth": (1, 64), "policy_depth": (1, 64), "log_frequency": (1, 1e9), "batch_size": (1, 1e6),
+    "collect_steps": (2, 1e8), "critic_updates": (1, 1000), "cql_samples": (1, 1000), "num_updates": (1, 1e10),
+}  # fmt: skip
+
+
+def check(args: Args):
+    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
+    if args.cql_proposals is None:
+        args.cql_proposals = "three-sets" if args.cql_variant == "H" else "policy"
+    for name, value in asdict(args).items():
+        least, most = LIMITS.get(
+            name, (-math.inf if name in ("reward_shift", "cql_target_gap", "cql_clip_diff") else 0, 1e18)
+        )
+        if isinstance(value, (int, float)) and not (least <= value <= most and abs(value) < math.inf):
+            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+    in_bellman = "has no effect with --cql-alpha 0"
+    for broken, message in [
+        (args.backup_entropy and args.backup != "sac", f"--backup-entropy has no effect with --backup {args.backup}"),
+        (args.backup == "sarsa" and args.online_steps, "--backup sarsa needs the data's next actions, --online-steps has none"),
+        (args.cql_alpha == 0 and args.cql_variant != "H", f"--cql-variant {in_bellman}"),
+        (args.cql_alpha == 0 and args.cql_target_gap is not None, f"--cql-target-gap {in_bellman}"),
+        (args.cql_alpha == 0 and args.cql_clip_diff is not None, f"--cql-clip-diff {in_bellman}"),
+        (args.cql_alpha == 0 and args.precision == "bf16", f"--precision bf16 {in_bellman}"),
+        (args.cql_variant in ("eq1", "eq2") and args.cql_temperature != 1, "--cql-temperature has no effect on Eqs. 1 and 2"),
+        (args.cql_variant == "eq1" and args.cql_target_gap is not None, "--cql-target-gap: Eq. 1 has no gap to the data"),
+        (args.dataset and args.collect_steps != Args.collect_steps, "--collect-steps has no effect with --dataset"),
+        (not args.online_steps and args.offline_share != Args.offline_share, "--offline-share needs --online-steps"),
+        (not args.vib_coef and args.vib_dim != Args.vib_dim, "--vib-dim needs --vib-coef"),
+    ]:  # fmt: skip
+        if broken:
+            fail(message)
+
+
+# ------------------------------------------------------------------------------------------- networks
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^d."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        sizes = [obs_dim] + [args.policy_width] * args.policy_depth
+        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
+
+    def forward(self, obs):
+        """Mean and log standard deviation of u, where a = tanh(u); each (B, d)."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(-5, 2)  # the authors' bounds
+
+    def sample(self, obs, n: int, generator=None):
+        """n reparameterised actions a state, (B, n, d), and their log pi(a|s), (B, n)."""
+        mean, log_std = (x[:, None] for x in self(obs))
+        noise = torch.randn(len(obs), n, mean.shape[-1], generator=generator, device=obs.device)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), squashed_log_prob(u, mean, log_std)
+
+    def log_prob(self, obs, act):
+        """log pi(a|s) of given actions (B, n, d), as (B, n)."""
+        mean, log_std = (x[:, None] for x in self(obs))
+        return squashed_log_prob(torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6)), mean, log_std)
+
+
+def squashed_log_prob(u, mean, log_std):
+    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last term in
+    the form that neither overflows nor cancels for large |u|: 2 (log 2 - u - softplus(-2u))."""
+    log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+class StackedLinear(nn.Module):
+    """n independent linear layers as one batched product: (n, B, in) -> (n, B, out)."""
+
+    def __init__(self, n: int, fan_in: int, fan_out: int, bound: float | None = None):
+        super().__init__()
+        bound = fan_in**-0.5 if bound is None else bound  # torch.nn.init would misread a 3-D tensor's fan
+        self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Critic(nn.Module):
+    """An ensemble of n Q-functions on the same input."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.n, self.args = args.num_critics, args
+        sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
+        self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
+        if args.vib_coef > 0:
+            self.bottleneck = StackedLinear(self.n, sizes[-1], 2 * args.vib_dim)
+            sizes.append(args.vib_dim)
+        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
+
+    def hidden(self, obs, act):
+        """Activations of the hidden layers at rows (R, obs), (R, act): a list of (n, R, width)."""
+        h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
+        activations = []
+        for layer in self.layers:
+            z = layer(h)
+            if self.args.layer_norm:
+                z = F.layer_norm(z, z.shape[-1:])
+            z = F.dropout(F.relu(z), self.args.dropout, self.training)
+            h = h + z if self.args.residual and activations else z
+            activations.append(h)
+        return activations
+
+    def features(self, obs, act):
+        """phi(s,a), what the linear head reads, (n, R, D), and the bottleneck's KL to N(0, I), (n, R), or 0."""
+        phi, kl = self.hidden(obs, act)[-1], torch.zeros((), device=obs.device)
+        if self.args.vib_coef > 0:
+            mean, log_std = self.bottleneck(phi).chunk(2, dim=-1)
+            log_std = log_std.clamp(-5, 2)
+            kl = 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
+            phi = mean + log_std.exp() * torch.randn_like(mean) if self.training else mean
+        if self.args.unit_norm:
+            phi = F.normalize(phi, dim=-1)
+        return phi, kl
+
+    def forward(self, obs, act):
+        """Q(s,a): (n, B) for actions (B, d), (n, B, M) for M actions a state, (B, M, d)."""
+        if act.dim() == 3:
+            m = act.shape[1]
+            q = self(obs.repeat_interleave(m, 0), act.flatten(0, 1))
+            return q.view(self.n, -1, m)
+        return self.head(self.features(obs, act)[0]).squeeze(-1)
+
+
+# ------------------------------------------------------------------------- losses: one function each
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, obs), standardised
+    act: torch.Tensor  # (B, act), in [-1, 1]
+    rew: torch.Tensor  # (B,), scaled and shifted
+    next_obs: torch.Tensor  # (B, obs)
+    done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is 0
+    next_act: torch.Tensor  # (B, act), the data's own next action (SARSA)
+
+
+def backup(actor, target, log_alpha, batch, args: Args, generator=None):
+    """The actions a' that the target uses, (B, act), and y = r + gamma (1 - d) min_i max_a' Q_i(s', a'), (B,)."""
+    n = {"sac": 1, "max": args.cql_samples, "sarsa": 0}[args.backup]
+    next_act, next_logp = batch.next_act[:, None], 0.0
+    if n:
+        next_act, next_logp = actor.sample(batch.next_obs, n, generator)  # (B, n, act), (B, n)
+    q = target(batch.next_obs, next_act)  # (n, B, n): the max of each critic, then the ensemble's min
+    value = q.amax(-1).amin(0)
+    if args.backup_entropy:
+        value = value - log_alpha.exp() * next_logp[:, 0]
+    best = q.amin(0).argmax(-1)
+    next_act = next_act[torch.arange(len(best), device=best.device), best]
+    return next_act, batch.rew + args.gamma * (1 - batch.done) * value
+
+
+def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
+    """Actions at which Q is pushed down, with the density p each is drawn from, against the uniform one.
+
+    Returns actions (B, M, d) and log p(a|s) - log Unif(a), (B, M). M is 3n for `three-sets`: the authors'
+    uniform, pi(.|s) and pi(.|s') (scored at s, with the density log pi(a'|s') that it was drawn from), each
+    sample weighted by its own density: unbounded weights, infinite variance for any tanh-Gaussian.
+    M is 2n for `mixture`, p = 1/2 pi + 1/2 Unif, where no weight exceeds 2; n for `policy`, p = pi.
+    """
+    act, logp = actor.sample(obs, n, generator)
+    log_unif = -act.shape[-1] * math.log(2)
+    if kind == "policy":
+        return act, logp - log_unif
+    uniform = torch.rand(act.shape, generator=generator, device=act.device) * 2 - 1
+    if kind == "mixture":
+        logp = torch.cat([actor.log_prob(obs, uniform), logp], 1)
+        log_ratio = torch.logaddexp(logp - log_unif, torch.zeros_like(logp)) - math.log(2)
+        return torch.cat([uniform, act], 1), log_ratio
+    next_act, next_logp = actor.sample(next_obs, n, generator)
+    log_ratio = torch.cat([torch.zeros_like(logp), logp - log_unif, next_logp - log_unif], 1)
+    return torch.cat([uniform, act, next_act], 1), log_ratio
+
+
+def log_mean_exp(q, log_ratio, temperature: float = 1.0):
+    """T log E_{a~Unif} exp(Q(s,a) / T), estimated from a ~ p by importance weights: (..., M) -> (...).
+
+    exp of it is unbiased, it itself is low (Jensen). With log_ratio = 0 it is T log E_{a~p} exp(Q / T), that is
+    CQL(rho) with rho = p. (The authors divide log p by T as well; at T = 1 that is the same.)
+    """
+    log_w = q / temperature - log_ratio
+    return temperature * (torch.logsumexp(log_w, dim=-1) - math.log(q.shape[-1]))
+
+
+def conservative_term(q, log_ratio, q_data, args: Args):
+    """What alpha multiplies in Eqs. 1, 2 and 4, for each state: q (n, B, M), q_data (n, B) -> (n, B)."""
+    if args.cql_variant in ("eq1", "eq2"):
+        pushed_down = q.mean(-1)
+    else:
+        pushed_down = log_mean_exp(q, log_ratio if args.cql_variant == "H" else 0.0, args.cql_temperature)
+    term = pushed_down if args.cql_variant == "eq1" else pushed_down - q_data
+    return term if args.cql_clip_diff is None else term.clamp(min=args.cql_clip_diff)
+
+
+def critic_loss(nets, batch: Batch, args: Args):
+    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eq. 4)."""
+    with torch.no_grad():
+        next_act, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+    phi, kl = nets.critic.features(batch.obs, batch.act)
+    q_data = nets.critic.head(phi).squeeze(-1)  # (n, B)
+    td_loss = ((q_data - y) ** 2).mean(1)  # (n,), without the paper's 1/2
+    info = {f"qf{i + 1}_loss": td_loss[i] for i in range(2)} | {"qf_loss": td_loss.mean()}
+    info |= {f"qf{i + 1}_values": q_data[i].mean() for i in range(2)}
+    loss = td_loss.sum()
+    if args.cql_alpha > 0:
+        with torch.no_grad():
+            act, log_ratio = proposals(
+                nets.actor, batch.obs, batch.next_obs, args.cql_proposals, args.cql_samples
+            )
+        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            q = nets.critic(batch.obs, act)  # (n, B, M): nearly all of the work
+        q = q.float()
+        gap = conservative_term(q, log_ratio, q_data, args)
+        cql_alpha = args.cql_alpha
+        if args.cql_target_gap is not None:
+            cql_alpha = nets.log_cql_alpha.exp().clamp(max=1e6).detach()
+        loss = loss + cql_alpha * gap.mean(1).sum()
+        w = torch.softmax((q - log_ratio).detach(), -1)
+        ess = 1 / (w**2).sum(-1).mean() / w.shape[-1]  # effective share of the samples
+        info |= {"cql_loss": gap.mean(), "cql_alpha": torch.as_tensor(cql_alpha), "cql_ess": ess}
+    if args.dr3_coef > 0:
+        phi_next, _ = nets.critic.features(batch.next_obs, next_act)  # gradient through both sides
+        dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
+        loss = loss + args.dr3_coef * dot
+        info["dr3_loss"] = dot / len(phi)
+    if args.vib_coef > 0:
+        loss = loss + args.vib_coef * kl.mean(1).sum()
+        info["vib_loss"] = kl.mean()
+    return loss, {k: v.detach() for k, v in info.items()}
+
+
+def actor_loss(nets, batch: Batch, args: Args):
+    """SAC's policy objective, E[alpha log pi(a|s) - min_i Q_i(s, a)] (Algorithm 1, line 4)."""
+    act, logp = nets.actor.sample(batch.obs, 1)
+    q = nets.critic(batch.obs, act).amin(0)  # (B, 1)
+    loss = (nets.log_alpha.exp().detach() * logp - q).mean()
+    return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean()}
+
+
+def cloning_loss(nets, batch: Batch, args: Args):
+    """Behaviour cloning, -log pi(a_data|s) (the authors' code adds the entropy bonus)."""
+    loss = -nets.actor.log_prob(batch.obs, batch.act[:, None]).mean()
+    return loss, {"actor_loss": loss.detach(), "entropy": loss.detach()}
+
+
+def dual_loss(log_x, slack):
+    """Gradient descent on this raises x while slack > 0: x is the multiplier of the constraint slack <= 0."""
+    return -log_x.exp() * slack
+
+
+class Learner(nn.Module):
+    """All that learns, with its optimisers; the collector and the offline phase have one each."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device):
+        super().__init__()
+        self.args, self.act_dim = args, act_dim
+        self.actor = Actor(obs_dim, act_dim, args)
+        self.critic = Critic(obs_dim, act_dim, args)
+        self.target = copy.deepcopy(self.critic).eval().requires_grad_(False)
+        self.log_alpha = nn.Parameter(
+            torch.tensor(math.log(max(1.0 if args.alpha is None else args.alpha, 1e-30)))
+        )
+        self.log_cql_alpha = nn.Parameter(torch.tensor(math.log(max(args.cql_alpha, 1e-30))))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.to(device)
+        groups = {
+            "actor": (self.actor.parameters(), args.policy_lr),
+            "critic": (self.critic.parameters(), args.q_lr),
+            "alpha": ([self.log_alpha], args.policy_lr),
+            "cql_alpha": ([self.log_cql_alpha], args.q_lr),
+        }
+        self.critic_loss, self.actor_loss, self.cloning_loss = critic_loss, actor_loss, cloning_loss
+        if args.compile:
+            torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
+            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
+            self.cloning_loss = torch.compile(cloning_loss)
+        cuda = device.type == "cuda"
+        self.optim = {
+            k: torch.optim.Adam(p, lr=lr, fused=True, capturable=cuda) for k, (p, lr) in groups.items()
+        }
+
+    def standardised(self, obs):
+        """An environment's observation as the networks see it."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
+        return (obs - self.obs_mean) / self.obs_std
+
+    def minimise(self, name: str, loss):
+        params = self.optim[name].param_groups[0]["params"]
+        self.optim[name].zero_grad()
+        loss.backward(inputs=params)  # only these: the actor's loss costs no critic weight gradients
+        self.optim[name].step()
+
+    def update(self, sample, cloning: bool) -> dict:
+        """G_Q critic steps and G_pi policy steps, a fresh minibatch `sample()` for each (Algorithm 1)."""
+        args, info = self.args, {}
+        for _ in range(args.critic_updates):
+            loss, q_info = self.critic_loss(self, sample(), args)
+            self.minimise("critic", loss)
+            with torch.no_grad():
+                for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
+                    p_target.lerp_(p, args.tau)
+            if args.cql_target_gap is not None:
+                self.minimise(
+                    "cql_alpha", dual_loss(self.log_cql_alpha, q_info["cql_loss"] - args.cql_target_gap)
+                )
+            info |= q_info
+        for _ in range(args.policy_updates):
+            loss, pi_info = (self.cloning_loss if cloning else self.actor_loss)(self, sample(), args)
+            self.minimise("actor", loss)
+            if args.alpha is None and not cloning:  # target entropy -d (arXiv 1812.05905)
+                self.minimise("alpha", dual_loss(self.log_alpha, -self.act_dim - pi_info["entropy"]))
+            info |= pi_info
+        return info | {"alpha": self.log_alpha.detach().exp()}
+
+    def checkpoint(self) -> dict:
+        return {"networks": self.state_dict(), "optim": {k: o.state_dict() for k, o in self.optim.items()}}
+
+    def restore(self, saved: dict):
+        self.load_state_dict(saved["networks"])
+        for name, optim in self.optim.items():
+            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+            optim.load_state_dict(saved["optim"][name])
+            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+
+
+# ----------------------------------------------------------------------------------------------- data
+class Data:
+    """Transitions on the device: row i is (obs, act, rew, next_obs, done, next_act)[i].
+
+    Without `next_observations` in the file, next_obs is a *view* of obs shifted by one row (no second copy), as
+    next_act is of act. `train` and `holdout` list the usable rows, split by episodes; `starts` the first rows
+    of episodes; `returns_to_go` is discounted, NaN where a time-out cuts off more than 1 % of it.
+    """
+
+    def __init__(self, device, info: dict, **arrays):
+        self.info = info
+        for name, array in arrays.items():
+            setattr(self, name, None if array is None else torch.from_numpy(array).to(device))
+        self.next_obs = self.obs[1:] if self.next_obs is None else self.next_obs
+        self.next_act = self.act[1:]
+
+    def batch(self, rows) -> Batch:
+        return Batch(
+            *(x[rows] for x in (self.obs, self.act, self.rew, self.next_obs, self.done, self.next_act))
+        )
+
+    def sample(self, n: int) -> Batch:
+        return self.batch(self.train[torch.randint(len(self.train), (n,), device=self.train.device)])
+
+    def standardise(self, learner):
+        """Observations to mean 0 and deviation 1, in place; the learner keeps both for acting."""
+        std, mean = torch.std_mean(self.obs, dim=0)
+        learner.obs_mean.copy_(mean)
+        learner.obs_std.copy_(std + 1e-3)  # an entry that never varies stays 0
+        view = self.next_obs.untyped_storage().data_ptr() == self.obs.untyped_storage().data_ptr()
+        for x in (self.obs,) if view else (self.obs, self.next_obs):
+            x.sub_(learner.obs_mean).div_(learner.obs_std)
+
+
+FLAGS = ("terminals", "timeouts", "terminations", "truncations")
+
+
+def read_array(f, key: str, where: str, out=None) -> np.ndarray:
+    """f[key] as float32, or as bool for flags, read straight into `out`; refused if it is not what it should be."""
+    rank = 2 if key.endswith("observations") or key == "actions" else 1
+    h = f.get(key)
+    if h is None:
+        fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'nothing'}), expected a D4RL or Minari file")
+    if not hasattr(h, "ndim"):
+        fail(f"{where}: '{key}' is a group, expected an array (flatten Dict spaces first)")
+    if h.ndim != rank or h.dtype.kind not in ("biuf" if key in FLAGS else "f"):
+        fail(
+            f"{where}: '{key}' is {h.ndim}-D {h.dtype}, expected {rank}-D {'flags' if key in FLAGS else 'floats'}"
+        )
+    if out is not None and out.shape != h.shape:
+        fail(f"{where}: '{key}' has shape {h.shape}, expected {out.shape} as its neighbours have")
+    if key in FLAGS:
+        x = h[()]
+        bad = np.flatnonzero((x != 0) & (x != 1))
+        if len(bad):
+            fail(f"{where}: '{key}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
+        return x.astype(bool)
+    x = np.empty(h.shape, np.float32) if out is None else out
+    if h.size:
+        h.read_direct(x)
+    if not np.isfinite(np.sum(x, dtype=np.float64)):  # NaN and inf survive a sum: one pass, no temporary
+        row, *column = np.argwhere(~np.isfinite(x))[0]
+        fail(f"{where}: '{key}' row {row} holds {x[row, *column]}, expected finite numbers")
+    return x
+
+
+def read_d4rl(f, path: Path, device) -> dict:
+    """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
+    n = len(f["observations"]) if getattr(f["observations"], "ndim", 0) else 0
+    given = [
+        k
+        for k in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+        if k in f
+    ]
+    reserve(sum(4 * getattr(f[k], "size", 0) for k in given) + 24 * n, "dataset", device)
+
+    def padded(key):
+        x = np.zeros((n + 1, *getattr(f.get(key), "shape", (n,))[1:]), np.float32)
+        read_array(f, key, path, out=x[:n])
+        x[n:] = x[n - 1 : n]
+        return x
+
+    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards")}
+    raw["next_obs"] = padded("next_observations") if "next_observations" in given else None
+    terminal, timeout, note = read_array(f, "terminals", path), np.zeros(n, bool), ""
+    if "timeouts" in given:
+        timeout = read_array(f, "timeouts", path)
+    elif raw["next_obs"] is None:
+        note = "no 'timeouts': episodes are taken to end at terminals only"
+    else:
+        timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
+        note = "no 'timeouts': an episode is taken to end where next_observations is not the next row"
+    if {len(terminal), len(timeout)} != {n}:
+        fail(
+            f"{path}: {n} observations, {len(terminal)} terminals and {len(timeout)} timeouts, expected equal lengths"
+        )
+    terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
+    end = terminal | timeout
+    end[n - 1 : n] = True  # the file ends here, whatever its flags say
+    real = np.arange(n + 1) < n
+    has_next = real & (terminal | ~end) if raw["next_obs"] is None else real
+    return raw | {"terminal": terminal, "end": end, "real": real, "has_next": has_next, "note": note}
+
+
+def read_minari(f, path: Path, device) -> dict:
+    """Minari layout, a group an episode with T + 1 observations: the last row of each is no transition."""
+    episodes = [f[k] for k in sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))]
+    lengths = [len(e["rewards"]) + 1 if "rewards" in e else 0 for e in episodes]
+    width = {k: getattr(episodes[0].get(k), "shape", (0, 0))[-1] for k in ("observations", "actions")}
+    n = sum(lengths)
+    reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
+    raw = {
+        "obs": np.zeros((n, width["observations"]), np.float32),
+        "act": np.zeros((n, width["actions"]), np.float32),
+    }
+    raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
+    raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
+    for e, i, length in zip(episodes, np.cumsum([0, *lengths]), lengths):
+        where, j = f"{path}{e.name}", i + max(length - 1, 0)  # rows i to j - 1 are transitions
+        read_array(e, "rewards", where, out=raw["rew"][i:j])
+        read_array(e, "observations", where, out=raw["obs"][i : j + 1])
+        read_array(e, "actions", where, out=raw["act"][i:j])
+        flags = [read_array(e, k, where) for k in ("terminations", "truncations")]
+        if {len(x) for x in flags} != {j - i}:
+            fail(
+                f"{where}: {j - i} rewards, {len(flags[0])} terminations, {len(flags[1])} truncations, expected equal lengths"
+            )
+        raw["terminal"][i:j], raw["end"][i:j], raw["real"][i:j] = flags[0], flags[0] | flags[1], True
+        raw["end"][max(j - 1, i) : j] = True
+    return raw | {"has_next": raw["real"]}
+
+
+def returns_to_go(rew, last, gamma: float):
+    """G_i = sum_k gamma^k r_{i+k} up to row last[i], the end of the episode; log2(T) passes by doubling."""
+    g, k, rows = rew.copy(), 1, np.arange(len(rew), dtype=np.int32)
+    while k <= (last - rows).max():
+        g[:-k] += np.where(rows[:-k] + k <= last[:-k], np.float32(gamma**k) * g[k:], 0)
+        k *= 2
+    return g
+
+
+def load(path: Path, args: Args, env, device) -> Data:
+    """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
+    import h5py
+
+    if not path.is_file():
+        fail(f"--dataset {path}: no such file, Minari folder or downloaded Minari id")
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        with h5py.File(path) as f:
+            if "observations" not in f and "episode_0" not in f:
+                read_array(f, "observations", path)
+            raw = (read_d4rl if "observations" in f else read_minari)(f, path, device)
+            made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
+    except (OSError, RuntimeError) as e:
+        fail(f"{path}: not readable as HDF5, is it complete? ({str(e).splitlines()[0]})")
+    obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
+    if not real.any():
+        fail(f"{path}: holds no transitions")
+    low, high = -np.ones(act.shape[1]), np.ones(act.shape[1])
+    if env is not None:
+        low, high = env.action_space.low, env.action_space.high
+        shapes, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
+        if shapes != expected:
+            ant = " (D4RL's ant: make the environment with include_cfrc_ext_in_observation=False)"
+            fail(
+                f"{path}: observations and actions are {shapes} wide, {args.env_id} has {expected}{ant * (shapes[0] == 27)}"
+            )
+    if raw["next_obs"] is not None and raw["next_obs"].shape != obs.shape:
+        fail(
+            f"{path}: 'next_observations' are {raw['next_obs'].shape[1]} wide, 'observations' {obs.shape[1]}"
+        )
+
+    # Episodes: their first rows, returns (before scaling), and for each row the last row of its episode
+    start = real & np.append(True, (end | ~real)[:-1])
+    rew[~real] = 0
+    returns = np.add.reduceat(rew, np.flatnonzero(start), dtype=np.float64)
+    ends, rows = np.flatnonzero(end).astype(np.int32), np.arange(len(real), dtype=np.int32)
+    last = ends[np.minimum(np.searchsorted(ends, rows), len(ends) - 1)]
+    usable = raw["has_next"] & (terminal | ~end if args.backup == "sarsa" else True)
+    dropped = int(real.sum() - usable.sum())
+    held = np.zeros(len(returns), bool)
+    if args.holdout and len(returns) > 1:
+        order = np.random.default_rng(args.seed).permutation(len(returns))
+        held[order[: max(1, round(args.holdout * len(returns)))]] = True
+    held = held[np.cumsum(start) - 1]
+    if not (usable & ~held).any():
+        fail(
+            f"{path}: nothing to train on: {int(real.sum())} rows, {dropped} without s' or a', {int(held.sum())} held out"
+        )
+
+    # Actions to [-1, 1], rewards to their scale
+    span = f"{act[real].min():.3g} to {act[real].max():.3g}"
+    act -= ((high + low) / 2).astype(np.float32)
+    act /= ((high - low) / 2).astype(np.float32)
+    beyond = np.where(real, np.abs(act).max(1) - 1, 0)
+    if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
+        row = beyond.argmax()
+        fail(
+            f"{path}: 'actions' row {row} is outside {low.tolist()} to {high.tolist()} by {beyond[row] / 2:.1%} of the range"
+        )
+    np.clip(act, -1, 1, out=act)
+    rew *= args.reward_scale
+    rew += args.reward_shift
+    g = returns_to_go(rew, last, args.gamma)
+    g[~real | ~terminal[last] & (args.gamma ** (last - rows + np.float32(1)) > 0.01)] = np.nan
+
+    n_end, kind = int(terminal.sum()), "action" if args.backup == "sarsa" else "observation"
+    info = made_by | {
+        "dataset": str(path),
+        "dataset_sha256": digest,
+        "dataset_return_mean": float(returns.mean()),
+    }
+    info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max()), "terminals": n_end}
+    data = Data(
+        device, info, obs=obs, act=act, rew=rew, next_obs=raw["next_obs"], done=terminal.astype(np.float32),
+        returns_to_go=g, train=np.flatnonzero(usable & ~held), holdout=np.flatnonzero(usable & held),
+        starts=np.flatnonzero(start),
+    )  # fmt: skip
+    print(f"{path}: {int(real.sum()):,} transitions in {len(returns):,} episodes, {n_end:,} of them ended by a terminal "
+          f"state, {len(returns) - n_end:,} by a time-out or the file's end. {raw['note']}")  # fmt: skip
+    print(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions {span}, "
+          f"{int((beyond > 0).sum()):,} clipped; {len(data.train):,} transitions to train on, {len(data.holdout):,} "
+          f"held out, {dropped:,} dropped (no next {kind})")  # fmt: skip
+    return data
+
+
+# ----------------------------------------------------------------------- environment: collect, evaluate
+def make_env(env_id: str) -> gym.Env:
+    try:
+        env = gym.make(env_id)
+    except Exception as e:  # registration, missing packages, a namespace's own errors
+        fail(f"--env-id {env_id}: {type(e).__name__}: {str(e).splitlines()[0]}")
+    box, obs = env.action_space, env.observation_space
+    if (
+        not isinstance(box, gym.spaces.Box)
+        or len(box.shape) != 1
+        or not np.isfinite([box.low, box.high]).all()
+    ):
+        fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box of one dimension")
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
+    return env
+
+
+def to_env(act, box) -> np.ndarray:
+    """Actions from [-1, 1] to the environment's bounds."""
+    return box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
+
+
+@torch.no_grad()
+def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, float]:
+    """One episode in each of `envs` from fixed seeds, acting by tanh(mean). Draws no torch random number.
+
+    Returns the raw returns (episodes,) and the mean overestimation: min_i Q_i(s0, a0) less the discounted return
+    that followed, with scaled rewards (an episode cut at T steps misses gamma^T of its return).
+    """
+    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
+    alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
+    discount, predicted = 1.0, None
+    learner.critic.eval()
+    while alive.any():
+        x = learner.standardised(obs)
+        act = torch.tanh(learner.actor(x)[0])
+        if predicted is None:
+            predicted = learner.critic(x, act).amin(0).cpu().numpy()
+        obs, rew, terminated, truncated, _ = envs.step(to_env(act, envs.single_action_space))
+        returns += alive * rew
+        discounted += alive * discount * (rew * args.reward_scale + args.reward_shift)
+        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
+        discount *= args.gamma
+    learner.critic.train()
+    return returns, float((predicted - discounted).mean())
+
+
+class Player:
+    """One environment and the replay it fills: the collector's loop, and the fine-tuning's."""
+
+    def __init__(self, env: gym.Env, capacity: int, learner, args: Args):
+        obs_dim, act_dim, device = (
+            env.observation_space.shape[0],
+            env.action_space.shape[0],
+            learner.obs_mean.device,
+        )
+        reserve(4 * capacity * (2 * obs_dim + act_dim + 3), "replay buffer", device)
+        widths = {
+            "obs": (obs_dim,),
+            "act": (act_dim,),
+            "rew": (),
+            "next_obs": (obs_dim,),
+            "done": (),
+            "timeout": (),
+        }
+        self.buffer = {k: torch.zeros(capacity, *w, device=device) for k, w in widths.items()}
+        self.rows, self.size = (
+            0,
+            torch.zeros((), dtype=torch.float64, device=device),
+        )  # for CUDA graphs a tensor
+        self.env, self.learner, self.args, self.seed = env, learner, args, args.seed
+        self.obs, self.returns, self.episode_return = None, [], 0.0
+
+    @torch.no_grad()
+    def step(self, random: bool = False):
+        """Act once, uniformly or by pi, and store the transition, observations standardised."""
+        if self.obs is None:
+            self.obs, self.seed = self.learner.standardised(self.env.reset(seed=self.seed)[0]), None
+        act = self.learner.actor.sample(self.obs[None], 1)[0][0, 0]
+        if random:
+            act = torch.rand_like(act) * 2 - 1
+        next_obs, rew, terminated, truncated, _ = self.env.step(to_env(act, self.env.action_space))
+        next_obs, scaled = (
+            self.learner.standardised(next_obs),
+            rew * self.args.reward_scale + self.args.reward_shift,
+        )
+        row = (self.obs, act, scaled, next_obs, float(terminated), float(truncated and not terminated))
+        for column, value in zip(self.buffer.values(), row):
+            column[self.rows] = value
+        self.rows += 1
+        self.size.fill_(self.rows)
+        self.obs, self.episode_return = next_obs, self.episode_return + float(rew)
+        if terminated or truncated:
+            self.returns.append(self.episode_return)
+            self.obs, self.episode_return = None, 0.0
+
+    def sample(self, n: int) -> Batch:
+        rows = (torch.rand(n, dtype=torch.float64, device=self.size.device) * self.size).long()
+        b = {k: v[rows] for k, v in self.buffer.items()}
+        return Batch(
+            b["obs"], b["act"], b["rew"], b["next_obs"], b["done"], next_act=b["act"]
+        )  # next_act: unused
+
+    def checkpoint(self) -> dict:
+        return {
+            "buffer": {k: v[: self.rows].clone() for k, v in self.buffer.items()},
+            "returns": self.returns,
+        }
+
+    def restore(self, saved: dict):
+        """The replay comes back whole; the environment starts a new episode."""
+        self.rows, self.returns = len(saved["buffer"]["rew"]), saved["returns"]
+        self.size.fill_(self.rows)
+        self.seed = self.args.seed + self.rows
+        for k, v in saved["buffer"].items():
+            self.buffer[k][: self.rows] = v
+
+
+RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
+
+
+def collect(args: Args, env: gym.Env, device) -> Path:
+    """The replay of a soft actor-critic trained online, kept as a D4RL-layout file under datasets/.
+
+    The collector has its paper's settings (arXiv 1812.05905), networks and learning rates of its own.
+    """
+    path = Path(
+        f"datasets/{args.env_id.replace('/', '_')}_sac-replay_{args.collect_steps}_seed{args.seed}_v1.hdf5"
+    )
+    if path.exists():
+        print(f"no --dataset: using {path}, made by an earlier run")
+        return path
+    import h5py
+
+    print(
+        f"no --dataset: collecting {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}"
+    )
+    online = Args(
+        env_id=args.env_id, seed=args.seed, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4
+    )
+    learner = Learner(env.observation_space.shape[0], env.action_space.shape[0], online, device)
+    player = Player(env, args.collect_steps, learner, online)
+    update = GraphedUpdate(
+        lambda: learner.update(lambda: player.sample(256), False), args.cudagraphs and device.type == "cuda"
+    )
+    progress = Progress("collecting", args.collect_steps)
+    with StopSignal() as stop:
+        for step in range(1, args.collect_steps + 1):
+            player.step(random=step <= RANDOM_STEPS)
+            if step > RANDOM_STEPS:
+                update()
+            if stop.signum:
+                print("\nstopped while collecting: nothing is kept, the same command starts again")
+                raise SystemExit(128 + stop.signum)
+            progress.show(step, lambda: {"return": np.mean(player.returns[-5:] or [math.nan])})
+    returns, _ = evaluate(learner, gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * 10), online)
+    b = {k: v.cpu().numpy() for k, v in player.buffer.items()}
+    with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
+        f["observations"], f["next_observations"], f["rewards"] = b["obs"], b["next_obs"], b["rew"]
+        f["actions"] = to_env(player.buffer["act"], env.action_space).astype(np.float32)
+        f["terminals"], f["timeouts"] = b["done"].astype(bool), b["timeout"].astype(bool)
+        f.attrs["collector_return_mean"] = returns.mean()
+    return path
+
+
+def dataset_path(name: str) -> Path:
+    """A file; a Minari folder; or a Minari id under MINARI_DATASETS_PATH (default ~/.minari/datasets)."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    inside = ("main_data.hdf5", "data/main_data.hdf5")
+    candidates = [Path(name)] + [folder / x for folder in (Path(name), root / name) for x in inside]
+    return next((p for p in candidates if p.is_file()), Path(name))
+
+
+D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
+    "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7), "adroithandpen": (96.262799, 3076.8331017826877),
+    "adroithandhammer": (-274.856578, 12794.134825156867), "adroithanddoor": (-56.512833, 2880.5693087298737),
+    "adroithandrelocate": (-6.425911, 4233.877797728884), "frankakitchen": (0.0, 4.0),
+}  # fmt: skip
+
+
+def normalized_score(env_id: str, value: float) -> float | None:
+    """D4RL's score, 0 for a random and 100 for an expert policy; None where there is no reference."""
+    name = env_id.split("/")[-1].lower()
+    low, high = next((v for k, v in D4RL_REFERENCE.items() if name.startswith(k)), (None, None))
+    return None if low is None else 100 * (value - low) / (high - low)
+
+
+# ------------------------------------------------------------------------------ explaining: the verdict
+def diagnose(learner: Learner, data: Data, args: Args) -> dict:
+    """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
+
+    Its generators start anew at each call: what moves is the network, not the sample, and training draws nothing.
+    Every Q is the ensemble's minimum; features are those of the first critic.
+    """
+    device, actor, critic = data.obs.device, learner.actor, learner.critic
+    draw = torch.Generator(device).manual_seed(0)
+
+    def probe(rows):
+        chosen = np.random.default_rng(0).permutation(len(rows))[:2048]
+        return rows[torch.from_numpy(chosen).to(device)]
+
+    def td_error(batch):
+        next_act, y = backup(actor, learner.target, learner.log_alpha, batch, args, draw)
+        return (critic(batch.obs, batch.act) - y).pow(2).mean(), y.var(), next_act
+
+    rows = probe(data.train)
+    batch, g = data.batch(rows), data.returns_to_go[rows]
+    critic.eval()
+    with strict_fp32():
+        q = critic(batch.obs, batch.act).amin(0)
+        error, target_variance, next_act = td_error(batch)
+        out = {"q_data": q.mean(), "td_error": error / target_variance}
+        if len(data.holdout):
+            out["td_error_holdout"] = td_error(data.batch(probe(data.holdout)))[0] / target_variance
+        pi, uniform = (
+            torch.tanh(actor(batch.obs)[0]),
+            torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1,
+        )
+        out |= {
+            "q_pi": critic(batch.obs, pi).amin(0).mean(),
+            "q_rand": critic(batch.obs, uniform).amin(0).mean(),
+        }
+        act, log_ratio = proposals(actor, batch.obs, batch.next_obs, "mixture", args.cql_samples, draw)
+        q_box = critic(batch.obs, act).amin(0)
+        out |= {
+            "cql_gap": log_mean_exp(q_box, log_ratio).mean() - q.mean(),
+            "q_max": torch.maximum(q_box.max(), q.max()),
+        }
+        s0 = data.obs[data.starts[:2048]]
+        out["v_s0"] = critic(s0, torch.tanh(actor(s0)[0])).amin(0).mean()
+        known = ~g.isnan()
+        if known.sum() >= 32:
+            out |= {"q_minus_return": (q - g)[known].mean(), "return_std": g[known].std()}
+        phi, phi_next = critic.features(batch.obs, batch.act)[0], critic.features(batch.next_obs, next_act)[0]
+        out |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
+        out["dormant"] = dormant([h[0] for h in critic.hidden(batch.obs, batch.act)])
+    critic.train()
+    # The most that any policy can earn, with a uniform policy's entropy if the backup is soft; where rewards are
+    # all negative and episodes end, ending at once is the best.
+    r_min, r_max = data.info["reward_min"], data.info["reward_max"]
+    if args.backup_entropy:
+        r_max = r_max + args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
+    out["q_bound"] = r_max if r_max < 0 and data.info["terminals"] else r_max / (1 - args.gamma)
+    out["q_range"] = (r_max - r_min) / (1 - args.gamma)
+    return {k: float(v) for k, v in out.items()}
+
+
+LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
+
+
+def peak(history: list[dict], args: Args) -> dict | None:
+    """The moment of the highest dataset Q after the transient, where Q drifts from 0 to its level: not before the
+    TD error was first low, nor in the first tenth of the run. (With negative rewards Q is highest untrained.)"""
+    low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
+    return max((h for h in history if h["step"] >= low[0]), key=lambda h: h["q_data"]) if low else None
+
+
+def verdict(history: list[dict], args: Args) -> tuple[str, str]:
+    """A name for what the run shows and a sentence: the numbers that it rests on and the flag to try next.
+
+    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813). Q differences are in
+    standard deviations of the data's discounted return, or where time-outs hide it in tenths of the range of Q.
+    """
+    if not history:
+        return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
+    end, late, top = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
+    td, held, gap, q = (
+        np.mean([h.get(k, math.nan) for h in late])
+        for k in ("td_error", "td_error_holdout", "cql_gap", "q_data")
+    )
+    unit = end.get("return_std") or end["q_range"] / 10 or 1.0
+    off, fall = end.get("q_minus_return", math.nan) / unit, (top["q_data"] - q) / unit if top else 0.0
+    numbers = f"TD error {td:.2f} of the target's variance ({held:.2f} held out), cql_gap {gap:.1f}"
+    numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
+    if end["q_max"] > end["q_bound"] + 0.05 * end["q_range"]:
+        return "divergence", (
+            f"Q reaches {end['q_max']:.3g} where no policy can earn more than {end['q_bound']:.3g}: the backup feeds on "
+            f"overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g}, or --layer-norm"
+        )
+    if args.backup == "sarsa":
+        if td < 2 * LOW_TD and not abs(off) > 0.5:
+            return (
+                "sarsa passes",
+                f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
+            )
+        return (
+            "sarsa fails",
+            f"{numbers}: mend this before any policy enters. Try --tau, --critic-width or --gamma",
+        )
+    if fall > 0.1:
+        return "overfitting", (
+            f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} deviations; {numbers}. "
+            f"Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or a smaller --critic-width"
+        )
+    if gap < -5 and off < -1:
+        return "alpha too large", (
+            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5:g} or a smaller net"
+        )
+    if td > 2 * LOW_TD and gap > 0:
+        return "underfitting", (
+            f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width {2 * args.critic_width}, "
+            f"--critic-depth {args.critic_depth + 1} or --residual, then --dr3-coef 0.01"
+        )
+    return "no sign of trouble", f"{numbers}, and the dataset's Q has not fallen from a peak"
+
+
+# ------------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    device, saved = set_up(args), find_checkpoint(args)
+    env = make_env(args.env_id) if args.dataset is None or args.eval_episodes or args.online_steps else None
+    envs = (
+        gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * args.eval_episodes)
+        if args.eval_episodes
+        else None
+    )
+    data = load(dataset_path(args.dataset) if args.dataset else collect(args, env, device), args, env, device)
+    torch.manual_seed(args.seed)  # again: collecting has drawn from it
+    learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
+    if args.normalize_obs:
+        data.standardise(learner)
+    player = Player(env, args.online_steps, learner, args) if args.online_steps else None
+    step, history, bc_return = 0, [], None
+    if saved:
+        learner.restore(saved["learner"])
+        step, history, bc_return = saved["step"], saved["history"], saved["bc_return"]
+        restore_random_state(saved["random"])
+        if player:
+            player.restore(saved["player"])
+    run, total, info = Run(args, data.info, saved), args.num_updates + args.online_steps, {}
+
+    def sample_both():
+        n = round(args.offline_share * args.batch_size)
+        return Batch(*map(torch.cat, zip(data.sample(n), player.sample(args.batch_size - n))))
+
+    def update_once(cloning: bool, online: bool):
+        return learner.update(sample_both if online else lambda: data.sample(args.batch_size), cloning)
+
+    def save():
+        check_finite(step, info | dict(learner.named_parameters()))
+        state = {"learner": learner.checkpoint(), "step": step, "history": history, "bc_return": bc_return}
+        run.save(
+            "checkpoint.pt", state | {"player": player and player.checkpoint(), "random": random_state()}
+        )
+
+    def score() -> np.ndarray:
+        returns, overestimation = evaluate(learner, envs, args)
+        tags = {f"{group}/episodic_return": returns.mean() for group in ("charts", "eval")}
+        tags["charts/normalized_score"] = normalized_score(args.env_id, returns.mean())
+        run.scalars(tags | {"diagnostics/overestimation": overestimation}, step)
+        return returns
+
+    update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
+    every = lambda n: n > 0 and step % n == 0
+    progress, returns = Progress("training", total, step), np.full(1, math.nan)
+    with StopSignal() as stop:
+        while step < total and not stop.signum:
+            online = step >= args.num_updates
+            if online:
+                player.step()
+            info = update(step < args.bc_steps, online)
+            step += 1
+            if every(args.log_frequency):
+                check_finite(step, info | dict(learner.named_parameters()))
+                run.scalars({"losses/" + k: float(v) for k, v in info.items()}, step)
+                rates = {f"charts/{tag}": progress.rate(step) for tag in ("updates_per_second", "SPS")}
+                run.scalars(rates, step)
+            if every(args.diagnostics_frequency):
+                with progress.paused():
+                    moment = diagnose(learner, data, args)
+                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
+                    if not online:
+                        history.append(moment | {"step": step})
+                        if peak(history, args) is history[-1]:  # the workflow's choice so far
+                            run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
+            if envs and step < total and (every(args.eval_frequency) or step == args.bc_steps):
+                with progress.paused():
+                    returns = score()
+                    bc_return = float(returns.mean()) if step == args.bc_steps else bc_return
+            if every(args.checkpoint_frequency):
+                with progress.paused():
+                    save()
+            progress.show(
+                step, lambda: {"loss": info["qf_loss"], "Q": info["qf1_values"], "return": returns.mean()}
+            )
+    save()
+    if stop.signum:
+        run.stopped(stop.signum)
+
+    summary = data.info | {
+        "num_updates": step,
+        "updates_per_second": progress.rate(step),
+        "bc_return_mean": bc_return,
+    }
+    name, sentence = verdict(history, args)
+    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
+    if envs:
+        returns = score()
+        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
+        summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
+        chosen = peak(history, args)
+        if chosen:
+            learner.load_state_dict(load_checkpoint(run.dir / "selected.pt")["networks"])
+            summary |= {
+                "selected_step": chosen["step"],
+                "selected_return_mean": float(evaluate(learner, envs, args)[0].mean()),
+            }
+    named = ("dataset", "bc", "selected", "final", "collector")
+    print(
+        "returns: "
+        + ", ".join(f"{k} {v:.1f}" for k in named if (v := summary.get(f"{k}_return_mean")) is not None)
+    )
+    print(f"verdict: {name}. {sentence}")
+    return run.finish(summary)
+
+
+# === shared: graph capture (canonical copy: cql_continuous.py) ===
+class GraphedUpdate:
+    """`fn(*key)`, on a GPU captured into one CUDA graph for each key: one launch an update instead of hundreds.
+
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is captured
+    and replayed. Capture freezes Python values: all that varies must be in `key` or in a device tensor.
+    """
+
+    def __init__(self, fn, enabled: bool):
+        self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
+
+    def __call__(self, *key) -> dict:
+        if not self.enabled:
+            return self.fn(*key)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                out = self.fn(*key)
+            torch.cuda.current_stream().wait_stream(stream)
+            return out
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[key] = graph, self.fn(*key)
+        graph, out = self.graphs[key]
+        graph.replay()
+        return out
+
+
+# === end shared ===
+
+
+# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
+    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
+    """
+    s = torch.linalg.svdvals(phi.float()).double()
+
+    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
+        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+
+    p = s / s.sum().clamp(min=1e-30)
+    sigma = s / len(phi) ** 0.5
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
+    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+
+
+def alignment(phi, phi_next, weight) -> dict:
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight 1, (B,), which
+    are those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
+    cos = dot / (norm * norm_next).clamp(min=1e-30)
+    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
+    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+
+
+def dormant(activations: list) -> torch.Tensor:
+    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
+    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+    means = [h.abs().mean(0) for h in activations]
+    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
+
+
+@contextmanager
+def strict_fp32():
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.no_grad():
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+# === end shared ===
+
+
+# === shared: run (canonical copy: cql_continuous.py) ===
+FORMAT = 1  # of checkpoints
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency eval_frequency eval_episodes cuda
+log_frequency diagnostics_frequency compile cudagraphs track wandb_project_name wandb_entity run_dir resume
+capture_video""".split()  # on resume; any other argument must be as it was
+
+
+def fail(message: str, status: int = 2):
+    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def set_up(args) -> torch.device:
+    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.precision == "tf32" and device.type == "cpu":
+        fail("--precision tf32 needs a GPU")
+    if args.precision == "bf16" and device.type == "cpu":
+        x, seconds = torch.ones(512, 512), []
+        for y in (x, x.bfloat16()):
+            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
+        if seconds[1] > seconds[0]:
+            print(
+                f"--precision bf16: this processor is {seconds[1] / seconds[0]:.1f} times slower in bf16 than in fp32"
+            )
+    return device
+
+
+def reserve(size: int, what: str, device):
+    """Print how many bytes are about to be taken; refuse what the device has not."""
+    free = size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif os.path.exists("/proc/meminfo"):
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    if size > free:
+        fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM only set `signum`, which the loop reads between updates; a second one acts as usual."""
+
+    def __enter__(self):
+        self.signum, self.usual = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, self.usual[signum])
+
+    def __exit__(self, *_):
+        for s, handler in self.usual.items():
+            signal.signal(s, handler)
+
+
+class Progress:
+    """One line on a terminal, a plain line every ten seconds elsewhere; the rate leaves out what was paused."""
+
+    def __init__(self, label: str, total: int, start: int = 0):
+        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
+        self.begin, self.shown = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self):
+        paused = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - paused
+
+    def rate(self, step: int) -> float:
+        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
+
+    def show(self, step: int, values):
+        """`values`, a function without arguments, is called only when a line is due: reading a loss syncs a GPU."""
+        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
+            return
+        self.shown, rate = time.perf_counter(), self.rate(step)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / max(rate, 1e-9)))
+        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values().items())
+        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left, {text}"
+        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
+        print(carriage + line, end=newline, flush=True)
+
+
+def check_finite(step: int, tensors: dict):
+    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
+    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
+    if not all(fine):
+        fail(
+            f"update {step}: {list(tensors)[fine.index(False)]} is not finite; the last checkpoint is from before",
+            3,
+        )
+
+
+@contextmanager
+def write_beside(path: Path):
+    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
+            os.replace(temporary, path) if p == path.parent else None
+            descriptor = os.open(p, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+
+
+def restore_random_state(saved: dict):
+    torch.set_rng_state(saved["cpu"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain Python only (a crafted pickle is refused); one line and status 2 if it is anything else."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        assert saved["script"] == Path(__file__).stem and saved["format"] == FORMAT, (
+            "of another script or format"
+        )
+    except Exception as e:  # torch.load raises a dozen kinds of it
+        fail(
+            f"{path}: not a checkpoint of {Path(__file__).name} ({type(e).__name__}: {str(e).splitlines()[0][:90]})"
+        )
+    return saved | {"folder": path.parent}
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume == "auto":
+        newest = sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime)
+        saved = (load_checkpoint(p) for p in newest)
+        return next((s for s in saved if all(s["args"].get(k) == v for k, v in given.items())), None)
+    if args.resume is None:
+        return None
+    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    if not path.is_file():
+        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    saved = load_checkpoint(path)
+    for k, v in given.items():
+        if saved["args"].get(k) != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    return saved
+
+
+def command(args, folder: Path | None = None) -> str:
+    """The command line that gives these arguments, and goes on from `folder`."""
+    words = ["python", Path(__file__).name]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, bool) and value != f.default:
+            words.append(flag(f.name) if value else flag("no_" + f.name))
+        elif value != f.default and f.name != "resume":
+            words += [flag(f.name), str(value)]
+    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+
+
+class Run:
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+
+    def __init__(self, args, info: dict, saved: dict | None):
+        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
+        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        self.header = {"args": asdict(args), "command": command(args), "device": device, "info": info}
+        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        if saved and saved["info"] != info:
+            fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
+        self.dir = saved["folder"] if saved else self.new_folder()
+        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights & Biases: pip install wandb")
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name, config=asdict(args),
+                sync_tensorboard=True,
+            )  # fmt: skip
+        self.csv = open(self.dir / "metrics.csv", "a")
+        self.csv.truncate(saved["csv_bytes"] if saved else 0)  # rows after the checkpoint will come again
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
+        if not saved:
+            self.csv.write("step,tag,value\n")
+            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+        print(f"run folder: {self.dir}")
+
+    def new_folder(self) -> Path:
+        name = f"{self.args.env_id.replace('/', '_')}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            try:
+                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
+                return Path(self.args.run_dir) / (name + suffix)
+            except FileExistsError:
+                continue
+            except OSError as e:
+                fail(f"--run-dir {self.args.run_dir}: {e}")
+
+    def scalars(self, values: dict, step: int):
+        for tag, value in values.items():
+            if value is not None:
+                self.csv.write(f"{step},{tag},{float(value)!r}\n")
+                self.writer.add_scalar(tag, float(value), step)
+        self.csv.flush()
+
+    def save(self, name: str, state: dict):
+        os.fsync(self.csv.fileno())
+        state |= {
+            "script": Path(__file__).stem,
+            "format": FORMAT,
+            "args": self.header["args"],
+            "info": self.info,
+        }
+        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
+        try:
+            with write_beside(self.dir / name) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as e:
+            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+
+    def stopped(self, signum: int):
+        self.close()
+        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
+        raise SystemExit(128 + signum)
+
+    def finish(self, summary: dict) -> dict:
+        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        with write_beside(self.dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2))
+        self.close()
+        return summary
+
+    def close(self):
+        self.csv.close()
+        self.writer.close()
+
+
+# === end shared ===
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

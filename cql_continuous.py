@@ -1,44 +1,46 @@
 """Conservative Q-learning (CQL) for continuous actions: offline RL that explains itself.
 
-Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning",
-arXiv 2006.04779; on top of soft actor-critic, arXiv 1812.05905. Off-policy Q-learning from a fixed dataset
-D fails because the backup asks for Q at actions that D never shows, and the policy seeks out whichever of
-them is overestimated. CQL pushes Q down at the actions of a distribution mu and up at those of the data:
+Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", arXiv 2006.04779,
+on top of soft actor-critic, arXiv 1812.05905. Q-learning from a fixed dataset D fails because the backup asks
+for Q at actions that D never shows, and the policy seeks out those that are overestimated. CQL pushes Q down
+at the actions of a distribution mu and up at those of the data:
 
-  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]     + 1/2 E_D (Q - B Q)^2       (Eq. 4)
-  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ] + 1/2 E_D (Q - B Q)^2       (Eq. 3, R = -KL)
-  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )             + 1/2 E_D (Q - B Q)^2
-  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                + 1/2 E_D (Q - B Q)^2
+  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]      + 1/2 E_D (Q - B Q)^2    (Eq. 4)
+  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ]  + 1/2 E_D (Q - B Q)^2    (Eq. 3)
+  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )              + 1/2 E_D (Q - B Q)^2
+  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                 + 1/2 E_D (Q - B Q)^2
 
-with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'). Two scales differ from the paper, as in its authors' code:
-the squared error has no 1/2, so --cql-alpha 5 is alpha = 2.5 above; and the log-sum-exp is an integral
-over the action box [-1,1]^d, of which we take the *mean* (subtract d log 2), so that a Q which ignores the
-action has a gap of exactly 0. Constants do not change the gradient. They do shift the Lagrange threshold
---cql-target-gap: ours = theirs - d log 2 - log(3N) for JaxCQL and CORL (theirs 0.8 on AntMaze, d = 8,
-N = 10, is -8.1 here), and tau / w - d log 2 - log(3N) for the authors' code with weight w.
+with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'). Two scales differ from the paper. As in its authors'
+code, the squared error has no 1/2, so that --cql-alpha 5 is alpha = 2.5 above. And the log-sum-exp, an
+integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so that a Q which
+ignores the action has a gap of 0. Constants leave the gradient alone but shift the Lagrange threshold:
+--cql-target-gap is theirs - d log 2 - log(3N) for JaxCQL and CORL (0.8 on AntMaze, d = 8, N = 10, is -8.1
+here), and tau / w - d log 2 - log(3N) for the authors' code with its weight w.
 
-  symbol            in the code               shape
-  s, a, r, s', d    batch.obs, .act, .rew, .next_obs, .done   (B, obs), (B, act), (B,), (B, obs), (B,)
-  Q_i(s,a)          critic(obs, act)          (n, B), or (n, B, M) for M actions a state
-  phi_i(s,a)        features of the critic    (n, B, D): the last hidden layer, what the linear head reads
-  mu, rho, p        proposals()               (B, M, act) and their log-densities (B, M)
-  y = r + gamma Q'  backup()                  (B,)
-  pi(a|s)           actor                     tanh of a Gaussian
-  alpha (entropy)   --alpha, log_alpha        scalar;   alpha (CQL)  --cql-alpha, log_cql_alpha   scalar
-  tau               --tau                     Polyak rate of the target critic
+  symbol             in the code                            shape
+  s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
+  Q_i(s,a)           critic(obs, act)                       (n, B), or (n, B, M) for M actions a state
+  phi_i(s,a)         critic.features(obs, act)              (n, B, D), what the last linear layer reads
+  mu, rho, p         proposals()                            (B, M, act), densities (B, M)
+  y                  backup()                               (B,)
+  pi(a|s)            actor                                  tanh of a Gaussian
+  alpha              --cql-alpha, log_cql_alpha             scalar, the conservative weight
+  (SAC's) alpha      --alpha, log_alpha                     scalar, the entropy temperature
+  tau                --tau                                  Polyak rate of the target critic
 
-Commands
-  python cql_continuous.py                                    # makes its own data, about ten minutes on 2 cores
-  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
-  python cql_continuous.py --cql-alpha 0                      # ablation: naive offline SAC; watch q_max
+Quick, makes its own data; a serious run on a D4RL file; an ablation (naive offline SAC: watch q_max):
+  python cql_continuous.py
+  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 \\
+      --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
+  python cql_continuous.py --cql-alpha 0
 
-Watch `diagnostics/q_data` (should settle, not fall), `diagnostics/cql_gap` (small, not hugely negative),
-`diagnostics/td_error` against `td_error_holdout`, `diagnostics/srank` and `feature_dot`. The run ends with
-a verdict computed from these alone, the numbers it rests on, and the flag to try next.
+While it trains, `diagnostics/q_data` should settle and not fall; `diagnostics/cql_gap` be small, not hugely
+negative; `diagnostics/td_error_holdout` stay near `td_error`. The run ends with a verdict computed from
+these, the numbers that it rests on, and the flag to try next.
 
-Known limits: vector observations, box actions; a run's online phase resumes with a new episode (the
-offline phase resumes bitwise). Left out on purpose: policy constraints (BEAR, BRAC), images (see
-cql_atari.py), the many forms of DR3 and the rank penalty (see dr3_analysis.py).
+Known limits: vector observations and box actions; the online phase resumes with a new episode (the offline
+phase resumes bitwise). Left out on purpose: policy constraints (BEAR, BRAC), pixels (cql_atari.py), the many
+forms of DR3 and the rank penalty (dr3_analysis.py).
 """
 
 import copy
@@ -189,18 +191,17 @@ class Args:
     dr3_coef: float = 0.0
     """weight of the mean dot product phi(s,a).phi(s',a') (arXiv 2112.04716; try 0.001 to 0.1)"""
     vib_coef: float = 0.0
-    """weight of the variational information bottleneck on the features (arXiv 2109.10813; try 0.001 to 0.1)"""
+    """weight of the variational information bottleneck on the features (arXiv 2109.10813; try 0.01)"""
     vib_dim: int = 16
     """width of that bottleneck"""
 
 
-LIMITS = {  # what check() accepts: (least, most)
-    "gamma": (0, 0.99999), "tau": (1e-9, 1), "holdout": (0, 0.9), "dropout": (0, 0.99), "offline_share": (0, 1),
-    "policy_lr": (1e-12, 10), "q_lr": (1e-12, 10), "reward_scale": (1e-12, 1e12), "cql_temperature": (1e-6, 1e6),
-    "num_critics": (2, 20), "vib_dim": (1, 4096), "critic_width": (1, 65536), "policy_width": (1, 65536),
-    "critic_depth": (1, 64), "policy_depth": (1, 64), "log_frequency": (1, 1e9), "batch_size": (1, 1e6),
-    "collect_steps": (2, 1e8), "critic_updates": (1, 1000), "cql_samples": (1, 1000), "num_updates": (1, 1e10),
-}  # fmt: skip
+LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "holdout": (0, 0.9), "dropout": (0, 0.99)}  # least, most
+LIMITS |= {"offline_share": (0, 1), "num_critics": (2, 20), "critic_depth": (1, 64), "policy_depth": (1, 64)}
+LIMITS |= dict.fromkeys(["reward_shift", "cql_target_gap", "cql_clip_diff"], (-1e18, 1e18))
+LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "reward_scale", "cql_temperature"], (1e-12, 1e12))
+LIMITS |= dict.fromkeys(["critic_width", "policy_width", "vib_dim", "batch_size", "cql_samples"], (1, 1e6))
+LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_frequency"], (1, 1e12))
 
 
 def check(args: Args):
@@ -208,27 +209,25 @@ def check(args: Args):
     if args.cql_proposals is None:
         args.cql_proposals = "three-sets" if args.cql_variant == "H" else "policy"
     for name, value in asdict(args).items():
-        least, most = LIMITS.get(
-            name, (-math.inf if name in ("reward_shift", "cql_target_gap", "cql_clip_diff") else 0, 1e18)
-        )
-        if isinstance(value, (int, float)) and not (least <= value <= most and abs(value) < math.inf):
+        least, most = LIMITS.get(name, (0, 1e18))
+        if isinstance(value, (int, float)) and not least <= value <= most:  # a NaN is not
             fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
-    in_bellman = "has no effect with --cql-alpha 0"
-    for broken, message in [
-        (args.backup_entropy and args.backup != "sac", f"--backup-entropy has no effect with --backup {args.backup}"),
-        (args.backup == "sarsa" and args.online_steps, "--backup sarsa needs the data's next actions, --online-steps has none"),
-        (args.cql_alpha == 0 and args.cql_variant != "H", f"--cql-variant {in_bellman}"),
-        (args.cql_alpha == 0 and args.cql_target_gap is not None, f"--cql-target-gap {in_bellman}"),
-        (args.cql_alpha == 0 and args.cql_clip_diff is not None, f"--cql-clip-diff {in_bellman}"),
-        (args.cql_alpha == 0 and args.precision == "bf16", f"--precision bf16 {in_bellman}"),
-        (args.cql_variant in ("eq1", "eq2") and args.cql_temperature != 1, "--cql-temperature has no effect on Eqs. 1 and 2"),
-        (args.cql_variant == "eq1" and args.cql_target_gap is not None, "--cql-target-gap: Eq. 1 has no gap to the data"),
-        (args.dataset and args.collect_steps != Args.collect_steps, "--collect-steps has no effect with --dataset"),
-        (not args.online_steps and args.offline_share != Args.offline_share, "--offline-share needs --online-steps"),
-        (not args.vib_coef and args.vib_dim != Args.vib_dim, "--vib-dim needs --vib-coef"),
-    ]:  # fmt: skip
-        if broken:
-            fail(message)
+
+    def needs(condition: bool, what: str, *names: str):
+        for name in names:
+            if getattr(args, name) != getattr(Args, name) and not condition:
+                fail(f"{flag(name)} {getattr(args, name)} has no effect {what}")
+
+    needs(args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_target_gap", "cql_clip_diff")
+    needs(args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
+    needs(args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
+    needs(args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
+    needs(args.backup != "sarsa", "with --backup sarsa: the replay has no next action", "online_steps")
+    needs(args.dataset is None, "with --dataset", "collect_steps")
+    needs(args.online_steps > 0, "without --online-steps", "offline_share")
+    needs(args.vib_coef > 0, "without --vib-coef", "vib_dim")
+    if args.precision == "bf16" and args.cql_alpha == 0:
+        fail("--precision bf16 has no effect with --cql-alpha 0: it covers the sampled actions")
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -306,7 +305,7 @@ class Critic(nn.Module):
         return activations
 
     def features(self, obs, act):
-        """phi(s,a), what the linear head reads, (n, R, D), and the bottleneck's KL to N(0, I), (n, R), or 0."""
+        """phi(s,a), what the head reads, (n, R, D), and the bottleneck's KL to N(0, I), (n, R), or 0."""
         phi, kl = self.hidden(obs, act)[-1], torch.zeros((), device=obs.device)
         if self.args.vib_coef > 0:
             mean, log_std = self.bottleneck(phi).chunk(2, dim=-1)
@@ -337,7 +336,7 @@ class Batch(NamedTuple):
 
 
 def backup(actor, target, log_alpha, batch, args: Args, generator=None):
-    """The actions a' that the target uses, (B, act), and y = r + gamma (1 - d) min_i max_a' Q_i(s', a'), (B,)."""
+    """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i max_a' Q_i(s', a'), (B,)."""
     n = {"sac": 1, "max": args.cql_samples, "sarsa": 0}[args.backup]
     next_act, next_logp = batch.next_act[:, None], 0.0
     if n:
@@ -376,7 +375,7 @@ def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
 def log_mean_exp(q, log_ratio, temperature: float = 1.0):
     """T log E_{a~Unif} exp(Q(s,a) / T), estimated from a ~ p by importance weights: (..., M) -> (...).
 
-    exp of it is unbiased, it itself is low (Jensen). With log_ratio = 0 it is T log E_{a~p} exp(Q / T), that is
+    Its exp is unbiased, it itself is low (Jensen). With log_ratio = 0 it is T log E_{a~p} exp(Q / T), that is
     CQL(rho) with rho = p. (The authors divide log p by T as well; at T = 1 that is the same.)
     """
     log_w = q / temperature - log_ratio
@@ -529,7 +528,7 @@ class Learner(nn.Module):
 class Data:
     """Transitions on the device: row i is (obs, act, rew, next_obs, done, next_act)[i].
 
-    Without `next_observations` in the file, next_obs is a *view* of obs shifted by one row (no second copy), as
+    Without `next_observations` in the file, next_obs is a *view* of obs shifted by a row (no second copy), as
     next_act is of act. `train` and `holdout` list the usable rows, split by episodes; `starts` the first rows
     of episodes; `returns_to_go` is discounted, NaN where a time-out cuts off more than 1 % of it.
     """
@@ -563,17 +562,16 @@ FLAGS = ("terminals", "timeouts", "terminations", "truncations")
 
 
 def read_array(f, key: str, where: str, out=None) -> np.ndarray:
-    """f[key] as float32, or as bool for flags, read straight into `out`; refused if it is not what it should be."""
+    """f[key] as float32, flags as bool, read straight into `out`; refused if it is not what it should be."""
     rank = 2 if key.endswith("observations") or key == "actions" else 1
     h = f.get(key)
     if h is None:
         fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'nothing'}), expected a D4RL or Minari file")
     if not hasattr(h, "ndim"):
         fail(f"{where}: '{key}' is a group, expected an array (flatten Dict spaces first)")
-    if h.ndim != rank or h.dtype.kind not in ("biuf" if key in FLAGS else "f"):
-        fail(
-            f"{where}: '{key}' is {h.ndim}-D {h.dtype}, expected {rank}-D {'flags' if key in FLAGS else 'floats'}"
-        )
+    kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
+    if h.ndim != rank or h.dtype.kind not in kinds:
+        fail(f"{where}: '{key}' is {h.ndim}-D {h.dtype}, expected {rank}-D {what}")
     if out is not None and out.shape != h.shape:
         fail(f"{where}: '{key}' has shape {h.shape}, expected {out.shape} as its neighbours have")
     if key in FLAGS:
@@ -613,14 +611,12 @@ def read_d4rl(f, path: Path, device) -> dict:
     if "timeouts" in given:
         timeout = read_array(f, "timeouts", path)
     elif raw["next_obs"] is None:
-        note = "no 'timeouts': episodes are taken to end at terminals only"
+        note = ". No 'timeouts': episodes are taken to end at terminals only"
     else:
         timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
-        note = "no 'timeouts': an episode is taken to end where next_observations is not the next row"
+        note = ". No 'timeouts': an episode is taken to end where next_observations is not the next row"
     if {len(terminal), len(timeout)} != {n}:
-        fail(
-            f"{path}: {n} observations, {len(terminal)} terminals and {len(timeout)} timeouts, expected equal lengths"
-        )
+        fail(f"{path}: {n} observations, but {len(terminal)} terminals and {len(timeout)} timeouts")
     terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
     end = terminal | timeout
     end[n - 1 : n] = True  # the file ends here, whatever its flags say
@@ -650,7 +646,7 @@ def read_minari(f, path: Path, device) -> dict:
         flags = [read_array(e, k, where) for k in ("terminations", "truncations")]
         if {len(x) for x in flags} != {j - i}:
             fail(
-                f"{where}: {j - i} rewards, {len(flags[0])} terminations, {len(flags[1])} truncations, expected equal lengths"
+                f"{where}: {j - i} rewards, but {len(flags[0])} terminations and {len(flags[1])} truncations"
             )
         raw["terminal"][i:j], raw["end"][i:j], raw["real"][i:j] = flags[0], flags[0] | flags[1], True
         raw["end"][max(j - 1, i) : j] = True
@@ -688,12 +684,10 @@ def load(path: Path, args: Args, env, device) -> Data:
     low, high = -np.ones(act.shape[1]), np.ones(act.shape[1])
     if env is not None:
         low, high = env.action_space.low, env.action_space.high
-        shapes, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
-        if shapes != expected:
-            ant = " (D4RL's ant: make the environment with include_cfrc_ext_in_observation=False)"
-            fail(
-                f"{path}: observations and actions are {shapes} wide, {args.env_id} has {expected}{ant * (shapes[0] == 27)}"
-            )
+        widths, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
+        if widths != expected:
+            ant = "; D4RL's ant needs include_cfrc_ext_in_observation=False" if widths[0] == 27 else ""
+            fail(f"{path}: observations and actions are {widths} wide, {args.env_id} has {expected}{ant}")
     if raw["next_obs"] is not None and raw["next_obs"].shape != obs.shape:
         fail(
             f"{path}: 'next_observations' are {raw['next_obs'].shape[1]} wide, 'observations' {obs.shape[1]}"
@@ -714,7 +708,7 @@ def load(path: Path, args: Args, env, device) -> Data:
     held = held[np.cumsum(start) - 1]
     if not (usable & ~held).any():
         fail(
-            f"{path}: nothing to train on: {int(real.sum())} rows, {dropped} without s' or a', {int(held.sum())} held out"
+            f"{path}: nothing to train on: of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
         )
 
     # Actions to [-1, 1], rewards to their scale
@@ -723,10 +717,8 @@ def load(path: Path, args: Args, env, device) -> Data:
     act /= ((high - low) / 2).astype(np.float32)
     beyond = np.where(real, np.abs(act).max(1) - 1, 0)
     if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
-        row = beyond.argmax()
-        fail(
-            f"{path}: 'actions' row {row} is outside {low.tolist()} to {high.tolist()} by {beyond[row] / 2:.1%} of the range"
-        )
+        row, box = beyond.argmax(), f"{low.tolist()} to {high.tolist()}"
+        fail(f"{path}: 'actions' row {row} is outside {box} by {beyond[row] / 2:.1%} of the range")
     np.clip(act, -1, 1, out=act)
     rew *= args.reward_scale
     rew += args.reward_shift
@@ -745,11 +737,14 @@ def load(path: Path, args: Args, env, device) -> Data:
         returns_to_go=g, train=np.flatnonzero(usable & ~held), holdout=np.flatnonzero(usable & held),
         starts=np.flatnonzero(start),
     )  # fmt: skip
-    print(f"{path}: {int(real.sum()):,} transitions in {len(returns):,} episodes, {n_end:,} of them ended by a terminal "
-          f"state, {len(returns) - n_end:,} by a time-out or the file's end. {raw['note']}")  # fmt: skip
-    print(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions {span}, "
-          f"{int((beyond > 0).sum()):,} clipped; {len(data.train):,} transitions to train on, {len(data.holdout):,} "
-          f"held out, {dropped:,} dropped (no next {kind})")  # fmt: skip
+    print(
+        f"{path}: {real.sum():,} transitions in {len(returns):,} episodes, {n_end:,} ended by a terminal "
+        f"state, {len(returns) - n_end:,} by a time-out or the file's end{raw['note']}\n"
+        f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions "
+        f"{span}, {(beyond > 0).sum():,} clipped\n"
+        f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out, {dropped:,} dropped "
+        f"(no next {kind})"
+    )
     return data
 
 
@@ -780,8 +775,8 @@ def to_env(act, box) -> np.ndarray:
 def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, float]:
     """One episode in each of `envs` from fixed seeds, acting by tanh(mean). Draws no torch random number.
 
-    Returns the raw returns (episodes,) and the mean overestimation: min_i Q_i(s0, a0) less the discounted return
-    that followed, with scaled rewards (an episode cut at T steps misses gamma^T of its return).
+    Returns the raw returns (episodes,) and the mean overestimation: min_i Q_i(s0, a0) less the discounted
+    return that followed, with scaled rewards (an episode cut at T steps misses gamma^T of it).
     """
     obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
     alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
@@ -908,7 +903,7 @@ def collect(args: Args, env: gym.Env, device) -> Path:
             if stop.signum:
                 print("\nstopped while collecting: nothing is kept, the same command starts again")
                 raise SystemExit(128 + stop.signum)
-            progress.show(step, lambda: {"return": np.mean(player.returns[-5:] or [math.nan])})
+            progress.show(step, {"return": np.mean(player.returns[-5:] or [math.nan])})
     returns, _ = evaluate(learner, gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * 10), online)
     b = {k: v.cpu().numpy() for k, v in player.buffer.items()}
     with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
@@ -946,8 +941,8 @@ def normalized_score(env_id: str, value: float) -> float | None:
 def diagnose(learner: Learner, data: Data, args: Args) -> dict:
     """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
 
-    Its generators start anew at each call: what moves is the network, not the sample, and training draws nothing.
-    Every Q is the ensemble's minimum; features are those of the first critic.
+    Its generators start anew at each call, so that what moves is the network and not the sample. Every Q is
+    the ensemble's minimum; features are those of the first critic.
     """
     device, actor, critic = data.obs.device, learner.actor, learner.critic
     draw = torch.Generator(device).manual_seed(0)
@@ -992,8 +987,8 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
         out |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
         out["dormant"] = dormant([h[0] for h in critic.hidden(batch.obs, batch.act)])
     critic.train()
-    # The most that any policy can earn, with a uniform policy's entropy if the backup is soft; where rewards are
-    # all negative and episodes end, ending at once is the best.
+    # The most that any policy can earn, with a uniform policy's entropy if the backup is soft; where all
+    # rewards are negative and episodes end, ending at once is best.
     r_min, r_max = data.info["reward_min"], data.info["reward_max"]
     if args.backup_entropy:
         r_max = r_max + args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
@@ -1006,8 +1001,8 @@ LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient i
 
 
 def peak(history: list[dict], args: Args) -> dict | None:
-    """The moment of the highest dataset Q after the transient, where Q drifts from 0 to its level: not before the
-    TD error was first low, nor in the first tenth of the run. (With negative rewards Q is highest untrained.)"""
+    """The moment of the highest dataset Q once Q has drifted from 0 to its level: not before the TD error was
+    first low, nor in the first tenth of the run. (With negative rewards Q is highest untrained.)"""
     low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
     return max((h for h in history if h["step"] >= low[0]), key=lambda h: h["q_data"]) if low else None
 
@@ -1015,8 +1010,8 @@ def peak(history: list[dict], args: Args) -> dict | None:
 def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     """A name for what the run shows and a sentence: the numbers that it rests on and the flag to try next.
 
-    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813). Q differences are in
-    standard deviations of the data's discounted return, or where time-outs hide it in tenths of the range of Q.
+    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813). Differences of Q are
+    in deviations of the data's discounted return, or where time-outs hide that in tenths of the range of Q.
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
@@ -1031,8 +1026,9 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     if end["q_max"] > end["q_bound"] + 0.05 * end["q_range"]:
         return "divergence", (
-            f"Q reaches {end['q_max']:.3g} where no policy can earn more than {end['q_bound']:.3g}: the backup feeds on "
-            f"overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g}, or --layer-norm"
+            f"Q reaches {end['q_max']:.3g} where no policy can earn more than {end['q_bound']:.3g}: the "
+            f"backup feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g}, or "
+            f"--layer-norm"
         )
     if args.backup == "sarsa":
         if td < 2 * LOW_TD and not abs(off) > 0.5:
@@ -1046,17 +1042,20 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
         )
     if fall > 0.1:
         return "overfitting", (
-            f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} deviations; {numbers}. "
-            f"Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or a smaller --critic-width"
+            f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} "
+            f"deviations; {numbers}. Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or "
+            f"a smaller --critic-width"
         )
     if gap < -5 and off < -1:
         return "alpha too large", (
-            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5:g} or a smaller net"
+            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha "
+            f"{args.cql_alpha / 5:g}, or a smaller net"
         )
     if td > 2 * LOW_TD and gap > 0:
         return "underfitting", (
-            f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width {2 * args.critic_width}, "
-            f"--critic-depth {args.critic_depth + 1} or --residual, then --dr3-coef 0.01"
+            f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
+            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1} or --residual, then "
+            f"--dr3-coef 0.01"
         )
     return "no sign of trouble", f"{numbers}, and the dataset's Q has not fallen from a peak"
 
@@ -1138,9 +1137,7 @@ def train(args: Args) -> dict:
             if every(args.checkpoint_frequency):
                 with progress.paused():
                     save()
-            progress.show(
-                step, lambda: {"loss": info["qf_loss"], "Q": info["qf1_values"], "return": returns.mean()}
-            )
+            progress.show(step, {"loss": info["qf_loss"], "Q": info["qf1_values"], "return": returns.mean()})
     save()
     if stop.signum:
         run.stopped(stop.signum)
@@ -1174,10 +1171,11 @@ def train(args: Args) -> dict:
 
 # === shared: graph capture (canonical copy: cql_continuous.py) ===
 class GraphedUpdate:
-    """`fn(*key)`, on a GPU captured into one CUDA graph for each key: one launch an update instead of hundreds.
+    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
 
-    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is captured
-    and replayed. Capture freezes Python values: all that varies must be in `key` or in a device tensor.
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is
+    captured and replayed. Capture freezes Python values: all that varies must be in `key` or in a device
+    tensor.
     """
 
     def __init__(self, fn, enabled: bool):
@@ -1225,8 +1223,8 @@ def spectrum(phi) -> dict:
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight 1, (B,), which
-    are those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
+    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
     dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
     cos = dot / (norm * norm_next).clamp(min=1e-30)
     dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
@@ -1255,9 +1253,9 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency eval_frequency eval_episodes cuda
-log_frequency diagnostics_frequency compile cudagraphs track wandb_project_name wandb_entity run_dir resume
-capture_video""".split()  # on resume; any other argument must be as it was
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency eval_frequency cuda
+eval_episodes log_frequency diagnostics_frequency compile cudagraphs track wandb_project_name wandb_entity
+run_dir resume capture_video""".split()  # on resume; any other argument must be as it was
 
 
 def fail(message: str, status: int = 2):
@@ -1287,9 +1285,7 @@ def set_up(args) -> torch.device:
         for y in (x, x.bfloat16()):
             seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
         if seconds[1] > seconds[0]:
-            print(
-                f"--precision bf16: this processor is {seconds[1] / seconds[0]:.1f} times slower in bf16 than in fp32"
-            )
+            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
     return device
 
 
@@ -1306,7 +1302,7 @@ def reserve(size: int, what: str, device):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, which the loop reads between updates; a second one acts as usual."""
+    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
 
     def __enter__(self):
         self.signum, self.usual = 0, {}
@@ -1324,7 +1320,7 @@ class StopSignal:
 
 
 class Progress:
-    """One line on a terminal, a plain line every ten seconds elsewhere; the rate leaves out what was paused."""
+    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
 
     def __init__(self, label: str, total: int, start: int = 0):
         self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
@@ -1339,26 +1335,23 @@ class Progress:
     def rate(self, step: int) -> float:
         return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
 
-    def show(self, step: int, values):
-        """`values`, a function without arguments, is called only when a line is due: reading a loss syncs a GPU."""
+    def show(self, step: int, values: dict):
         if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return
+            return  # before any float(value): reading a loss waits for the GPU
         self.shown, rate = time.perf_counter(), self.rate(step)
         left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values().items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left, {text}"
+        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
+        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
         carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(carriage + line, end=newline, flush=True)
+        print(f"{carriage}{line}, {text}", end=newline, flush=True)
 
 
 def check_finite(step: int, tensors: dict):
     """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
-        fail(
-            f"update {step}: {list(tensors)[fine.index(False)]} is not finite; the last checkpoint is from before",
-            3,
-        )
+        name = list(tensors)[fine.index(False)]
+        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1388,16 +1381,15 @@ def restore_random_state(saved: dict):
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Tensors and plain Python only (a crafted pickle is refused); one line and status 2 if it is anything else."""
+    """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert saved["script"] == Path(__file__).stem and saved["format"] == FORMAT, (
             "of another script or format"
         )
     except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(
-            f"{path}: not a checkpoint of {Path(__file__).name} ({type(e).__name__}: {str(e).splitlines()[0][:90]})"
-        )
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:90]}"
+        fail(f"{path}: not a checkpoint of {Path(__file__).name} ({reason})")
     return saved | {"folder": path.parent}
 
 
@@ -1450,10 +1442,10 @@ class Run:
                 import wandb
             except ImportError:
                 fail("--track needs Weights & Biases: pip install wandb")
+            project, entity = args.wandb_project_name, args.wandb_entity
             wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name, config=asdict(args),
-                sync_tensorboard=True,
-            )  # fmt: skip
+                project=project, entity=entity, name=self.dir.name, config=asdict(args), sync_tensorboard=True
+            )
         self.csv = open(self.dir / "metrics.csv", "a")
         self.csv.truncate(saved["csv_bytes"] if saved else 0)  # rows after the checkpoint will come again
         self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
@@ -1464,7 +1456,8 @@ class Run:
         print(f"run folder: {self.dir}")
 
     def new_folder(self) -> Path:
-        name = f"{self.args.env_id.replace('/', '_')}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+        args = self.args
+        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
             try:
                 (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)

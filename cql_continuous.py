@@ -708,7 +708,8 @@ def load(path: Path, args: Args, env, device) -> Data:
     held = held[np.cumsum(start) - 1]
     if not (usable & ~held).any():
         fail(
-            f"{path}: nothing to train on: of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
+            f"{path}: nothing to train on: of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are "
+            f"held out"
         )
 
     # Actions to [-1, 1], rewards to their scale
@@ -1000,64 +1001,77 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
 LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
 
 
-def peak(history: list[dict], args: Args) -> dict | None:
-    """The moment of the highest dataset Q once Q has drifted from 0 to its level: not before the TD error was
-    first low, nor in the first tenth of the run. (With negative rewards Q is highest untrained.)"""
+def q_unit(moment: dict) -> float:
+    """The scale for differences of Q: the deviation of the data's discounted return, or where time-outs hide
+    that a tenth of the range of Q."""
+    return moment.get("return_std") or moment["q_range"] / 10 or 1.0
+
+
+def peak(history: list[dict], args: Args) -> tuple[dict, float]:
+    """The moment to which the dataset's Q rose before it fell, and that rise; the last one if it never rose.
+
+    Q first drifts from 0 to its level, with negative rewards downwards: nothing counts before the TD error
+    was first low, nor in the first tenth of the run, and a peak is the end of a *rise*, not merely the
+    highest.
+    """
     low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
-    return max((h for h in history if h["step"] >= low[0]), key=lambda h: h["q_data"]) if low else None
+    best, rise, trough = history[-1], 0.0, math.inf
+    for h in history:
+        if low and h["step"] >= low[0]:
+            trough = min(trough, h["q_data"])
+            if h["q_data"] - trough > max(rise, 0.1 * q_unit(h)):
+                best, rise = h, h["q_data"] - trough
+    return best, rise
 
 
 def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     """A name for what the run shows and a sentence: the numbers that it rests on and the flag to try next.
 
-    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813). Differences of Q are
-    in deviations of the data's discounted return, or where time-outs hide that in tenths of the range of Q.
+    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813), means of the last
+    fifth.
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
-    end, late, top = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
-    td, held, gap, q = (
-        np.mean([h.get(k, math.nan) for h in late])
-        for k in ("td_error", "td_error_holdout", "cql_gap", "q_data")
-    )
-    unit = end.get("return_std") or end["q_range"] / 10 or 1.0
-    off, fall = end.get("q_minus_return", math.nan) / unit, (top["q_data"] - q) / unit if top else 0.0
+    end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
+    keys = ("td_error", "td_error_holdout", "cql_gap", "q_data", "q_minus_return")
+    td, held, gap, q, off = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
+    off, fall = off / q_unit(end), (top["q_data"] - q) / q_unit(end)
+    ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], args.backup == "sarsa"
     numbers = f"TD error {td:.2f} of the target's variance ({held:.2f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
-    if end["q_max"] > end["q_bound"] + 0.05 * end["q_range"]:
-        return "divergence", (
-            f"Q reaches {end['q_max']:.3g} where no policy can earn more than {end['q_bound']:.3g}: the "
-            f"backup feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g}, or "
-            f"--layer-norm"
-        )
-    if args.backup == "sarsa":
-        if td < 2 * LOW_TD and not abs(off) > 0.5:
-            return (
-                "sarsa passes",
-                f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
-            )
-        return (
-            "sarsa fails",
+    numbers = numbers.replace(" (nan held out)", "")
+    rules = {
+        "divergence": (
+            end["q_max"] > ceiling,
+            f"Q reaches {end['q_max']:.3g}, no policy can earn more than {end['q_bound']:.3g}: the backup "
+            f"feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
+        ),
+        "sarsa passes": (
+            sarsa and td < 2 * LOW_TD and not abs(off) > 0.5,
+            f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
+        ),
+        "sarsa fails": (
+            sarsa,
             f"{numbers}: mend this before any policy enters. Try --tau, --critic-width or --gamma",
-        )
-    if fall > 0.1:
-        return "overfitting", (
+        ),
+        "overfitting": (
+            rise > 0 and fall > 0.1,
             f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} "
             f"deviations; {numbers}. Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or "
-            f"a smaller --critic-width"
-        )
-    if gap < -5 and off < -1:
-        return "alpha too large", (
-            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha "
-            f"{args.cql_alpha / 5:g}, or a smaller net"
-        )
-    if td > 2 * LOW_TD and gap > 0:
-        return "underfitting", (
+            f"a smaller net",
+        ),
+        "alpha too large": (
+            gap < -5 and off < -1,
+            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5}",
+        ),
+        "underfitting": (
+            td > 2 * LOW_TD and gap > 0,
             f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
-            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1} or --residual, then "
-            f"--dr3-coef 0.01"
-        )
-    return "no sign of trouble", f"{numbers}, and the dataset's Q has not fallen from a peak"
+            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1}, --residual; then --dr3-coef 0.01",
+        ),
+    }
+    healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
+    return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -1128,7 +1142,7 @@ def train(args: Args) -> dict:
                     run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
                     if not online:
                         history.append(moment | {"step": step})
-                        if peak(history, args) is history[-1]:  # the workflow's choice so far
+                        if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
                             run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
             if envs and step < total and (every(args.eval_frequency) or step == args.bc_steps):
                 with progress.paused():
@@ -1153,13 +1167,11 @@ def train(args: Args) -> dict:
         returns = score()
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
-        chosen = peak(history, args)
-        if chosen:
-            learner.load_state_dict(load_checkpoint(run.dir / "selected.pt")["networks"])
-            summary |= {
-                "selected_step": chosen["step"],
-                "selected_return_mean": float(evaluate(learner, envs, args)[0].mean()),
-            }
+        if history:
+            chosen = load_checkpoint(run.dir / "selected.pt")
+            learner.load_state_dict(chosen["networks"])
+            selected = evaluate(learner, envs, args)[0].mean()
+            summary |= {"selected_step": chosen["step"], "selected_return_mean": float(selected)}
     named = ("dataset", "bc", "selected", "final", "collector")
     print(
         "returns: "

@@ -1067,7 +1067,7 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
         "underfitting": (
             td > 2 * LOW_TD and gap > 0,
             f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
-            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1}, --residual; then --dr3-coef 0.01",
+            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1}, --residual, then --dr3-coef",
         ),
     }
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"

@@ -152,7 +152,7 @@ def test_three_sets_against_quadrature_over_each_proposal(case):
     assert act.shape == (b, 3 * n, d)
     uniform, at_s, at_next = act.split(n, 1)
     ratio_u, ratio_s, ratio_next = log_ratio.split(n, 1)
-    assert float(ratio_u.detach().abs().max()) == 0 and float(uniform.abs().max()) <= 1
+    assert not ratio_u.any() and (uniform.abs() <= 1).all()
     for sample, ratio, mean in ((at_s, ratio_s, case["mean"]), (at_next, ratio_next, there)):
         m, log_std = torch.tensor(mean), torch.full((d,), math.log(case["std"]))
         logp = squashed_log_prob(torch.atanh(sample.double()), m, log_std)
@@ -478,7 +478,7 @@ def test_eq2_bounds_the_value_but_not_every_q():
     q, y, mu = cql_fixed_point("eq2", p, r, beta, pi, cql_alpha=1.0)
     exact = true_q(p, r, mu)
     assert np.allclose(q, y - 0.5 * (mu / beta - 1), atol=1e-5)
-    assert ((mu * q).sum(1) <= (mu * exact).sum(1) + 1e-9).all()
+    assert ((mu * q).sum(1) <= (mu * exact).sum(1) + 1e-5).all()
     assert (q[0] > exact[0]).any()
 
 

@@ -1,0 +1,110 @@
+"""d3rlpy's CQL on the same file at the same sizes: the peer of cql_continuous.py, in its own environment.
+
+  python -m venv peer && peer/bin/pip install torch==2.13.0 d3rlpy==2.8.1 "gymnasium[mujoco]" h5py
+  peer/bin/python benchmarks/peer_d3rlpy.py train FILE.hdf5 Hopper-v5 --seed 1 --updates 10000 --out row.csv
+  peer/bin/python benchmarks/peer_d3rlpy.py speed --updates 60
+
+`train` appends one line to a CSV: peer, env, seed, updates, mean and deviation of 10 returns, seconds.
+"""
+
+import argparse
+import csv
+import logging
+import time
+from pathlib import Path
+
+import d3rlpy
+import gymnasium as gym
+import h5py
+import numpy as np
+
+
+def make_cql(width: int, depth: int, samples: int, batch_size: int):
+    """Its reproduction recipe (no Lagrange, weight 5, actor 1e-4, critic 3e-4), the sizes given."""
+    encoder = d3rlpy.models.VectorEncoderFactory([width] * depth)
+    return d3rlpy.algos.CQLConfig(
+        actor_learning_rate=1e-4,
+        critic_learning_rate=3e-4,
+        temp_learning_rate=1e-4,
+        alpha_learning_rate=0.0,
+        initial_alpha=1.0,
+        conservative_weight=5.0,
+        actor_encoder_factory=encoder,
+        critic_encoder_factory=encoder,
+        n_action_samples=samples,
+        batch_size=batch_size,
+        observation_scaler=d3rlpy.preprocessing.StandardObservationScaler(),
+    ).create(device="cpu")
+
+
+def fit(algo, dataset, updates: int):
+    algo.fit(
+        dataset,
+        n_steps=updates,
+        n_steps_per_epoch=updates,
+        logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+        show_progress=False,
+    )
+
+
+def train(args):
+    with h5py.File(args.file) as f:
+        columns = [f[k][()] for k in ("observations", "actions", "rewards", "terminals", "timeouts")]
+    obs, act, rew, terminal, timeout = columns
+    timeout[-1] = not terminal[-1]  # the file's end
+    dataset = d3rlpy.dataset.MDPDataset(
+        obs, act, rew, terminal.astype(np.float32), timeout.astype(np.float32)
+    )
+    d3rlpy.seed(args.seed)
+    algo, begin = make_cql(args.width, args.depth, args.samples, 256), time.time()
+    fit(algo, dataset, args.updates)
+    seconds, env, returns = time.time() - begin, gym.make(args.env), []
+    for i in range(10):  # the seeds that cql_continuous.py evaluates on
+        (x, _), done, total = env.reset(seed=1_000_000 + 1_000 * args.seed + i), False, 0.0
+        while not done:
+            x, r, terminated, truncated, _ = env.step(algo.predict(x[None].astype(np.float32))[0])
+            total, done = total + float(r), terminated or truncated
+        returns.append(total)
+    row = ["d3rlpy", args.env, args.seed, args.updates, np.mean(returns), np.std(returns), seconds]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a", newline="") as f:
+        csv.writer(f).writerow(row)
+    print(row)
+
+
+def speed(args):
+    """Updates per second on random data of HalfCheetah's shape, start-up left out."""
+    n, rng = 20_000, np.random.default_rng(0)
+    end = (np.arange(1, n + 1) % 1000 == 0).astype(np.float32)
+    obs, act = rng.normal(size=(n, 17)).astype(np.float32), rng.uniform(-0.9, 0.9, (n, 6)).astype(np.float32)
+    dataset = d3rlpy.dataset.MDPDataset(obs, act, rng.normal(size=n).astype(np.float32), end * 0, end)
+    algo = make_cql(256, args.depth, args.samples, 256)
+    fit(algo, dataset, 5)
+    begin = time.perf_counter()
+    fit(algo, dataset, args.updates)
+    print(f"{args.updates / (time.perf_counter() - begin):.4f}")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    p = commands.add_parser("train")
+    p.add_argument("file")
+    p.add_argument("env")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--out", default="benchmarks/raw/d3rlpy.csv")
+    p.add_argument("--width", type=int, default=256)
+    p.add_argument("--depth", type=int, default=2)
+    p.add_argument("--samples", type=int, default=4)
+    p.add_argument("--updates", type=int, default=25_000)
+    p.set_defaults(run=train)
+    p = commands.add_parser("speed")
+    p.add_argument("--depth", type=int, default=3)
+    p.add_argument("--samples", type=int, default=10)
+    p.add_argument("--updates", type=int, default=60)
+    p.set_defaults(run=speed)
+    args = parser.parse_args()
+    args.run(args)

@@ -15,7 +15,8 @@ code, the squared error has no 1/2, so that --cql-alpha 5 is alpha = 2.5 above. 
 integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so that a Q which
 ignores the action has a gap of 0. Constants leave the gradient alone but shift the Lagrange threshold:
 --cql-target-gap is theirs - d log 2 - log(3N) for JaxCQL and CORL (0.8 on AntMaze, d = 8, N = 10, is -8.1
-here), and tau / w - d log 2 - log(3N) for the authors' code with its weight w.
+here), and tau / w - d log 2 - log(3N) for the authors' code with its weight w (all for CQL(H), three sets).
+CQL(rho) is Eq. 3 with R(mu) = -KL(mu || rho); rho is p, by default the current policy.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -58,6 +59,7 @@ import time
 import timeit
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -167,7 +169,7 @@ class Args:
     cql_clip_diff: float | None = None
     """lower clip of the conservative term of one state (AntMaze: -200)"""
     cql_target_gap: float | None = None
-    """Lagrange threshold for diagnostics/cql_gap; --cql-alpha is then only where the dual variable starts"""
+    """Lagrange threshold for losses/cql_loss; --cql-alpha is then only where the dual variable starts"""
 
     # --- networks and representation
     num_critics: int = 2
@@ -206,28 +208,31 @@ LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_
 
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    if args.cql_proposals is None:
-        args.cql_proposals = "three-sets" if args.cql_variant == "H" else "policy"
     for name, value in asdict(args).items():
         least, most = LIMITS.get(name, (0, 1e18))
         if isinstance(value, (int, float)) and not least <= value <= most:  # a NaN is not
             fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
 
-    def needs(condition: bool, what: str, *names: str):
+    def only_if(condition: bool, otherwise: str, *names: str):
         for name in names:
             if getattr(args, name) != getattr(Args, name) and not condition:
-                fail(f"{flag(name)} {getattr(args, name)} has no effect {what}")
+                fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
 
-    needs(args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_target_gap", "cql_clip_diff")
-    needs(args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
-    needs(args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
-    needs(args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
-    needs(args.backup != "sarsa", "with --backup sarsa: the replay has no next action", "online_steps")
-    needs(args.dataset is None, "with --dataset", "collect_steps")
-    needs(args.online_steps > 0, "without --online-steps", "offline_share")
-    needs(args.vib_coef > 0, "without --vib-coef", "vib_dim")
+    only_if(args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
+    only_if(args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
+    only_if(args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
+    only_if(args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
+    only_if(args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
+    only_if(args.backup != "sarsa", "with --backup sarsa: a replay has no next action", "online_steps")
+    only_if(args.dataset is None, "with --dataset", "collect_steps")
+    only_if(args.online_steps > 0, "without --online-steps", "offline_share")
+    only_if(args.vib_coef > 0, "without --vib-coef", "vib_dim")
+    only_if(args.critic_depth > 1, "with --critic-depth 1", "residual")
+    only_if(args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and args.cql_alpha == 0:
         fail("--precision bf16 has no effect with --cql-alpha 0: it covers the sampled actions")
+    if args.cql_proposals is None:
+        args.cql_proposals = "three-sets" if args.cql_variant == "H" else "policy"
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -337,11 +342,11 @@ class Batch(NamedTuple):
 
 def backup(actor, target, log_alpha, batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i max_a' Q_i(s', a'), (B,)."""
-    n = {"sac": 1, "max": args.cql_samples, "sarsa": 0}[args.backup]
-    next_act, next_logp = batch.next_act[:, None], 0.0
-    if n:
-        next_act, next_logp = actor.sample(batch.next_obs, n, generator)  # (B, n, act), (B, n)
-    q = target(batch.next_obs, next_act)  # (n, B, n): the max of each critic, then the ensemble's min
+    m = {"sac": 1, "max": args.cql_samples, "sarsa": 0}[args.backup]
+    next_act = batch.next_act[:, None]
+    if m:
+        next_act, next_logp = actor.sample(batch.next_obs, m, generator)  # (B, m, act), (B, m)
+    q = target(batch.next_obs, next_act)  # (n, B, m): the max of each critic, then the ensemble's min
     value = q.amax(-1).amin(0)
     if args.backup_entropy:
         value = value - log_alpha.exp() * next_logp[:, 0]
@@ -392,12 +397,12 @@ def conservative_term(q, log_ratio, q_data, args: Args):
     return term if args.cql_clip_diff is None else term.clamp(min=args.cql_clip_diff)
 
 
-def critic_loss(nets, batch: Batch, args: Args):
+def critic_loss(learner, batch: Batch, args: Args):
     """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eq. 4)."""
     with torch.no_grad():
-        next_act, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
-    phi, kl = nets.critic.features(batch.obs, batch.act)
-    q_data = nets.critic.head(phi).squeeze(-1)  # (n, B)
+        next_act, y = backup(learner.actor, learner.target, learner.log_alpha, batch, args)
+    phi, kl = learner.critic.features(batch.obs, batch.act)
+    q_data = learner.critic.head(phi).squeeze(-1)  # (n, B)
     td_loss = ((q_data - y) ** 2).mean(1)  # (n,), without the paper's 1/2
     info = {f"qf{i + 1}_loss": td_loss[i] for i in range(2)} | {"qf_loss": td_loss.mean()}
     info |= {f"qf{i + 1}_values": q_data[i].mean() for i in range(2)}
@@ -405,21 +410,24 @@ def critic_loss(nets, batch: Batch, args: Args):
     if args.cql_alpha > 0:
         with torch.no_grad():
             act, log_ratio = proposals(
-                nets.actor, batch.obs, batch.next_obs, args.cql_proposals, args.cql_samples
+                learner.actor, batch.obs, batch.next_obs, args.cql_proposals, args.cql_samples
             )
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            q = nets.critic(batch.obs, act)  # (n, B, M): nearly all of the work
+            q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
         q = q.float()
         gap = conservative_term(q, log_ratio, q_data, args)
         cql_alpha = args.cql_alpha
         if args.cql_target_gap is not None:
-            cql_alpha = nets.log_cql_alpha.exp().clamp(max=1e6).detach()
+            cql_alpha = learner.log_cql_alpha.detach().exp().clamp(max=1e6)
         loss = loss + cql_alpha * gap.mean(1).sum()
-        w = torch.softmax((q - log_ratio).detach(), -1)
-        ess = 1 / (w**2).sum(-1).mean() / w.shape[-1]  # effective share of the samples
-        info |= {"cql_loss": gap.mean(), "cql_alpha": torch.as_tensor(cql_alpha), "cql_ess": ess}
+        info["cql_loss"] = gap.mean()
+        if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
+            weight = torch.softmax((q / args.cql_temperature - log_ratio).detach(), -1)
+            info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
+        if args.cql_target_gap is not None:
+            info["cql_alpha"] = cql_alpha
     if args.dr3_coef > 0:
-        phi_next, _ = nets.critic.features(batch.next_obs, next_act)  # gradient through both sides
+        phi_next, _ = learner.critic.features(batch.next_obs, next_act)  # gradient through both sides
         dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
         loss = loss + args.dr3_coef * dot
         info["dr3_loss"] = dot / len(phi)
@@ -429,23 +437,25 @@ def critic_loss(nets, batch: Batch, args: Args):
     return loss, {k: v.detach() for k, v in info.items()}
 
 
-def actor_loss(nets, batch: Batch, args: Args):
+def actor_loss(learner, batch: Batch, args: Args):
     """SAC's policy objective, E[alpha log pi(a|s) - min_i Q_i(s, a)] (Algorithm 1, line 4)."""
-    act, logp = nets.actor.sample(batch.obs, 1)
-    q = nets.critic(batch.obs, act).amin(0)  # (B, 1)
-    loss = (nets.log_alpha.exp().detach() * logp - q).mean()
+    act, logp = learner.actor.sample(batch.obs, 1)
+    q = learner.critic(batch.obs, act).amin(0)  # (B, 1)
+    loss = (learner.log_alpha.exp().detach() * logp - q).mean()
     return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean()}
 
 
-def cloning_loss(nets, batch: Batch, args: Args):
-    """Behaviour cloning, -log pi(a_data|s) (the authors' code adds the entropy bonus)."""
-    loss = -nets.actor.log_prob(batch.obs, batch.act[:, None]).mean()
-    return loss, {"actor_loss": loss.detach(), "entropy": loss.detach()}
+def cloning_loss(learner, batch: Batch, args: Args):
+    """Behaviour cloning, -log pi(a_data|s), alone (the authors' code adds the entropy bonus)."""
+    loss = -learner.actor.log_prob(batch.obs, batch.act[:, None]).mean()
+    with torch.no_grad():
+        _, logp = learner.actor.sample(batch.obs, 1)  # the temperature is tuned meanwhile, as theirs is
+    return loss, {"actor_loss": loss.detach(), "entropy": -logp.mean()}
 
 
 def dual_loss(log_x, slack):
     """Gradient descent on this raises x while slack > 0: x is the multiplier of the constraint slack <= 0."""
-    return -log_x.exp() * slack
+    return -log_x.exp().clamp(max=1e6) * slack  # the authors' clamp
 
 
 class Learner(nn.Module):
@@ -457,28 +467,25 @@ class Learner(nn.Module):
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).eval().requires_grad_(False)
-        self.log_alpha = nn.Parameter(
-            torch.tensor(math.log(max(1.0 if args.alpha is None else args.alpha, 1e-30)))
-        )
-        self.log_cql_alpha = nn.Parameter(torch.tensor(math.log(max(args.cql_alpha, 1e-30))))
+        alphas = (1.0 if args.alpha is None else args.alpha, args.cql_alpha)
+        self.log_alpha, self.log_cql_alpha = (nn.Parameter(torch.tensor(max(x, 1e-30)).log()) for x in alphas)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.to(device)
-        groups = {
-            "actor": (self.actor.parameters(), args.policy_lr),
-            "critic": (self.critic.parameters(), args.q_lr),
-            "alpha": ([self.log_alpha], args.policy_lr),
-            "cql_alpha": ([self.log_cql_alpha], args.q_lr),
-        }
-        self.critic_loss, self.actor_loss, self.cloning_loss = critic_loss, actor_loss, cloning_loss
         if args.compile:
             torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
-            self.cloning_loss = torch.compile(cloning_loss)
-        cuda = device.type == "cuda"
-        self.optim = {
-            k: torch.optim.Adam(p, lr=lr, fused=True, capturable=cuda) for k, (p, lr) in groups.items()
+        compiled = torch.compile if args.compile else lambda loss: loss
+        self.loss = {f.__name__: compiled(f) for f in (critic_loss, actor_loss, cloning_loss)}
+        groups = {
+            "actor": (self.actor.parameters(), args.policy_lr),
+            "alpha": ([self.log_alpha], args.policy_lr),
         }
+        groups |= {
+            "critic": (self.critic.parameters(), args.q_lr),
+            "cql_alpha": ([self.log_cql_alpha], args.q_lr),
+        }
+        flags = {"fused": True, "capturable": device.type == "cuda"}
+        self.optim = {name: torch.optim.Adam(p, lr=lr, **flags) for name, (p, lr) in groups.items()}
 
     def standardised(self, obs):
         """An environment's observation as the networks see it."""
@@ -495,7 +502,7 @@ class Learner(nn.Module):
         """G_Q critic steps and G_pi policy steps, a fresh minibatch `sample()` for each (Algorithm 1)."""
         args, info = self.args, {}
         for _ in range(args.critic_updates):
-            loss, q_info = self.critic_loss(self, sample(), args)
+            loss, q_info = self.loss["critic_loss"](self, sample(), args)
             self.minimise("critic", loss)
             with torch.no_grad():
                 for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
@@ -506,9 +513,9 @@ class Learner(nn.Module):
                 )
             info |= q_info
         for _ in range(args.policy_updates):
-            loss, pi_info = (self.cloning_loss if cloning else self.actor_loss)(self, sample(), args)
+            loss, pi_info = self.loss["cloning_loss" if cloning else "actor_loss"](self, sample(), args)
             self.minimise("actor", loss)
-            if args.alpha is None and not cloning:  # target entropy -d (arXiv 1812.05905)
+            if args.alpha is None:  # target entropy -d (arXiv 1812.05905)
                 self.minimise("alpha", dual_loss(self.log_alpha, -self.act_dim - pi_info["entropy"]))
             info |= pi_info
         return info | {"alpha": self.log_alpha.detach().exp()}
@@ -592,6 +599,8 @@ def read_array(f, key: str, where: str, out=None) -> np.ndarray:
 def read_d4rl(f, path: Path, device) -> dict:
     """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
     n = len(f["observations"]) if getattr(f["observations"], "ndim", 0) else 0
+    if n == 0:
+        fail(f"{path}: 'observations' holds no rows")
     given = [
         k
         for k in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
@@ -676,8 +685,8 @@ def load(path: Path, args: Args, env, device) -> Data:
                 read_array(f, "observations", path)
             raw = (read_d4rl if "observations" in f else read_minari)(f, path, device)
             made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
-    except (OSError, RuntimeError) as e:
-        fail(f"{path}: not readable as HDF5, is it complete? ({str(e).splitlines()[0]})")
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:  # h5py's, on damage
+        fail(f"{path}: not readable as HDF5, is it complete? ({first_line(e)})")
     obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
     if not real.any():
         fail(f"{path}: holds no transitions")
@@ -754,7 +763,7 @@ def make_env(env_id: str) -> gym.Env:
     try:
         env = gym.make(env_id)
     except Exception as e:  # registration, missing packages, a namespace's own errors
-        fail(f"--env-id {env_id}: {type(e).__name__}: {str(e).splitlines()[0]}")
+        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
     box, obs = env.action_space, env.observation_space
     if (
         not isinstance(box, gym.spaces.Box)
@@ -764,6 +773,8 @@ def make_env(env_id: str) -> gym.Env:
         fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box of one dimension")
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
+    if env.spec.max_episode_steps is None:
+        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
     return env
 
 
@@ -777,7 +788,8 @@ def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, float]:
     """One episode in each of `envs` from fixed seeds, acting by tanh(mean). Draws no torch random number.
 
     Returns the raw returns (episodes,) and the mean overestimation: min_i Q_i(s0, a0) less the discounted
-    return that followed, with scaled rewards (an episode cut at T steps misses gamma^T of it).
+    return that followed, with scaled rewards (an episode cut at T steps misses gamma^T of it; the policy
+    that Q speaks of is sampled, and with --backup-entropy Q holds its entropy).
     """
     obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
     alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
@@ -862,6 +874,10 @@ class Player:
     def restore(self, saved: dict):
         """The replay comes back whole; the environment starts a new episode."""
         self.rows, self.returns = len(saved["buffer"]["rew"]), saved["returns"]
+        if self.rows > len(self.buffer["rew"]):
+            fail(
+                f"--online-steps {len(self.buffer['rew'])}: the run that goes on has made {self.rows} already"
+            )
         self.size.fill_(self.rows)
         self.seed = self.args.seed + self.rows
         for k, v in saved["buffer"].items():
@@ -943,52 +959,59 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
     """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
 
     Its generators start anew at each call, so that what moves is the network and not the sample. Every Q is
-    the ensemble's minimum; features are those of the first critic.
+    the ensemble's minimum; the TD error is the ensemble's mean, in units of the target's variance; features
+    are those of the first critic.
     """
     device, actor, critic = data.obs.device, learner.actor, learner.critic
     draw = torch.Generator(device).manual_seed(0)
 
     def probe(rows):
-        chosen = np.random.default_rng(0).permutation(len(rows))[:2048]
-        return rows[torch.from_numpy(chosen).to(device)]
+        return rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:2048]).to(device)]
 
-    def td_error(batch):
+    def q_of(obs, act):
+        return critic(obs, act).amin(0)
+
+    def judge(rows, suffix=""):
+        """TD error and Q against the data's returns; also the target's actions."""
+        batch, g = data.batch(rows), data.returns_to_go[rows]
         next_act, y = backup(actor, learner.target, learner.log_alpha, batch, args, draw)
-        return (critic(batch.obs, batch.act) - y).pow(2).mean(), y.var(), next_act
-
-    rows = probe(data.train)
-    batch, g = data.batch(rows), data.returns_to_go[rows]
-    critic.eval()
-    with strict_fp32():
-        q = critic(batch.obs, batch.act).amin(0)
-        error, target_variance, next_act = td_error(batch)
-        out = {"q_data": q.mean(), "td_error": error / target_variance}
-        if len(data.holdout):
-            out["td_error_holdout"] = td_error(data.batch(probe(data.holdout)))[0] / target_variance
-        pi, uniform = (
-            torch.tanh(actor(batch.obs)[0]),
-            torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1,
-        )
-        out |= {
-            "q_pi": critic(batch.obs, pi).amin(0).mean(),
-            "q_rand": critic(batch.obs, uniform).amin(0).mean(),
-        }
-        act, log_ratio = proposals(actor, batch.obs, batch.next_obs, "mixture", args.cql_samples, draw)
-        q_box = critic(batch.obs, act).amin(0)
-        out |= {
-            "cql_gap": log_mean_exp(q_box, log_ratio).mean() - q.mean(),
-            "q_max": torch.maximum(q_box.max(), q.max()),
-        }
-        s0 = data.obs[data.starts[:2048]]
-        out["v_s0"] = critic(s0, torch.tanh(actor(s0)[0])).amin(0).mean()
+        out["td_error" + suffix] = (critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
         known = ~g.isnan()
         if known.sum() >= 32:
-            out |= {"q_minus_return": (q - g)[known].mean(), "return_std": g[known].std()}
-        phi, phi_next = critic.features(batch.obs, batch.act)[0], critic.features(batch.next_obs, next_act)[0]
-        out |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
+            out["q_minus_return" + suffix] = (q_of(batch.obs, batch.act) - g)[known].mean()
+            out["return_std" + suffix] = g[known].std()
+        return next_act
+
+    out, rows = {}, probe(data.train)
+    batch = data.batch(rows)
+    critic.eval()
+    with strict_fp32():
+        next_act = judge(rows)
+        if len(data.holdout):
+            judge(probe(data.holdout), "_holdout")
+        q, uniform = (
+            q_of(batch.obs, batch.act),
+            torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1,
+        )
+        out |= {"q_data": q.mean(), "q_rand": q_of(batch.obs, uniform).mean()}
+        out["q_pi"] = q_of(batch.obs, torch.tanh(actor(batch.obs)[0])).mean()
+        s0 = data.obs[data.starts[:2048]]
+        out["v_s0"] = q_of(s0, torch.tanh(actor(s0)[0])).mean()
+        obs, next_obs = (
+            batch.obs[:256],
+            batch.next_obs[:256],
+        )  # 2 x 32 actions in each: Jensen's bias is small
+        act, log_ratio = proposals(actor, obs, next_obs, "mixture", 32, draw)
+        q_box = q_of(obs, act)
+        out["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
+        out["q_max"] = torch.maximum(q_box.max(), q.max())
+        phi, phi_next = (
+            critic.features(*x)[0][0] for x in ((batch.obs, batch.act), (batch.next_obs, next_act))
+        )
+        out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
         out["dormant"] = dormant([h[0] for h in critic.hidden(batch.obs, batch.act)])
     critic.train()
-    # The most that any policy can earn, with a uniform policy's entropy if the backup is soft; where all
+    # The most that these rewards allow, with a uniform policy's entropy if the backup is soft; where all
     # rewards are negative and episodes end, ending at once is best.
     r_min, r_max = data.info["reward_min"], data.info["reward_max"]
     if args.backup_entropy:
@@ -1015,11 +1038,11 @@ def peak(history: list[dict], args: Args) -> tuple[dict, float]:
     highest.
     """
     low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
-    best, rise, trough = history[-1], 0.0, math.inf
+    best, rise, trough = history[-1], 0.0, 0.0  # Q of the untrained network
     for h in history:
         if low and h["step"] >= low[0]:
             trough = min(trough, h["q_data"])
-            if h["q_data"] - trough > max(rise, 0.1 * q_unit(h)):
+            if h["q_data"] - trough > 0.1 * q_unit(h) and (rise == 0 or h["q_data"] > best["q_data"]):
                 best, rise = h, h["q_data"] - trough
     return best, rise
 
@@ -1027,27 +1050,38 @@ def peak(history: list[dict], args: Args) -> tuple[dict, float]:
 def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     """A name for what the run shows and a sentence: the numbers that it rests on and the flag to try next.
 
-    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813), means of the last
-    fifth.
+    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813): means of the last fifth
+    of the run, Q in units of q_unit().
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
     end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
-    keys = ("td_error", "td_error_holdout", "cql_gap", "q_data", "q_minus_return")
-    td, held, gap, q, off = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
-    off, fall = off / q_unit(end), (top["q_data"] - q) / q_unit(end)
+    keys = ("td_error", "td_error_holdout", "cql_gap", "q_minus_return", "q_minus_return_holdout")
+    td, held, gap, off, off_held = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
+    off, off_held, q_since = (
+        off / q_unit(end),
+        off_held / q_unit(end),
+        [h["q_data"] for h in late if h["step"] > top["step"]],
+    )
+    fall = (top["q_data"] - np.mean(q_since)) / q_unit(end) if rise and q_since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], args.backup == "sarsa"
     numbers = f"TD error {td:.2f} of the target's variance ({held:.2f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     numbers = numbers.replace(" (nan held out)", "")
     rules = {
+        "undefined": (
+            not math.isfinite(td + gap),
+            f"{numbers}: the target has no variance on the probe, look at the data",
+        ),
         "divergence": (
             end["q_max"] > ceiling,
-            f"Q reaches {end['q_max']:.3g}, no policy can earn more than {end['q_bound']:.3g}: the backup "
+            f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
             f"feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
         ),
         "sarsa passes": (
-            sarsa and td < 2 * LOW_TD and not abs(off) > 0.5,
+            sarsa
+            and max(td, held if held == held else 0) < 2 * LOW_TD
+            and not max(abs(off), abs(off_held)) > 0.5,
             f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
         ),
         "sarsa fails": (
@@ -1055,13 +1089,13 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
             f"{numbers}: mend this before any policy enters. Try --tau, --critic-width or --gamma",
         ),
         "overfitting": (
-            rise > 0 and fall > 0.1,
+            fall > 0.1,
             f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} "
             f"deviations; {numbers}. Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or "
             f"a smaller net",
         ),
         "alpha too large": (
-            gap < -5 and off < -1,
+            gap < -5 and not off > -1,
             f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5}",
         ),
         "underfitting": (
@@ -1086,6 +1120,8 @@ def train(args: Args) -> dict:
         else None
     )
     data = load(dataset_path(args.dataset) if args.dataset else collect(args, env, device), args, env, device)
+    if saved and saved["info"] != data.info:
+        fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
     learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
     if args.normalize_obs:
@@ -1096,7 +1132,9 @@ def train(args: Args) -> dict:
         learner.restore(saved["learner"])
         step, history, bc_return = saved["step"], saved["history"], saved["bc_return"]
         restore_random_state(saved["random"])
-        if player:
+        if saved["player"]:
+            if args.num_updates != saved["args"]["num_updates"]:
+                fail("--num-updates cannot change once the online phase has begun")
             player.restore(saved["player"])
     run, total, info = Run(args, data.info, saved), args.num_updates + args.online_steps, {}
 
@@ -1131,8 +1169,12 @@ def train(args: Args) -> dict:
                 player.step()
             info = update(step < args.bc_steps, online)
             step += 1
-            if every(args.log_frequency):
+            if (
+                any(map(every, (args.log_frequency, args.diagnostics_frequency, args.eval_frequency)))
+                or online
+            ):
                 check_finite(step, info | dict(learner.named_parameters()))
+            if every(args.log_frequency):
                 run.scalars({"losses/" + k: float(v) for k, v in info.items()}, step)
                 rates = {f"charts/{tag}": progress.rate(step) for tag in ("updates_per_second", "SPS")}
                 run.scalars(rates, step)
@@ -1167,7 +1209,7 @@ def train(args: Args) -> dict:
         returns = score()
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
-        if history:
+        if (run.dir / "selected.pt").is_file():
             chosen = load_checkpoint(run.dir / "selected.pt")
             learner.load_state_dict(chosen["networks"])
             selected = evaluate(learner, envs, args)[0].mean()
@@ -1255,9 +1297,11 @@ def strict_fp32():
     """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    with torch.no_grad():
-        yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # === end shared ===
@@ -1274,6 +1318,10 @@ def fail(message: str, status: int = 2):
     """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
 def flag(name: str) -> str:
@@ -1340,6 +1388,8 @@ class Progress:
 
     @contextmanager
     def paused(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
         paused = time.perf_counter()
         yield
         self.begin += time.perf_counter() - paused
@@ -1351,7 +1401,7 @@ class Progress:
         if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
             return  # before any float(value): reading a loss waits for the GPU
         self.shown, rate = time.perf_counter(), self.rate(step)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / max(rate, 1e-9)))
+        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
         text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
         line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
         carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
@@ -1396,12 +1446,10 @@ def load_checkpoint(path: Path) -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        assert saved["script"] == Path(__file__).stem and saved["format"] == FORMAT, (
-            "of another script or format"
-        )
+        if (saved["script"], saved["format"]) != (Path(__file__).stem, FORMAT):
+            raise ValueError(f"made by {saved['script']}, format {saved['format']}")
     except Exception as e:  # torch.load raises a dozen kinds of it
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:90]}"
-        fail(f"{path}: not a checkpoint of {Path(__file__).name} ({reason})")
+        fail(f"{path}: not a checkpoint of {Path(__file__).name} ({type(e).__name__}: {first_line(e)})")
     return saved | {"folder": path.parent}
 
 
@@ -1409,15 +1457,20 @@ def find_checkpoint(args) -> dict | None:
     """What --resume names, refused if its arguments differ in one that changes the numbers."""
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
-        newest = sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime)
-        saved = (load_checkpoint(p) for p in newest)
-        return next((s for s in saved if all(s["args"].get(k) == v for k, v in given.items())), None)
+        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return load_checkpoint(path)
+        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+        return None
     if args.resume is None:
         return None
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
     saved = load_checkpoint(path)
+    if "random" not in saved:
+        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
@@ -1443,23 +1496,27 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"args": asdict(args), "command": command(args), "device": device, "info": info}
+        self.header = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "command": command(args),
+            "device": device,
+            "info": info,
+        }
         self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
-        if saved and saved["info"] != info:
-            fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
         if args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs Weights & Biases: pip install wandb")
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(
-                project=project, entity=entity, name=self.dir.name, config=asdict(args), sync_tensorboard=True
-            )
+        self.dir = saved["folder"] if saved else self.new_folder()
+        if args.track:
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
         self.csv = open(self.dir / "metrics.csv", "a")
-        self.csv.truncate(saved["csv_bytes"] if saved else 0)  # rows after the checkpoint will come again
+        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
+        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
         self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
         if not saved:
             self.csv.write("step,tag,value\n")
@@ -1482,8 +1539,9 @@ class Run:
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
             if value is not None:
-                self.csv.write(f"{step},{tag},{float(value)!r}\n")
-                self.writer.add_scalar(tag, float(value), step)
+                value = float(value)
+                self.csv.write(f"{step},{tag},{value!r}\n")
+                self.writer.add_scalar(tag, value, step)
         self.csv.flush()
 
     def save(self, name: str, state: dict):

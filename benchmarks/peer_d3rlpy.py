@@ -56,7 +56,7 @@ def train(args):
         obs, act, rew, terminal.astype(np.float32), timeout.astype(np.float32)
     )
     d3rlpy.seed(args.seed)
-    algo, begin = make_cql(args.width, args.depth, args.samples, 256), time.time()
+    algo, begin = make_cql(args.width, args.depth, args.samples, args.batch_size), time.time()
     fit(algo, dataset, args.updates)
     seconds, env, returns = time.time() - begin, gym.make(args.env), []
     for i in range(10):  # the seeds that cql_continuous.py evaluates on
@@ -97,6 +97,7 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--out", default="benchmarks/raw/d3rlpy.csv")
     p.add_argument("--width", type=int, default=256)
+    p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--depth", type=int, default=2)
     p.add_argument("--samples", type=int, default=4)
     p.add_argument("--updates", type=int, default=25_000)

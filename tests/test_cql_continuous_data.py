@@ -1,4 +1,4 @@
-"""Reading of datasets in cql_continuous.py: every row where it belongs, every bad file refused in one line."""
+"""Reading of datasets in cql_continuous.py: each row where it belongs, each bad file refused in one line."""
 
 import os
 import re
@@ -87,8 +87,8 @@ def write_minari(path, episodes: list[dict], dtype=np.float64) -> Path:
 
 
 def expected_rows(episodes: list[dict], has_final=True, backup="sac") -> list[tuple]:
-    """By the definition: (s, a, r, s', done, a') of every step, None for what has no meaning (s' of a terminal
-    step that the file does not hold, a' where the episode is over), less the two exceptions of traps 35."""
+    """By the definition: (s, a, r, s', done, a') of every step, None for what has no meaning (an s' that the
+    file does not hold, an a' where the episode is over), less the two exceptions of traps 35."""
     rows = []
     for e in episodes:
         for t in range(len(e["rew"])):
@@ -133,7 +133,7 @@ def number(text: str, pattern: str) -> int:
 @pytest.mark.parametrize("backup", ["sac", "sarsa"])
 @pytest.mark.parametrize("next_obs", [True, False])
 def test_three_episodes_row_by_row(tmp_path, capsys, next_obs, backup):
-    """The last step of an episode is neither lost nor joined to the next one, but for the counted exceptions."""
+    """An episode's last step is neither lost nor joined to the next one, but for the counted exceptions."""
     episodes = three_episodes()
     data = read(write_flat(tmp_path / "d.hdf5", episodes, next_obs), backup=backup)
     rows = expected_rows(episodes, next_obs, backup)
@@ -173,7 +173,7 @@ def test_random_episodes_row_by_row(tmp_path, layout):
 
 
 def test_without_timeouts_and_without_next_observations(tmp_path, capsys):
-    """Old files: only terminals end an episode. Then the cut at row 6 cannot be seen, and the reader says so."""
+    """Old files: only terminals end an episode. The cut at row 6 cannot be seen, and the reader says so."""
     path = write_flat(tmp_path / "d.hdf5", three_episodes(), next_obs=False, timeouts=False)
     data = read(path)
     out = capsys.readouterr().out
@@ -256,14 +256,14 @@ def test_returns_to_go_against_a_backward_loop(gamma):
         last = np.repeat(np.cumsum(lengths) - 1, lengths).astype(np.int32)
         before, g = rew.copy(), returns_to_go(rew, last, gamma)
         np.testing.assert_array_equal(rew, before)  # the rewards are still wanted
-        np.testing.assert_allclose(g, plain_returns(rew, lengths, gamma), rtol=1e-5, atol=2e-5 * max(lengths))
+        np.testing.assert_allclose(g, plain_returns(rew, lengths, gamma), rtol=1e-5, atol=2e-4)
         assert g.dtype == np.float32
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("layout", ["flat", "minari"])
 def test_returns_are_hidden_exactly_where_a_time_out_cuts_more_than_one_percent(tmp_path, layout, gamma):
-    """Missing share by definition: with a reward of 1 for ever, 1 - (what is in the data) / (what would be)."""
+    """The missing share by definition: of a reward of 1 for ever, what is in the data over what would be."""
     rng = np.random.default_rng(6)
     for trial in range(4):
         ends = [("terminal", "timeout", "both", "open")[trial], *rng.choice(["terminal", "timeout"], size=5)]
@@ -383,25 +383,22 @@ def split(path, **changes) -> tuple[set, set, Data]:
 @pytest.mark.parametrize("layout", ["flat", "minari"])
 def test_holdout_takes_whole_episodes(tmp_path, capsys, layout):
     """Rows of one episode are nearly copies of each other: a split by rows would measure memory."""
-    episodes = [episode(100 * i, 3 + i % 4, ("terminal", "timeout")[i % 2]) for i in range(40)]
+    episodes = [episode(100 * i, 3 + i % 4, ("terminal", "timeout")[i % 2]) for i in range(20)]
     write = write_flat if layout == "flat" else write_minari
     path = write(tmp_path / "d.hdf5", episodes)
     all_rows, none, _ = split(path, holdout=0.0)
     assert not none and len(all_rows) == sum(len(e["rew"]) for e in episodes)
-    for share, count in ((0.05, 2), (0.25, 10), (0.001, 1)):
-        capsys.readouterr()
-        train_rows, held_rows, data = split(path, holdout=share, seed=1)
-        assert not train_rows & held_rows and train_rows | held_rows == all_rows
-        held_first = data.obs[data.holdout][:, 0].floor().long() // 100
-        train_first = data.obs[data.train][:, 0].floor().long() // 100
-        held_episodes = set(held_first.tolist())
-        assert len(held_episodes) == count and not held_episodes & set(train_first.tolist())
-        assert number(capsys.readouterr().out, "# held out") == len(held_rows)
-    assert split(path, holdout=0.25, seed=1)[1] == split(path, holdout=0.25, seed=1)[1]
-    assert len({frozenset(split(path, holdout=0.25, seed=s)[1]) for s in range(1, 6)}) == 5
-    one = {int(split(path, holdout=0.001, seed=s)[2].obs[split(path, holdout=0.001, seed=s)[2].holdout][0, 0])
-           for s in range(1, 9)}  # fmt: skip
-    assert len(one) > 3  # drawn, not always the first
+    for share, count in ((0.1, 2), (0.25, 5), (0.001, 1)):
+        chosen = []
+        for seed in (1, 1, 2, 3, 4, 5):
+            capsys.readouterr()
+            train_rows, held_rows, data = split(path, holdout=share, seed=seed)
+            assert number(capsys.readouterr().out, "# held out") == len(held_rows)
+            assert not train_rows & held_rows and train_rows | held_rows == all_rows
+            held, kept = ({int(x) // 100 for x in data.obs[r][:, 0]} for r in (data.holdout, data.train))
+            assert len(held) == count and not held & kept
+            chosen.append(frozenset(held))
+        assert chosen[0] == chosen[1] and len(set(chosen)) > 3  # drawn by the seed, not always the first
 
 
 def test_holdout_draws_no_random_number_that_training_sees(tmp_path):
@@ -579,13 +576,17 @@ def test_minari_and_d4rl_agree(tmp_path):
         torch.testing.assert_close(a, b)
     g = [d.returns_to_go[d.train] for d in (flat, nested)]
     torch.testing.assert_close(*g, equal_nan=True)
-    for key in ("dataset_return_mean", "reward_min", "reward_max", "terminals"):
-        assert flat.info[key] == pytest.approx(nested.info[key]), key
+    rew = [e["rew"] for e in episodes]
+    truth = {"dataset_return_mean": np.mean([x.sum() for x in rew]), "terminals": sum(
+        e["end"] in ("terminal", "both") for e in episodes)}  # fmt: skip
+    truth |= {"reward_min": 3 * min(map(min, rew)) - 1, "reward_max": 3 * max(map(max, rew)) - 1}
+    for data in (flat, nested):  # returns as the environment pays them, the bounds of Q as training sees them
+        assert {k: data.info[k] for k in truth} == pytest.approx(truth)
 
 
 # ------------------------------------------------------------------------------------------- refusals
 def refused(capsys, path, *words, **changes) -> str:
-    """train() ends with status 2 and one line on stderr, naming the file and `words`; no run folder is made."""
+    """train() ends with status 2 and one line on stderr, with the file and `words`; no run folder is made."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train(Args(**SMALL | {"dataset": str(path)} | changes))
@@ -598,12 +599,21 @@ def refused(capsys, path, *words, **changes) -> str:
     return err
 
 
+GOOD = {}  # bytes of the files below, which hundreds of tests spoil each in its own way
+
+
 def good_file(layout="d4rl", n=40, **changes) -> Path:
     """A file that train() takes, in the current folder: five episodes of eight steps."""
-    if layout == "d4rl":
-        return write_d4rl("good.hdf5", n=n, length=8, scale=1.0, **changes)
-    episodes = [episode(20 * i, 8, ("terminal", "timeout")[i % 2], obs_dim=3) for i in range(5)]
-    return write_minari("good.hdf5", episodes)
+    key, path = f"{layout} {n} {changes}", Path("good.hdf5")
+    if key not in GOOD:
+        episodes = [episode(20 * i, 8, ("terminal", "timeout")[i % 2], obs_dim=3) for i in range(5)]
+        if layout == "d4rl":
+            write_d4rl(path, n=n, length=8, scale=1.0, **changes)
+        else:
+            write_minari(path, episodes)
+        GOOD[key] = path.read_bytes()
+    path.write_bytes(GOOD[key])
+    return path
 
 
 def change(path: Path, key: str, make) -> Path:
@@ -649,7 +659,7 @@ def test_refuses_a_download_that_stopped(capsys, layout, share):
 
 
 def test_refuses_an_empty_dataset_name(monkeypatch, capsys):
-    """--dataset "$DATA" with DATA unset: the user has a file in mind, so collecting one would be a surprise."""
+    """--dataset "$DATA" with DATA unset: the user has a file in mind, collecting one would be a surprise."""
     monkeypatch.setattr(cql, "collect", lambda *_: pytest.fail("collected its own data instead"))
     refused(capsys, "", "--dataset")
 
@@ -778,7 +788,6 @@ def test_refuses_strange_minari_groups(capsys, episodes):
     with h5py.File(path, "a") as f:
         if episodes == "name":
             f.move("episode_3", "episode_three")
-            refused(capsys, path, "episode_three")
         elif episodes == "none":
             f.move("episode_0", "episode")
             for i in range(1, 5):
@@ -786,7 +795,7 @@ def test_refuses_strange_minari_groups(capsys, episodes):
         else:
             del f["episode_3"]
             f["episode_3"] = np.zeros((2, 2)) if episodes == "array" else 1.0
-    refused(capsys, path, "episode")
+    refused(capsys, path, {"name": "episode_three", "none": "episode"}.get(episodes, "episode_3"))
 
 
 @pytest.mark.parametrize("layout", ["d4rl", "minari"])
@@ -935,6 +944,29 @@ def test_refuses_a_minari_file_of_empty_episodes(capsys):
     refused(capsys, write_minari("m.hdf5", [episode(0, 0, "open")] * 3), "no transitions")
 
 
+def test_attributes_of_other_tools_do_no_harm(capsys):
+    """The reader takes what begins with `collector_` for numbers; another writer may keep its name there."""
+    path = good_file()
+    with h5py.File(path, "a") as f:
+        f.attrs["collector_name"], f.attrs["collector_sizes"], f.attrs["algorithm"] = "SAC", [1, 2, 3], "SAC"
+    try:
+        assert_sound(read(path))
+    except SystemExit as stop:
+        assert stop.code == 2 and str(path) in capsys.readouterr().err
+
+
+def test_without_h5py_says_what_to_install(monkeypatch, capsys):
+    """--help needs five packages, reading a dataset one more: one line with its name, no traceback."""
+    path = good_file()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    capsys.readouterr()
+    for words in ({"dataset": str(path)}, {}):
+        with pytest.raises(SystemExit) as stop:
+            train(Args(**SMALL | words))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "h5py" in err and err.count("\n") == 1
+
+
 def test_refuses_rows_that_need_more_memory_than_there_is(capsys):
     """P8, and a crafted header: 10^12 rows that were never written take no disk at all."""
     path = good_file()
@@ -964,7 +996,10 @@ def mutate(path: Path, rng) -> str:
     with h5py.File(path) as f:
         keys = []
         f.visititems(lambda name, x: keys.append(name) if isinstance(x, h5py.Dataset) else None)
-    key, kind = str(rng.choice(sorted(keys))), str(rng.choice(["dtype", "shape", "value", "deletion"]))
+    keys = sorted(
+        k for k in keys if not re.match("episode_[34]", k)
+    )  # of five episodes three: more hits each
+    key, kind = str(rng.choice(keys)), str(rng.choice(["dtype", "shape", "value", "deletion"]))
     i = int(rng.integers(1000))
 
     def make(x):
@@ -991,7 +1026,7 @@ def assert_sound(data: Data):
     assert not set(data.train.tolist()) & set(data.holdout.tolist())
 
 
-@pytest.mark.parametrize("layout, count", [("d4rl", 150), ("d4rl without timeouts", 50), ("minari", 100)])
+@pytest.mark.parametrize("layout, count", [("d4rl", 150), ("d4rl without timeouts", 100), ("minari", 100)])
 def test_any_single_mutation_is_read_or_refused(tmp_path, capsys, layout, count):
     """Never another exception: a traceback tells a user nothing, and a silent misreading less."""
     rng, wrong, read_in, turned_down = np.random.default_rng(11), [], 0, 0
@@ -1140,6 +1175,14 @@ def test_collecting_twice_gives_the_same_file(quick_collect, tmp_path, monkeypat
     assert all(np.array_equal(contents[0][k], contents[1][k]) for k in contents[0])
     assert not np.array_equal(contents[0]["actions"], contents[2]["actions"])
     assert not np.array_equal(contents[0]["observations"], contents[2]["observations"])
+
+
+def test_a_kept_file_that_was_spoilt_is_refused(quick_collect, capsys):
+    """A file under the right name is checked like any other, and named so that the user can delete it."""
+    path = collect(Args(**COLLECT), make_env("Pendulum-v1"), CPU)
+    path.write_bytes(path.read_bytes()[:-100])
+    err = refused(capsys, "", dataset=None, **COLLECT)
+    assert str(path) in err
 
 
 def test_failure_while_writing_leaves_nothing(quick_collect, monkeypatch):

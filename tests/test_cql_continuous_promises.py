@@ -6,11 +6,9 @@ script, and each "new process" is a fork of it that has run nothing yet; `run_sc
 line itself is promised.
 """
 
-import errno
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -22,16 +20,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cql_continuous as cql
 import h5py
 import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, TINY, assert_same_checkpoint, flatten, metrics, one_thread, only_run
-from conftest import run_script, summary, write_d4rl
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_checkpoint,
+    flatten,
+    metrics,
+    one_thread,
+    only_run,
+    run_script,
+    summary,
+    write_d4rl,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import cql_continuous as cql
 
 SERVER = """
 import errno, json, math, os, random, resource, signal, sys, threading, time, traceback

@@ -88,7 +88,7 @@ class Args:
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "HalfCheetah-v5"
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Pendulum-v1"
     """Gymnasium environment that evaluates the policy, and collects if no --dataset is given"""
     dataset: str | None = None
     """D4RL HDF5 file, Minari folder or id; not given: collect --collect-steps transitions and keep them"""
@@ -124,7 +124,7 @@ class Args:
     """B, transitions in a minibatch"""
     holdout: float = 0.05
     """share of episodes kept out of training, on which the TD error is measured (0 to compare with peers)"""
-    collect_steps: int = 20_000
+    collect_steps: int = 8_000
     """environment steps of the self-made replay (without --dataset)"""
     normalize_obs: bool = True
     """standardise observations by the dataset's mean and deviation"""

@@ -409,23 +409,20 @@ def critic_loss(learner, batch: Batch, args: Args):
     loss = td_loss.sum()
     if args.cql_alpha > 0:
         with torch.no_grad():
-            act, log_ratio = proposals(
-                learner.actor, batch.obs, batch.next_obs, args.cql_proposals, args.cql_samples
-            )
+            kind, n = args.cql_proposals, args.cql_samples
+            act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, n)
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
         q = q.float()
         gap = conservative_term(q, log_ratio, q_data, args)
+        info["cql_loss"] = gap.mean()
         cql_alpha = args.cql_alpha
         if args.cql_target_gap is not None:
-            cql_alpha = learner.log_cql_alpha.detach().exp().clamp(max=1e6)
+            cql_alpha = info["cql_alpha"] = learner.log_cql_alpha.detach().exp().clamp(max=1e6)
         loss = loss + cql_alpha * gap.mean(1).sum()
-        info["cql_loss"] = gap.mean()
         if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
             weight = torch.softmax((q / args.cql_temperature - log_ratio).detach(), -1)
             info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
-        if args.cql_target_gap is not None:
-            info["cql_alpha"] = cql_alpha
     if args.dr3_coef > 0:
         phi_next, _ = learner.critic.features(batch.next_obs, next_act)  # gradient through both sides
         dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
@@ -476,16 +473,11 @@ class Learner(nn.Module):
             torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         compiled = torch.compile if args.compile else lambda loss: loss
         self.loss = {f.__name__: compiled(f) for f in (critic_loss, actor_loss, cloning_loss)}
-        groups = {
-            "actor": (self.actor.parameters(), args.policy_lr),
-            "alpha": ([self.log_alpha], args.policy_lr),
-        }
-        groups |= {
-            "critic": (self.critic.parameters(), args.q_lr),
-            "cql_alpha": ([self.log_cql_alpha], args.q_lr),
-        }
+        critic, actor = self.critic.parameters(), self.actor.parameters()
+        groups = [("critic", critic, args.q_lr), ("cql_alpha", [self.log_cql_alpha], args.q_lr)]
+        groups += [("actor", actor, args.policy_lr), ("alpha", [self.log_alpha], args.policy_lr)]
         flags = {"fused": True, "capturable": device.type == "cuda"}
-        self.optim = {name: torch.optim.Adam(p, lr=lr, **flags) for name, (p, lr) in groups.items()}
+        self.optim = {name: torch.optim.Adam(p, lr=lr, **flags) for name, p, lr in groups}
 
     def standardised(self, obs):
         """An environment's observation as the networks see it."""
@@ -508,9 +500,8 @@ class Learner(nn.Module):
                 for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
                     p_target.lerp_(p, args.tau)
             if args.cql_target_gap is not None:
-                self.minimise(
-                    "cql_alpha", dual_loss(self.log_cql_alpha, q_info["cql_loss"] - args.cql_target_gap)
-                )
+                slack = q_info["cql_loss"] - args.cql_target_gap
+                self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, slack))
             info |= q_info
         for _ in range(args.policy_updates):
             loss, pi_info = self.loss["cloning_loss" if cloning else "actor_loss"](self, sample(), args)
@@ -778,6 +769,10 @@ def make_env(env_id: str) -> gym.Env:
     return env
 
 
+def make_envs(env_id: str, n: int):
+    return gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
+
+
 def to_env(act, box) -> np.ndarray:
     """Actions from [-1, 1] to the environment's bounds."""
     return box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
@@ -813,25 +808,12 @@ class Player:
     """One environment and the replay it fills: the collector's loop, and the fine-tuning's."""
 
     def __init__(self, env: gym.Env, capacity: int, learner, args: Args):
-        obs_dim, act_dim, device = (
-            env.observation_space.shape[0],
-            env.action_space.shape[0],
-            learner.obs_mean.device,
-        )
-        reserve(4 * capacity * (2 * obs_dim + act_dim + 3), "replay buffer", device)
-        widths = {
-            "obs": (obs_dim,),
-            "act": (act_dim,),
-            "rew": (),
-            "next_obs": (obs_dim,),
-            "done": (),
-            "timeout": (),
-        }
-        self.buffer = {k: torch.zeros(capacity, *w, device=device) for k, w in widths.items()}
-        self.rows, self.size = (
-            0,
-            torch.zeros((), dtype=torch.float64, device=device),
-        )  # for CUDA graphs a tensor
+        o, a, device = env.observation_space.shape, env.action_space.shape, learner.obs_mean.device
+        reserve(4 * capacity * (2 * o[0] + a[0] + 3), "replay buffer", device)
+        shapes = dict(obs=o, act=a, rew=(), next_obs=o, done=(), timeout=())
+        self.buffer = {k: torch.zeros(capacity, *shape, device=device) for k, shape in shapes.items()}
+        self.rows = 0
+        self.size = torch.zeros((), dtype=torch.float64, device=device)  # rows, as CUDA graphs can read it
         self.env, self.learner, self.args, self.seed = env, learner, args, args.seed
         self.obs, self.returns, self.episode_return = None, [], 0.0
 
@@ -844,10 +826,8 @@ class Player:
         if random:
             act = torch.rand_like(act) * 2 - 1
         next_obs, rew, terminated, truncated, _ = self.env.step(to_env(act, self.env.action_space))
-        next_obs, scaled = (
-            self.learner.standardised(next_obs),
-            rew * self.args.reward_scale + self.args.reward_shift,
-        )
+        next_obs = self.learner.standardised(next_obs)
+        scaled = rew * self.args.reward_scale + self.args.reward_shift
         row = (self.obs, act, scaled, next_obs, float(terminated), float(truncated and not terminated))
         for column, value in zip(self.buffer.values(), row):
             column[self.rows] = value
@@ -860,24 +840,18 @@ class Player:
 
     def sample(self, n: int) -> Batch:
         rows = (torch.rand(n, dtype=torch.float64, device=self.size.device) * self.size).long()
-        b = {k: v[rows] for k, v in self.buffer.items()}
-        return Batch(
-            b["obs"], b["act"], b["rew"], b["next_obs"], b["done"], next_act=b["act"]
-        )  # next_act: unused
+        obs, act, rew, next_obs, done, _ = (column[rows] for column in self.buffer.values())
+        return Batch(obs, act, rew, next_obs, done, next_act=act)  # nothing reads next_act here
 
     def checkpoint(self) -> dict:
-        return {
-            "buffer": {k: v[: self.rows].clone() for k, v in self.buffer.items()},
-            "returns": self.returns,
-        }
+        kept = {k: v[: self.rows].clone() for k, v in self.buffer.items()}
+        return {"buffer": kept, "returns": self.returns}
 
     def restore(self, saved: dict):
         """The replay comes back whole; the environment starts a new episode."""
         self.rows, self.returns = len(saved["buffer"]["rew"]), saved["returns"]
         if self.rows > len(self.buffer["rew"]):
-            fail(
-                f"--online-steps {len(self.buffer['rew'])}: the run that goes on has made {self.rows} already"
-            )
+            fail(f"--online-steps {len(self.buffer['rew'])}: that run has made {self.rows} steps already")
         self.size.fill_(self.rows)
         self.seed = self.args.seed + self.rows
         for k, v in saved["buffer"].items():
@@ -892,9 +866,8 @@ def collect(args: Args, env: gym.Env, device) -> Path:
 
     The collector has its paper's settings (arXiv 1812.05905), networks and learning rates of its own.
     """
-    path = Path(
-        f"datasets/{args.env_id.replace('/', '_')}_sac-replay_{args.collect_steps}_seed{args.seed}_v1.hdf5"
-    )
+    name = f"{args.env_id.replace('/', '_')}_sac-replay_{args.collect_steps}_seed{args.seed}_v1.hdf5"
+    path = Path("datasets") / name
     if path.exists():
         print(f"no --dataset: using {path}, made by an earlier run")
         return path
@@ -903,14 +876,12 @@ def collect(args: Args, env: gym.Env, device) -> Path:
     print(
         f"no --dataset: collecting {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}"
     )
-    online = Args(
-        env_id=args.env_id, seed=args.seed, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4
-    )
+    online = Args(env_id=args.env_id, seed=args.seed, cql_alpha=0.0, backup_entropy=True)
+    online.policy_lr = online.q_lr = 3e-4
     learner = Learner(env.observation_space.shape[0], env.action_space.shape[0], online, device)
     player = Player(env, args.collect_steps, learner, online)
-    update = GraphedUpdate(
-        lambda: learner.update(lambda: player.sample(256), False), args.cudagraphs and device.type == "cuda"
-    )
+    graphs = args.cudagraphs and device.type == "cuda"
+    update = GraphedUpdate(lambda: learner.update(lambda: player.sample(online.batch_size), False), graphs)
     progress = Progress("collecting", args.collect_steps)
     with StopSignal() as stop:
         for step in range(1, args.collect_steps + 1):
@@ -921,7 +892,7 @@ def collect(args: Args, env: gym.Env, device) -> Path:
                 print("\nstopped while collecting: nothing is kept, the same command starts again")
                 raise SystemExit(128 + stop.signum)
             progress.show(step, {"return": np.mean(player.returns[-5:] or [math.nan])})
-    returns, _ = evaluate(learner, gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * 10), online)
+    returns, _ = evaluate(learner, make_envs(args.env_id, 10), online)
     b = {k: v.cpu().numpy() for k, v in player.buffer.items()}
     with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
         f["observations"], f["next_observations"], f["rewards"] = b["obs"], b["next_obs"], b["rew"]
@@ -1048,24 +1019,21 @@ def peak(history: list[dict], args: Args) -> tuple[dict, float]:
 
 
 def verdict(history: list[dict], args: Args) -> tuple[str, str]:
-    """A name for what the run shows and a sentence: the numbers that it rests on and the flag to try next.
+    """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
 
-    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813): means of the last fifth
-    of the run, Q in units of q_unit().
+    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813): means of the last
+    fifth of the run, Q in units of q_unit().
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
     end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
     keys = ("td_error", "td_error_holdout", "cql_gap", "q_minus_return", "q_minus_return_holdout")
     td, held, gap, off, off_held = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
-    off, off_held, q_since = (
-        off / q_unit(end),
-        off_held / q_unit(end),
-        [h["q_data"] for h in late if h["step"] > top["step"]],
-    )
-    fall = (top["q_data"] - np.mean(q_since)) / q_unit(end) if rise and q_since else 0.0
+    off, off_held = off / q_unit(end), off_held / q_unit(end)
+    since = [h["q_data"] for h in late if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], args.backup == "sarsa"
-    numbers = f"TD error {td:.2f} of the target's variance ({held:.2f} held out), cql_gap {gap:.1f}"
+    numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     numbers = numbers.replace(" (nan held out)", "")
     rules = {
@@ -1079,9 +1047,7 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
             f"feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
         ),
         "sarsa passes": (
-            sarsa
-            and max(td, held if held == held else 0) < 2 * LOW_TD
-            and not max(abs(off), abs(off_held)) > 0.5,
+            sarsa and np.nanmax([td, held]) < 2 * LOW_TD and not np.nanmax(np.abs([off, off_held, 0])) > 0.5,
             f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
         ),
         "sarsa fails": (
@@ -1114,13 +1080,9 @@ def train(args: Args) -> dict:
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
     env = make_env(args.env_id) if args.dataset is None or args.eval_episodes or args.online_steps else None
-    envs = (
-        gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id)] * args.eval_episodes)
-        if args.eval_episodes
-        else None
-    )
+    envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     data = load(dataset_path(args.dataset) if args.dataset else collect(args, env, device), args, env, device)
-    if saved and saved["info"] != data.info:
+    if saved and saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
     learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
@@ -1148,9 +1110,8 @@ def train(args: Args) -> dict:
     def save():
         check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "step": step, "history": history, "bc_return": bc_return}
-        run.save(
-            "checkpoint.pt", state | {"player": player and player.checkpoint(), "random": random_state()}
-        )
+        state |= {"player": player.checkpoint() if player else None, "random": random_state()}
+        run.save("checkpoint.pt", state)
 
     def score() -> np.ndarray:
         returns, overestimation = evaluate(learner, envs, args)
@@ -1161,6 +1122,7 @@ def train(args: Args) -> dict:
 
     update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
     every = lambda n: n > 0 and step % n == 0
+    checked = (args.log_frequency, args.diagnostics_frequency, args.eval_frequency)
     progress, returns = Progress("training", total, step), np.full(1, math.nan)
     with StopSignal() as stop:
         while step < total and not stop.signum:
@@ -1169,15 +1131,12 @@ def train(args: Args) -> dict:
                 player.step()
             info = update(step < args.bc_steps, online)
             step += 1
-            if (
-                any(map(every, (args.log_frequency, args.diagnostics_frequency, args.eval_frequency)))
-                or online
-            ):
+            if online or any(every(n) for n in checked):
                 check_finite(step, info | dict(learner.named_parameters()))
             if every(args.log_frequency):
                 run.scalars({"losses/" + k: float(v) for k, v in info.items()}, step)
-                rates = {f"charts/{tag}": progress.rate(step) for tag in ("updates_per_second", "SPS")}
-                run.scalars(rates, step)
+                rate = progress.rate(step)
+                run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
             if every(args.diagnostics_frequency):
                 with progress.paused():
                     moment = diagnose(learner, data, args)
@@ -1198,13 +1157,10 @@ def train(args: Args) -> dict:
     if stop.signum:
         run.stopped(stop.signum)
 
-    summary = data.info | {
-        "num_updates": step,
-        "updates_per_second": progress.rate(step),
-        "bc_return_mean": bc_return,
-    }
+    summary = data.info | {"num_updates": step, "updates_per_second": progress.rate(step)}
     name, sentence = verdict(history, args)
     summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
+    summary["bc_return_mean"] = bc_return
     if envs:
         returns = score()
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
@@ -1214,11 +1170,10 @@ def train(args: Args) -> dict:
             learner.load_state_dict(chosen["networks"])
             selected = evaluate(learner, envs, args)[0].mean()
             summary |= {"selected_step": chosen["step"], "selected_return_mean": float(selected)}
-    named = ("dataset", "bc", "selected", "final", "collector")
-    print(
-        "returns: "
-        + ", ".join(f"{k} {v:.1f}" for k in named if (v := summary.get(f"{k}_return_mean")) is not None)
+    returned = (
+        (k, summary.get(f"{k}_return_mean")) for k in ("dataset", "bc", "selected", "final", "collector")
     )
+    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in returned if v is not None))
     print(f"verdict: {name}. {sentence}")
     return run.finish(summary)
 

@@ -1,9 +1,8 @@
 """Promises P1 to P8 of cql_continuous.py: exact resume, seeds, what must not matter, checkpoints, signals,
 non-finite numbers, memory.
 
-Most tests need processes, and importing torch costs a second and a half. So one server process imports the
-script, and each "new process" is a fork of it that has run nothing yet; `run_script` is used where the command
-line itself is promised.
+Most tests need processes, and importing torch costs seconds. So one server process imports the script, and
+each "new process" is a fork of it that has run nothing yet; `run_script` where the command line is promised.
 """
 
 import json
@@ -43,8 +42,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SERVER = """
 import errno, json, math, os, random, resource, signal, sys, threading, time, traceback
 from pathlib import Path
-import h5py, torch, tyro
+import gymnasium, h5py, torch, tyro
+import torch._dynamo  # the first optimiser imports it: 1.5 s in each child
 import cql_continuous as cql
+
+gymnasium.make("Pendulum-v1")
 
 def at(n, what, before=False):
     "Call what(learner) right after (or before) update n of this process."
@@ -90,12 +92,10 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def new_process():
-    """new_process(cwd, *words, before=code): `python cql_continuous.py words` after `before`, in a fresh process."""
-    env = one_thread() | {"PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=env
-    ) as server:
+    """new_process(cwd, *words, before=code): `python cql_continuous.py words` after `before`, in a fork."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options["env"] = one_thread() | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **options) as server:
 
         def start(cwd, *words, before="", code="train(*words)", status=0):
             Path(cwd).mkdir(exist_ok=True)
@@ -103,10 +103,9 @@ def new_process():
             job = {"cwd": str(cwd), "code": f"{before}\n{code}", "words": [str(w) for w in words]}
             server.stdin.write(json.dumps(job | {"out": str(out), "err": str(err)}) + "\n")
             server.stdin.flush()
-            done = SimpleNamespace(
-                status=int(server.stdout.readline()), out=out.read_text(), err=err.read_text()
-            )
-            assert done.status == status, f"status {done.status}\n{done.out[-2000:]}\n{done.err[-3000:]}"
+            ended = int(server.stdout.readline())
+            done = SimpleNamespace(out=out.read_text(), err=err.read_text())
+            assert ended == status, f"status {ended}\n{done.out[-2000:]}\n{done.err[-3000:]}"
             return done
 
         yield start
@@ -127,17 +126,16 @@ def words(data, *more):
 
 
 RICH = ["--dropout", 0.1, "--vib-coef", 0.01, "--dr3-coef", 0.01, "--cql-target-gap", -1, "--num-critics", 3]
-RICH += ["--backup-entropy", "--layer-norm", "--cql-proposals", "mixture", "--critic-updates", 2]
 VARIANTS = {"plain": [], "rich": RICH}
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def whole(request, data, new_process, tmp_path_factory):
-    """A command and the folder of its uninterrupted run."""
-    line = words(data, *VARIANTS[request.param])
-    cwd = tmp_path_factory.mktemp("whole")
-    new_process(cwd, *line)
-    return line, only_run(cwd)
+@pytest.fixture(scope="module")
+def whole(data, new_process, tmp_path_factory):
+    """variant -> the folder of its uninterrupted run."""
+    runs = {k: tmp_path_factory.mktemp(k) for k in VARIANTS}
+    for k, cwd in runs.items():
+        new_process(cwd, *words(data, *VARIANTS[k]))
+    return {k: only_run(cwd) for k, cwd in runs.items()}
 
 
 def wait_for_next_second():
@@ -177,9 +175,14 @@ def assert_one_line(done, *mentions):
 
 
 # ------------------------------------------------------------------------------------------- P1: resume
-@pytest.mark.parametrize("stop", [1, 73, 100, 199])
-def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(stop, whole, new_process, tmp_path):
-    line, reference = whole
+STOPS = [("plain", 1), ("plain", 73), ("plain", 100), ("plain", 199), ("rich", 73)]
+
+
+@pytest.mark.parametrize("variant, stop", STOPS)
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
+    variant, stop, whole, new_process, data, tmp_path
+):
+    line = words(data, *VARIANTS[variant])
     done = new_process(tmp_path, *line, before=f"at({stop}, send(signal.SIGTERM))", status=143)
     run = only_run(tmp_path)
     assert str(Path("runs") / run.name) in done.out
@@ -187,55 +190,29 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(stop, whole, new_p
     wait_for_next_second()
     new_process(tmp_path, *line, "--resume", run)
     assert only_run(tmp_path) == run
-    assert_same_run(run, reference)
+    assert_same_run(run, whole[variant])
 
 
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, new_process, tmp_path):
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, new_process, data, tmp_path):
     """Killed outright, the folder holds metrics of after the checkpoint: they go, and come again."""
-    line, reference = whole
-    new_process(tmp_path, *line, before="at(115, send(signal.SIGKILL))", status=-9)
+    kill = "at(115, lambda learner: [time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)])"
+    new_process(tmp_path, *words(data), before=kill, status=-9)
     run = only_run(tmp_path)
     assert load(run / "checkpoint.pt")["step"] == 60 < max(step for step, *_ in metrics(run))
     wait_for_next_second()
-    new_process(tmp_path, *line, "--resume", run)
-    assert_same_checkpoint(run / "checkpoint.pt", reference / "checkpoint.pt")
-    assert metrics(run) == metrics(reference)
-    assert timeless(run) == timeless(reference)
+    new_process(tmp_path, *words(data), "--resume", run)
+    assert_same_run(run, whole["plain"])
 
 
-def test_killed_and_resumed_leaves_tensorboard_whole(new_process, data, tmp_path):
-    """What was logged before the checkpoint is on disk when the checkpoint is."""
-    new_process(tmp_path / "a", *words(data))
-    new_process(tmp_path / "b", *words(data), before="at(115, send(signal.SIGKILL))", status=-9)
-    run = only_run(tmp_path / "b")
-    wait_for_next_second()
-    new_process(tmp_path / "b", *words(data), "--resume", run)
-    assert events(run) == events(only_run(tmp_path / "a"))
-
-
-def test_events_of_after_the_checkpoint_are_purged(new_process, data, tmp_path):
-    """The same with the events written out: without purge_step those after the checkpoint would be doubled."""
-    flush = "real = cql.Run.scalars\n"
-    flush += "cql.Run.scalars = lambda run, *a: (real(run, *a), run.writer.flush())[0]\n"
-    new_process(tmp_path / "a", *words(data))
-    new_process(tmp_path / "b", *words(data), before=flush + "at(115, send(signal.SIGKILL))", status=-9)
-    run = only_run(tmp_path / "b")
-    assert max(step for step, _ in events(run)["losses/qf_loss"]) == 100
-    wait_for_next_second()
-    new_process(tmp_path / "b", *words(data), "--resume", run)
-    assert events(run) == events(only_run(tmp_path / "a"))
-
-
-def test_more_updates_may_be_asked_for_on_resume(new_process, data, tmp_path):
+def test_more_updates_may_be_asked_for_on_resume(whole, new_process, data, tmp_path):
     """90 is a step of the evaluation: the shorter run's last one stands for it."""
-    new_process(tmp_path / "a", *words(data))
-    new_process(tmp_path / "b", *words(data), "--num-updates", 90)
-    run = only_run(tmp_path / "b")
+    new_process(tmp_path, *words(data), "--num-updates", 90)
+    run = only_run(tmp_path)
     wait_for_next_second()
-    new_process(tmp_path / "b", *words(data), "--resume", run)
-    assert_same_checkpoint(run / "checkpoint.pt", only_run(tmp_path / "a") / "checkpoint.pt")
-    assert metrics(run) == metrics(only_run(tmp_path / "a"))
-    assert events(run) == events(only_run(tmp_path / "a"))
+    new_process(tmp_path, *words(data), "--resume", run)
+    assert_same_checkpoint(run / "checkpoint.pt", whole["plain"] / "checkpoint.pt")
+    assert metrics(run) == metrics(whole["plain"])
+    assert events(run) == events(whole["plain"])
 
 
 def test_resuming_a_finished_run_doubles_nothing(new_process, data, tmp_path):
@@ -251,7 +228,7 @@ def test_resuming_a_finished_run_doubles_nothing(new_process, data, tmp_path):
 
 
 def test_resume_auto_takes_the_newest_run_with_these_arguments(new_process, data, tmp_path):
-    line = words(data, "--eval-episodes", 0)
+    line = words(data, "--eval-episodes", 0, "--num-updates", 20)
     new_process(tmp_path, *line, before="at(5, send(signal.SIGTERM))", status=143)
     first = only_run(tmp_path)
     new_process(tmp_path, *line, before="at(9, send(signal.SIGTERM))", status=143)
@@ -266,16 +243,19 @@ def test_resume_auto_takes_the_newest_run_with_these_arguments(new_process, data
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
-def test_resume_auto_passes_over_runs_of_other_scripts(new_process, data, tmp_path):
-    """All scripts share runs/: the newest checkpoint there may be sac.py's."""
-    line = words(data, "--eval-episodes", 0)
+@pytest.mark.parametrize("header", ['{"script": "sac", "args": {}}', "{}", "{", None])
+def test_resume_auto_passes_over_what_is_not_this_script_s(header, new_process, data, tmp_path):
+    """All scripts share runs/: the newest checkpoint there may be sac.py's, or one without the rest."""
+    line = words(data, "--eval-episodes", 0, "--num-updates", 20)
     new_process(tmp_path, *line, before="at(5, send(signal.SIGTERM))", status=143)
     run = only_run(tmp_path)
     other = tmp_path / "runs" / "another"
     other.mkdir()
     torch.save(load(run / "checkpoint.pt") | {"script": "sac"}, other / "checkpoint.pt")
+    if header:
+        (other / "args.json").write_text(header)
     done = new_process(tmp_path, *line, "--resume", "auto")
-    assert run.name in done.out and summary(run)["num_updates"] == 200
+    assert run.name in done.out and summary(run)["num_updates"] == 20
 
 
 def test_resume_refuses_another_algorithm_and_other_data(new_process, data, tmp_path):
@@ -287,9 +267,8 @@ def test_resume_refuses_another_algorithm_and_other_data(new_process, data, tmp_
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     changes = {"--gamma": 0.9, "--cql-alpha": 1.0, "--seed": 2, "--critic-width": 16, "--backup": "max"}
     for flag, value in changes.items():
-        assert_one_line(
-            new_process(tmp_path, *line, flag, value, "--resume", run, status=2), flag, str(value)
-        )
+        done = new_process(tmp_path, *line, flag, value, "--resume", run, status=2)
+        assert_one_line(done, flag, str(value))
     write_d4rl(copy, scale=1.0, seed=1)
     assert_one_line(new_process(tmp_path, *line, "--resume", run, status=2), "data")
     assert_one_line(new_process(tmp_path, *line, "--resume", tmp_path / "none", status=2), "none")
@@ -298,7 +277,8 @@ def test_resume_refuses_another_algorithm_and_other_data(new_process, data, tmp_
 
 def fine_tuning(data):
     """Steps 40 to 300 act in Pendulum, whose episodes last 200 steps: the first one ends at 240."""
-    return [*words(data), "--num-updates", 40, "--bc-steps", 10, "--online-steps", 260, "--eval-frequency", 0]
+    return [*words(data), "--num-updates", 40, "--bc-steps", 10, "--online-steps", 260,
+            "--eval-frequency", 0, "--diagnostics-frequency", 20]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +321,7 @@ def test_stopped_in_the_fine_tuning_the_replay_comes_back_whole(fine_tuned, new_
 
 
 def test_the_length_of_the_fine_tuning_may_change_on_resume(new_process, data, tmp_path):
-    """--online-steps is among the flags that may change: given to a finished offline run, raised, lowered."""
+    """--online-steps is among the flags that may change: given to a finished offline run, raised."""
     line = [*words(data), "--num-updates", 40, "--bc-steps", 10, "--eval-frequency", 0]
     new_process(tmp_path, *line)
     run = only_run(tmp_path)
@@ -351,23 +331,30 @@ def test_the_length_of_the_fine_tuning_may_change_on_resume(new_process, data, t
         assert saved["step"] == 40 + online_steps == 40 + len(saved["player"]["buffer"]["rew"])
 
 
-def test_fewer_online_steps_than_were_taken(new_process, data, tmp_path):
+@pytest.mark.parametrize("online_steps", [10, 0])
+def test_fewer_online_steps_than_were_taken(online_steps, new_process, data, tmp_path):
     """A replay that does not fit is refused in one line, or simply kept; no traceback."""
-    line = [*words(data), "--num-updates", 40, "--bc-steps", 10, "--eval-frequency", 0]
-    new_process(tmp_path, *line, "--online-steps", 20)
+    line = [*words(data), "--num-updates", 40, "--bc-steps", 10, "--eval-frequency", 0, "--online-steps"]
+    new_process(tmp_path, *line, 20)
     code = "try:\n    train(*words)\nexcept SystemExit as e:\n    assert e.code == 2, e.code"
-    new_process(tmp_path, *line, "--online-steps", 10, "--resume", only_run(tmp_path), code=code)
+    new_process(tmp_path, *line, online_steps, "--resume", only_run(tmp_path), code=code)
+
+
+def test_more_updates_before_the_fine_tuning_has_begun(new_process, data, tmp_path):
+    line = [*words(data), "--bc-steps", 10, "--eval-frequency", 0, "--online-steps", 5, "--num-updates"]
+    new_process(tmp_path, *line, 40, before="at(30, send(signal.SIGTERM))", status=143)
+    run = only_run(tmp_path)
+    new_process(tmp_path, *line, 45, "--resume", run)
+    assert load(run / "checkpoint.pt")["step"] == 50
 
 
 # -------------------------------------------------------------------------------------------- P2: seeds
-def test_same_seed_same_numbers_another_seed_others(whole, new_process, tmp_path):
-    line, reference = whole
-    new_process(tmp_path / "same", *line)
-    assert_same_run(only_run(tmp_path / "same"), reference)
-    new_process(tmp_path / "other", *line, "--seed", 2)
-    same, other = (flatten(load(r / "checkpoint.pt")) for r in (reference, only_run(tmp_path / "other")))
-    fixed = ("log_cql_alpha", "obs_mean", "obs_std", "step")  # by the flags or the data
-    learnt = [k for k in same if "/networks/" in k and not k.endswith(fixed)]
+def test_same_seed_same_numbers_another_seed_others(whole, new_process, data, tmp_path):
+    new_process(tmp_path / "same", *words(data, *RICH))
+    assert_same_run(only_run(tmp_path / "same"), whole["rich"])
+    new_process(tmp_path / "other", *words(data, *RICH), "--seed", 2)
+    same, other = (flatten(load(r / "checkpoint.pt")) for r in (whole["rich"], only_run(tmp_path / "other")))
+    learnt = [k for k in same if "/networks/" in k and not k.endswith(("obs_mean", "obs_std"))]
     assert len(learnt) > 10 and not any(torch.equal(same[k], other[k]) for k in learnt)
     assert not torch.equal(same["/random/cpu"], other["/random/cpu"])
 
@@ -401,8 +388,7 @@ RARE = ["--log-frequency", 10_000, "--diagnostics-frequency", 0, "--eval-frequen
 RARE += ["--checkpoint-frequency", 0]
 
 
-@pytest.mark.parametrize("online", [0, 30], ids=["offline", "fine-tuning"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant, online", [("plain", 0), ("rich", 0), ("plain", 30)])
 def test_diagnostics_logging_evaluation_change_nothing(variant, online, new_process, data, tmp_path):
     line = [*words(data, *VARIANTS[variant]), "--num-updates", 60, "--bc-steps", 20, "--online-steps", online]
     new_process(tmp_path / "often", *line, *OFTEN)
@@ -576,28 +562,25 @@ def test_a_bad_checkpoint_is_refused_in_one_line(damage, stopped_run, new_proces
     assert bad != good
     done = new_process(tmp_path, *line, "--resume", run, status=2)
     assert_one_line(done, "checkpoint.pt")
-    assert (run / "checkpoint.pt").read_bytes() == bad and [p.name for p in run.iterdir()] == [
-        "checkpoint.pt"
-    ]
+    assert (run / "checkpoint.pt").read_bytes() == bad and len(list(run.iterdir())) == 1
     assert not list(tmp_path.rglob("EXECUTED"))
 
 
 def test_no_script_opens_a_door_to_pickles():
     scripts = sorted(ROOT.glob("*.py"))
     assert ROOT / "cql_continuous.py" in scripts
-    doors = r"weights_only\s*=\s*False|\bc?[pP]ickle\.(load|Unpickler)|allow_pickle\s*=\s*True|\bjoblib\b|\bdill\b"
+    doors = r"weights_only\s*=\s*False|[pP]ickle\.(load|Unpickler)|allow_pickle\s*=\s*True|\b(joblib|dill)\b"
     for script in scripts:
         text = script.read_text()
         assert not re.search(doors, text), script
-        assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^\n]*weights_only=True", text)), (
-            script
-        )
+        safe = re.findall(r"torch\.load\([^\n]*weights_only=True", text)
+        assert text.count("torch.load(") == len(safe), script
 
 
 # ------------------------------------------------------------------------------------------- P5: signals
 def test_the_printed_command_goes_on_to_the_end(data, tmp_path):
     """As a user meets it: a real process, a signal from outside, the printed line run word by word."""
-    line = [*words(data), "--num-updates", 600, "--eval-frequency", 0, "--exp-name", "it's a test"]
+    line = [*words(data), "--num-updates", 300, "--eval-frequency", 0, "--exp-name", "it's a test"]
     line += ["--no-normalize-obs", "--reward-shift", -0.5, "--run-dir", "my runs"]
     start = [sys.executable, ROOT / "cql_continuous.py", *map(str, line)]
     with subprocess.Popen(
@@ -612,39 +595,46 @@ def test_the_printed_command_goes_on_to_the_end(data, tmp_path):
         assert process.wait(20) == 143 and process.stderr.read() == ""
     (run,) = (tmp_path / "my runs").iterdir()
     step = load(run / "checkpoint.pt")["step"]
-    assert 1 <= step < 600 and not (run / "summary.json").exists()
+    assert 1 <= step < 300 and not (run / "summary.json").exists()
     python, script, *rest = shlex.split(out.splitlines()[-1])
     assert (python, script) == ("python", "cql_continuous.py")
     run_script(script, *rest, cwd=tmp_path)
-    assert summary(run)["num_updates"] == 600 and len(list((tmp_path / "my runs").iterdir())) == 1
+    assert summary(run)["num_updates"] == 300 and len(list((tmp_path / "my runs").iterdir())) == 1
 
 
-INTERRUPTIONS = {
-    "before an update": "at(73, send(signum), before=True)",
-    "after an update": "at(73, send(signum))",
-    "in diagnostics": "real = cql.diagnose\ndef diagnose(*a):\n    send(signum)(0)\n    return real(*a)\n"
-    "cql.diagnose = diagnose",
-    "in an evaluation": "real = cql.evaluate\ndef evaluate(*a):\n    send(signum)(0)\n    return real(*a)\n"
-    "cql.evaluate = evaluate",
-    "in a save": "real = torch.save\ndef save(*a):\n    send(signum)(0)\n    return real(*a)\ntorch.save = save",
-    "in the last evaluation": "real, n = cql.evaluate, []\ndef evaluate(*a):\n    n.append(0)\n"
-    "    if len(n) == 4: send(signum)(0)\n    return real(*a)\ncql.evaluate = evaluate",
+WRAPPED = """
+real, calls = {0}, []
+def wrapped(*rest):
+    calls.append(0)
+    if len(calls) == {1}:
+        send(signum)(0)
+    return real(*rest)
+{0} = wrapped
+"""
+INTERRUPTIONS = {  # and the step of the checkpoint; the first file to be saved is selected.pt, at 50
+    "before an update": ("at(73, send(signum), before=True)", 73),
+    "after an update": ("at(73, send(signum))", 73),
+    "in diagnostics": (WRAPPED.format("cql.diagnose", 1), 50),
+    "in a save": (WRAPPED.format("torch.save", 2), 60),
+    "in an evaluation": (WRAPPED.format("cql.evaluate", 2), 90),
+    "in the last evaluation": (WRAPPED.format("cql.evaluate", 3), 100),
 }
-STEPS = dict(zip(INTERRUPTIONS, [73, 73, 50, 60, 50, 200]))  # selected.pt is the first file to be saved
 
 
 @pytest.mark.parametrize("when", INTERRUPTIONS)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_any_moment_saves_and_prints_the_command(signum, when, new_process, data, tmp_path):
-    before = f"signum = {int(signum)}\n{INTERRUPTIONS[when]}"
-    done = new_process(tmp_path, *words(data), before=before, status=128 + signum)
+    code, step = INTERRUPTIONS[when]
+    line = [*words(data), "--num-updates", 100]
+    done = new_process(tmp_path, *line, before=f"signum = {int(signum)}\n{code}", status=128 + signum)
     assert done.err == ""
     run = only_run(tmp_path)
-    assert load(run / "checkpoint.pt")["step"] == STEPS[when]
+    assert load(run / "checkpoint.pt")["step"] == step
     python, script, *rest = shlex.split(done.out.splitlines()[-1])
     assert (python, script, rest[-2:]) == ("python", "cql_continuous.py", ["--resume", f"runs/{run.name}"])
-    new_process(tmp_path, *rest)
-    assert summary(run)["num_updates"] == 200
+    if when == "after an update":
+        new_process(tmp_path, *rest)
+        assert summary(run)["num_updates"] == 100
 
 
 def test_a_second_signal_ends_the_process_at_once(new_process, data, tmp_path):
@@ -670,10 +660,9 @@ def test_the_printed_command_gives_the_same_arguments(changes):
     assert tyro.cli(cql.Args, args=words[2:]) == replace(args, resume="runs/x y")
 
 
-def short(data, *more):
-    return tyro.cli(
-        cql.Args, args=[str(w) for w in words(data, "--num-updates", 6, "--eval-episodes", 0, *more)]
-    )
+def short(data):
+    line = words(data, "--num-updates", 6, "--eval-episodes", 0)
+    return tyro.cli(cql.Args, args=[str(w) for w in line])
 
 
 def test_train_may_be_called_in_a_thread(data, tmp_path):
@@ -737,7 +726,7 @@ def inject(what, number):
     return do
 """
 CRITIC, ACTOR, TARGET = "critic.layers.0.weight", "actor.net.0.bias", "target.head.bias"
-CHECK, SAVE, NEVER = {"log": 20}, {"checkpoint": 30}, 10_000
+NEVER = 10_000
 
 
 @pytest.mark.parametrize(
@@ -813,7 +802,7 @@ def sparse_file(path: Path) -> Path:
     ids=["replay", "dataset", "critic", "policy", "minibatch"],
 )
 def test_a_run_that_cannot_fit_says_so_first(flags, new_process, data, tmp_path):
-    """Status 2 and one line, before training. The limit on the process keeps the machine alive if it does not."""
+    """Status 2 and one line, before training. The limit keeps the machine alive should it not say so."""
     sparse_file(tmp_path / "sparse.hdf5")
     gib = 2**30
     limit = f"resource.setrlimit(resource.RLIMIT_AS, ({16 * gib}, {16 * gib}))"

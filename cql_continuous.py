@@ -47,6 +47,7 @@ forms of DR3 and the rank penalty (dr3_analysis.py).
 import copy
 import ctypes
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -559,98 +560,125 @@ class Data:
 FLAGS = ("terminals", "timeouts", "terminations", "truncations")
 
 
-def read_array(f, key: str, where: str, out=None) -> np.ndarray:
-    """f[key] as float32, flags as bool, read straight into `out`; refused if it is not what it should be."""
-    rank = 2 if key.endswith("observations") or key == "actions" else 1
-    h = f.get(key)
-    if h is None:
-        fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'nothing'}), expected a D4RL or Minari file")
-    if not hasattr(h, "ndim"):
-        fail(f"{where}: '{key}' is a group, expected an array (flatten Dict spaces first)")
-    kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
-    if h.ndim != rank or h.dtype.kind not in kinds:
-        fail(f"{where}: '{key}' is {h.ndim}-D {h.dtype}, expected {rank}-D {what}")
-    if out is not None and out.shape != h.shape:
-        fail(f"{where}: '{key}' has shape {h.shape}, expected {out.shape} as its neighbours have")
-    if key in FLAGS:
-        x = h[()]
-        bad = np.flatnonzero((x != 0) & (x != 1))
-        if len(bad):
-            fail(f"{where}: '{key}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
-        return x.astype(bool)
-    x = np.empty(h.shape, np.float32) if out is None else out
+def columns(f, keys: list[str], where: str) -> dict:
+    """The HDF5 arrays of these names, refused unless each is there and of the right rank, kind and width."""
+    found = {}
+    for key in keys:
+        try:
+            found[key] = h = f[key]
+        except (KeyError, OSError):
+            fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'none'}), expected a D4RL or Minari file")
+        rank = 1 if key in FLAGS or key == "rewards" else 2
+        kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
+        if getattr(h, "shape", None) is None:
+            fail(f"{where}: '{key}' is not an array (Dict spaces must be flattened first)")
+        if len(h.shape) != rank or h.dtype.kind not in kinds:
+            fail(f"{where}: '{key}' is {len(h.shape)}-D {h.dtype}, expected {rank}-D {what}")
+        if 0 in h.shape[1:]:
+            fail(f"{where}: '{key}' has shape {h.shape}, expected at least one column")
+    return found
+
+
+def read_floats(h, out: np.ndarray, where: str):
+    """An HDF5 array of any float type straight into float32 rows; NaN and infinity are refused."""
     if h.size:
-        h.read_direct(x)
-    if not np.isfinite(np.sum(x, dtype=np.float64)):  # NaN and inf survive a sum: one pass, no temporary
-        row, *column = np.argwhere(~np.isfinite(x))[0]
-        fail(f"{where}: '{key}' row {row} holds {x[row, *column]}, expected finite numbers")
-    return x
+        h.read_direct(out)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(
+            np.sum(out, dtype=np.float64)
+        )  # NaN and inf survive a sum: one pass, no temporary
+    if not finite:
+        row, *column = np.argwhere(~np.isfinite(out))[0]
+        key = h.name.rsplit("/", 1)[-1]
+        fail(f"{where}: '{key}' row {row} holds {out[row, *column]}, expected finite numbers")
+
+
+def read_flags(h, where: str) -> np.ndarray:
+    x = h[()]
+    bad = np.flatnonzero((x != 0) & (x != 1))
+    if len(bad):
+        fail(f"{where}: '{h.name.rsplit('/', 1)[-1]}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
+    return x.astype(bool)
 
 
 def read_d4rl(f, path: Path, device) -> dict:
     """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
-    n = len(f["observations"]) if getattr(f["observations"], "ndim", 0) else 0
+    keys = ["observations", "actions", "rewards", "terminals"]
+    h = columns(f, keys + [k for k in ("timeouts", "next_observations") if k in f], path)
+    n, width = h["observations"].shape
+    for key, array in h.items():
+        if len(array) != n or (key == "next_observations" and array.shape[1] != width):
+            fail(f"{path}: '{key}' has shape {array.shape}, 'observations' {(n, width)}")
     if n == 0:
-        fail(f"{path}: 'observations' holds no rows")
-    given = [
-        k
-        for k in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-        if k in f
-    ]
-    reserve(sum(4 * getattr(f[k], "size", 0) for k in given) + 24 * n, "dataset", device)
+        fail(f"{path}: holds no transitions")
+    reserve(sum(4 * array.size for array in h.values()) + 24 * n, "dataset", device)
 
     def padded(key):
-        x = np.zeros((n + 1, *getattr(f.get(key), "shape", (n,))[1:]), np.float32)
-        read_array(f, key, path, out=x[:n])
-        x[n:] = x[n - 1 : n]
+        x = np.zeros((n + 1, *h[key].shape[1:]), np.float32)
+        read_floats(h[key], x[:n], path)
+        x[n] = x[n - 1]
         return x
 
-    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards")}
-    raw["next_obs"] = padded("next_observations") if "next_observations" in given else None
-    terminal, timeout, note = read_array(f, "terminals", path), np.zeros(n, bool), ""
-    if "timeouts" in given:
-        timeout = read_array(f, "timeouts", path)
+    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards"), "note": ""}
+    raw["next_obs"] = padded("next_observations") if "next_observations" in h else None
+    terminal, timeout = read_flags(h["terminals"], path), np.zeros(n, bool)
+    if "timeouts" in h:
+        timeout = read_flags(h["timeouts"], path)
     elif raw["next_obs"] is None:
-        note = ". No 'timeouts': episodes are taken to end at terminals only"
+        raw["note"] = ". No 'timeouts': episodes are taken to end at terminals only"
     else:
         timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
-        note = ". No 'timeouts': an episode is taken to end where next_observations is not the next row"
-    if {len(terminal), len(timeout)} != {n}:
-        fail(f"{path}: {n} observations, but {len(terminal)} terminals and {len(timeout)} timeouts")
+        raw["note"] = ". No 'timeouts': episodes are taken to end where next_observations is not the next row"
     terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
     end = terminal | timeout
     end[n - 1 : n] = True  # the file ends here, whatever its flags say
     real = np.arange(n + 1) < n
     has_next = real & (terminal | ~end) if raw["next_obs"] is None else real
-    return raw | {"terminal": terminal, "end": end, "real": real, "has_next": has_next, "note": note}
+    raw |= {"terminal": terminal, "end": end, "real": real, "has_next": has_next}
+    return raw | {"locate": lambda row: f"{path}: 'actions' row {row}"}
 
 
 def read_minari(f, path: Path, device) -> dict:
     """Minari layout, a group an episode with T + 1 observations: the last row of each is no transition."""
-    episodes = [f[k] for k in sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))]
-    lengths = [len(e["rewards"]) + 1 if "rewards" in e else 0 for e in episodes]
-    width = {k: getattr(episodes[0].get(k), "shape", (0, 0))[-1] for k in ("observations", "actions")}
-    n = sum(lengths)
+    names = [k for k in f if k.startswith("episode_")]
+    for name in names:
+        if not name[8:].isdigit() or not hasattr(f.get(name), "keys"):
+            fail(f"{path}: '{name}' is not an episode's group")
+    names.sort(key=lambda name: int(name[8:]))
+    keys = ["observations", "actions", "rewards", "terminations", "truncations"]
+    episodes = [columns(f[name], keys, f"{path}/{name}") for name in names]
+    width = {k: episodes[0][k].shape[1] for k in ("observations", "actions")}
+    for name, h in zip(names, episodes):
+        shapes, t = {k: array.shape for k, array in h.items()}, len(h["rewards"])
+        expected = {k: (t + (k == "observations"), *([width[k]] if k in width else [])) for k in keys}
+        if shapes != expected:
+            key = next(k for k in keys if shapes[k] != expected[k])
+            fail(
+                f"{path}/{name}: '{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
+            )
+    first = np.cumsum([0] + [len(h["observations"]) for h in episodes])
+    n = int(first[-1])
     reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
     raw = {
-        "obs": np.zeros((n, width["observations"]), np.float32),
-        "act": np.zeros((n, width["actions"]), np.float32),
+        k: np.zeros((n, width[key]), np.float32) for k, key in (("obs", "observations"), ("act", "actions"))
     }
     raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
     raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
-    for e, i, length in zip(episodes, np.cumsum([0, *lengths]), lengths):
-        where, j = f"{path}{e.name}", i + max(length - 1, 0)  # rows i to j - 1 are transitions
-        read_array(e, "rewards", where, out=raw["rew"][i:j])
-        read_array(e, "observations", where, out=raw["obs"][i : j + 1])
-        read_array(e, "actions", where, out=raw["act"][i:j])
-        flags = [read_array(e, k, where) for k in ("terminations", "truncations")]
-        if {len(x) for x in flags} != {j - i}:
-            fail(
-                f"{where}: {j - i} rewards, but {len(flags[0])} terminations and {len(flags[1])} truncations"
-            )
-        raw["terminal"][i:j], raw["end"][i:j], raw["real"][i:j] = flags[0], flags[0] | flags[1], True
-        raw["end"][max(j - 1, i) : j] = True
-    return raw | {"has_next": raw["real"]}
+    for name, h, i, j in zip(names, episodes, first, first[1:] - 1):  # rows i to j - 1 are transitions
+        where = f"{path}/{name}"
+        read_floats(h["observations"], raw["obs"][i : j + 1], where)
+        read_floats(h["actions"], raw["act"][i:j], where)
+        read_floats(h["rewards"], raw["rew"][i:j], where)
+        raw["terminal"][i:j] = read_flags(h["terminations"], where)
+        raw["end"][i:j] = raw["terminal"][i:j] | read_flags(h["truncations"], where)
+        raw["end"][max(i, j - 1) : j] = raw["real"][i:j] = True
+    raw["has_next"] = raw["real"]
+
+    def locate(row):
+        episode = int(np.searchsorted(first, row, "right")) - 1
+        return f"{path}/{names[episode]}: 'actions' row {row - first[episode]}"
+
+    return raw | {"locate": locate}
 
 
 def returns_to_go(rew, last, gamma: float):
@@ -664,19 +692,17 @@ def returns_to_go(rew, last, gamma: float):
 
 def load(path: Path, args: Args, env, device) -> Data:
     """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
-    import h5py
-
+    h5py = need("h5py")
     if not path.is_file():
         fail(f"--dataset {path}: no such file, Minari folder or downloaded Minari id")
     try:
         with open(path, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         with h5py.File(path) as f:
-            if "observations" not in f and "episode_0" not in f:
-                read_array(f, "observations", path)
-            raw = (read_d4rl if "observations" in f else read_minari)(f, path, device)
+            minari = "observations" not in f and any(k.startswith("episode_") for k in f)
+            raw = (read_minari if minari else read_d4rl)(f, path, device)
             made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:  # h5py's, on damage
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:  # h5py has all these for damage
         fail(f"{path}: not readable as HDF5, is it complete? ({first_line(e)})")
     obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
     if not real.any():
@@ -688,11 +714,6 @@ def load(path: Path, args: Args, env, device) -> Data:
         if widths != expected:
             ant = "; D4RL's ant needs include_cfrc_ext_in_observation=False" if widths[0] == 27 else ""
             fail(f"{path}: observations and actions are {widths} wide, {args.env_id} has {expected}{ant}")
-    if raw["next_obs"] is not None and raw["next_obs"].shape != obs.shape:
-        fail(
-            f"{path}: 'next_observations' are {raw['next_obs'].shape[1]} wide, 'observations' {obs.shape[1]}"
-        )
-
     # Episodes: their first rows, returns (before scaling), and for each row the last row of its episode
     start = real & np.append(True, (end | ~real)[:-1])
     rew[~real] = 0
@@ -718,8 +739,8 @@ def load(path: Path, args: Args, env, device) -> Data:
     act /= ((high - low) / 2).astype(np.float32)
     beyond = np.where(real, np.abs(act).max(1) - 1, 0)
     if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
-        row, box = beyond.argmax(), f"{low.tolist()} to {high.tolist()}"
-        fail(f"{path}: 'actions' row {row} is outside {box} by {beyond[row] / 2:.1%} of the range")
+        row, box = int(beyond.argmax()), f"{low.tolist()} to {high.tolist()}"
+        fail(f"{raw['locate'](row)} is outside {box} by {beyond[row] / 2:.1%} of the range")
     np.clip(act, -1, 1, out=act)
     rew *= args.reward_scale
     rew += args.reward_shift
@@ -871,8 +892,7 @@ def collect(args: Args, env: gym.Env, device) -> Path:
     if path.exists():
         print(f"no --dataset: using {path}, made by an earlier run")
         return path
-    import h5py
-
+    h5py = need("h5py")
     print(
         f"no --dataset: collecting {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}"
     )
@@ -1081,7 +1101,8 @@ def train(args: Args) -> dict:
     device, saved = set_up(args), find_checkpoint(args)
     env = make_env(args.env_id) if args.dataset is None or args.eval_episodes or args.online_steps else None
     envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    data = load(dataset_path(args.dataset) if args.dataset else collect(args, env, device), args, env, device)
+    path = collect(args, env, device) if args.dataset is None else dataset_path(args.dataset)
+    data = load(path, args, env, device)
     if saved and saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
@@ -1279,6 +1300,14 @@ def first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
+def need(package: str):
+    """An optional package, imported where it is needed, or one line that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"{package} is not installed: pip install {package}")
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -1460,10 +1489,7 @@ class Run:
         }
         self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
         if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights & Biases: pip install wandb")
+            wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
         if args.track:
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}

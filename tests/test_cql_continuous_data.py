@@ -185,8 +185,11 @@ def test_without_timeouts_and_without_next_observations(tmp_path, capsys):
 
 @pytest.mark.parametrize("backup", ["sac", "sarsa"])
 def test_without_timeouts_but_with_next_observations(tmp_path, capsys, backup):
-    """Where s' is not the next row's s, an episode must have ended: all rows as if the flags were there."""
+    """Where s' is not the next row's s, an episode must have ended: all rows as if the flags were there. One
+    entry that differs is enough, as where a robot is put back to the same height."""
     episodes = three_episodes()
+    for e in episodes:
+        e["obs"][:, 1] = 7
     data = read(write_flat(tmp_path / "d.hdf5", episodes, timeouts=False), backup=backup)
     out = capsys.readouterr().out
     assert "timeouts" in out and "next_observations" in out and "terminals only" not in out
@@ -836,6 +839,18 @@ def test_refuses_infinities_of_both_signs(capsys, key, dtype):
     assert re.search(r"row 4\b", refused(capsys, change(good_file(), key, spoil), f"'{key}'"))
 
 
+@pytest.mark.parametrize("key", ["observations", "next_observations"])
+def test_large_finite_numbers_are_no_infinities(key):
+    """A finiteness check by a float32 sum would find fault with two of them together."""
+
+    def enlarge(x):
+        x[[4, 6]] = 3e38
+        return x
+
+    data = read(change(good_file(), key, enlarge))
+    assert (data.obs if key == "observations" else data.next_obs)[4].tolist() == pytest.approx([3e38] * 3)
+
+
 def test_refuses_doubles_too_large_for_float32(capsys):
     """1e300 in the file would be an infinity in training."""
 
@@ -971,8 +986,10 @@ def test_refuses_rows_that_need_more_memory_than_there_is(capsys):
     """P8, and a crafted header: 10^12 rows that were never written take no disk at all."""
     path = good_file()
     with h5py.File(path, "a") as f:
-        del f["observations"]
-        f.create_dataset("observations", shape=(10**12, 3), dtype="f4", chunks=(1000, 3))
+        for key, (_, *width) in {key: f[key].shape for key in f}.items():
+            kind = f[key].dtype
+            del f[key]
+            f.create_dataset(key, shape=(10**12, *width), dtype=kind, chunks=(1000, *width))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train(Args(**SMALL | {"dataset": str(path)}))

@@ -58,6 +58,7 @@ import sys
 import threading
 import time
 import timeit
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -456,6 +457,14 @@ def dual_loss(log_x, slack):
     return -log_x.exp().clamp(max=1e6) * slack  # the authors' clamp
 
 
+def memory(args: Args, inputs: int, width: int, depth: int, n: int) -> int:
+    """Bytes: weights four times (target, gradient, two moments of Adam), activations twice (gradients)."""
+    sets = {"three-sets": 3, "mixture": 2, "policy": 1}[args.cql_proposals] if args.cql_alpha else 0
+    rows = args.batch_size * max(1 + sets * args.cql_samples, args.cql_samples * (args.backup == "max"))
+    actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
+    return 16 * (actor + n * width * (inputs + width * depth)) + 8 * rows * n * (inputs + 2 * width * depth)
+
+
 class Learner(nn.Module):
     """All that learns, with its optimisers; the collector and the offline phase have one each."""
 
@@ -771,11 +780,15 @@ def load(path: Path, args: Args, env, device) -> Data:
 
 
 # ----------------------------------------------------------------------- environment: collect, evaluate
-def make_env(env_id: str) -> gym.Env:
+def make_env(env_id: str, needed: bool = True) -> gym.Env | None:
+    """The environment, checked. If wanted only for its bounds and not installed: None, and a line."""
     try:
         env = gym.make(env_id)
     except Exception as e:  # registration, missing packages, a namespace's own errors
-        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+        if needed:
+            fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+        print(f"{env_id} is not installed here: actions are taken to lie in [-1, 1]")
+        return None
     box, obs = env.action_space, env.observation_space
     if (
         not isinstance(box, gym.spaces.Box)
@@ -790,7 +803,7 @@ def make_env(env_id: str) -> gym.Env:
     return env
 
 
-def make_envs(env_id: str, n: int):
+def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
     return gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
 
 
@@ -871,8 +884,6 @@ class Player:
     def restore(self, saved: dict):
         """The replay comes back whole; the environment starts a new episode."""
         self.rows, self.returns = len(saved["buffer"]["rew"]), saved["returns"]
-        if self.rows > len(self.buffer["rew"]):
-            fail(f"--online-steps {len(self.buffer['rew'])}: that run has made {self.rows} steps already")
         self.size.fill_(self.rows)
         self.seed = self.args.seed + self.rows
         for k, v in saved["buffer"].items():
@@ -1099,26 +1110,34 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
-    env = make_env(args.env_id) if args.dataset is None or args.eval_episodes or args.online_steps else None
+    env = make_env(args.env_id, needed=not args.dataset or args.eval_episodes > 0 or args.online_steps > 0)
     envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     path = collect(args, env, device) if args.dataset is None else dataset_path(args.dataset)
     data = load(path, args, env, device)
     if saved and saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
+    sizes = (data.obs.shape[1] + data.act.shape[1], args.critic_width, args.critic_depth, args.num_critics)
+    reserve(memory(args, *sizes), "networks and one update, roughly", device)
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
     learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
     if args.normalize_obs:
         data.standardise(learner)
     player = Player(env, args.online_steps, learner, args) if args.online_steps else None
-    step, history, bc_return = 0, [], None
+    step, history, bc_return, returns = 0, [], None, np.full(1, math.nan)
     if saved:
         learner.restore(saved["learner"])
+        if not all(p.isfinite().all() for p in learner.parameters()):
+            fail(f"--resume {saved['folder']}: its checkpoint.pt holds numbers that are not finite")
         step, history, bc_return = saved["step"], saved["history"], saved["bc_return"]
-        restore_random_state(saved["random"])
-        if saved["player"]:
-            if args.num_updates != saved["args"]["num_updates"]:
-                fail("--num-updates cannot change once the online phase has begun")
+        returns = np.array(saved["returns"])
+        before = saved["args"]["num_updates"]
+        if step > before and (args.num_updates != before or args.online_steps < step - before):
+            fail(
+                f"--resume: online already, keep --num-updates {before}, --online-steps from {step - before}"
+            )
+        if step > before:
             player.restore(saved["player"])
+        restore_random_state(saved["random"])
     run, total, info = Run(args, data.info, saved), args.num_updates + args.online_steps, {}
 
     def sample_both():
@@ -1130,21 +1149,13 @@ def train(args: Args) -> dict:
 
     def save():
         check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "step": step, "history": history, "bc_return": bc_return}
-        state |= {"player": player.checkpoint() if player else None, "random": random_state()}
-        run.save("checkpoint.pt", state)
-
-    def score() -> np.ndarray:
-        returns, overestimation = evaluate(learner, envs, args)
-        tags = {f"{group}/episodic_return": returns.mean() for group in ("charts", "eval")}
-        tags["charts/normalized_score"] = normalized_score(args.env_id, returns.mean())
-        run.scalars(tags | {"diagnostics/overestimation": overestimation}, step)
-        return returns
+        state = {"learner": learner.checkpoint(), "step": step, "history": history, "random": random_state()}
+        state |= {"bc_return": bc_return, "returns": returns.tolist()}
+        run.save("checkpoint.pt", state | {"player": player.checkpoint() if player else None})
 
     update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
     every = lambda n: n > 0 and step % n == 0
-    checked = (args.log_frequency, args.diagnostics_frequency, args.eval_frequency)
-    progress, returns = Progress("training", total, step), np.full(1, math.nan)
+    progress = Progress("training", total, step)
     with StopSignal() as stop:
         while step < total and not stop.signum:
             online = step >= args.num_updates
@@ -1152,49 +1163,50 @@ def train(args: Args) -> dict:
                 player.step()
             info = update(step < args.bc_steps, online)
             step += 1
-            if online or any(every(n) for n in checked):
+            diagnosing = every(args.diagnostics_frequency)
+            scoring = envs and (every(args.eval_frequency) or step in (args.bc_steps, total))
+            if online or diagnosing or scoring or every(args.log_frequency):
                 check_finite(step, info | dict(learner.named_parameters()))
             if every(args.log_frequency):
-                run.scalars({"losses/" + k: float(v) for k, v in info.items()}, step)
                 rate = progress.rate(step)
+                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
                 run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
-            if every(args.diagnostics_frequency):
-                with progress.paused():
+            with progress.paused(diagnosing or scoring):
+                if diagnosing:
                     moment = diagnose(learner, data, args)
                     run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                    if not online:
-                        history.append(moment | {"step": step})
-                        if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                            run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
-            if envs and step < total and (every(args.eval_frequency) or step == args.bc_steps):
-                with progress.paused():
-                    returns = score()
+                if diagnosing and not online:
+                    history.append(moment | {"step": step})
+                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                        run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
+                if scoring:
+                    returns, overestimation = evaluate(learner, envs, args)
+                    score = {"charts/episodic_return": returns.mean(), "eval/episodic_return": returns.mean()}
+                    score["charts/normalized_score"] = normalized_score(args.env_id, returns.mean())
+                    run.scalars(score | {"diagnostics/overestimation": overestimation}, step)
                     bc_return = float(returns.mean()) if step == args.bc_steps else bc_return
-            if every(args.checkpoint_frequency):
-                with progress.paused():
-                    save()
+            if every(args.checkpoint_frequency) and step < total:
+                save()
             progress.show(step, {"loss": info["qf_loss"], "Q": info["qf1_values"], "return": returns.mean()})
-    save()
-    if stop.signum:
-        run.stopped(stop.signum)
-
-    summary = data.info | {"num_updates": step, "updates_per_second": progress.rate(step)}
-    name, sentence = verdict(history, args)
-    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
-    summary["bc_return_mean"] = bc_return
-    if envs:
-        returns = score()
-        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
-        summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
-        if (run.dir / "selected.pt").is_file():
+        save()
+        summary = data.info | {"num_updates": step, "updates_per_second": progress.rate(step)}
+        if envs:
+            summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
+            summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
+        if envs and step == total and (run.dir / "selected.pt").is_file():
             chosen = load_checkpoint(run.dir / "selected.pt")
             learner.load_state_dict(chosen["networks"])
             selected = evaluate(learner, envs, args)[0].mean()
             summary |= {"selected_step": chosen["step"], "selected_return_mean": float(selected)}
-    returned = (
+        if stop.signum:
+            run.stopped(stop.signum)
+    name, sentence = verdict(history, args)
+    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
+    summary["bc_return_mean"] = bc_return
+    known = (
         (k, summary.get(f"{k}_return_mean")) for k in ("dataset", "bc", "selected", "final", "collector")
     )
-    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in returned if v is not None))
+    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known if v is not None))
     print(f"verdict: {name}. {sentence}")
     return run.finish(summary)
 
@@ -1371,8 +1383,8 @@ class Progress:
         self.begin, self.shown = time.perf_counter(), 0.0
 
     @contextmanager
-    def paused(self):
-        if torch.cuda.is_initialized():
+    def paused(self, really: bool = True):
+        if really and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # queued updates are not part of the pause
         paused = time.perf_counter()
         yield
@@ -1428,12 +1440,15 @@ def restore_random_state(saved: dict):
 
 def load_checkpoint(path: Path) -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
+    script = Path(__file__).stem
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if (saved["script"], saved["format"]) != (Path(__file__).stem, FORMAT):
-            raise ValueError(f"made by {saved['script']}, format {saved['format']}")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
+            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
     except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {Path(__file__).name} ({type(e).__name__}: {first_line(e)})")
+        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
     return saved | {"folder": path.parent}
 
 
@@ -1442,9 +1457,12 @@ def find_checkpoint(args) -> dict | None:
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
         for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return load_checkpoint(path)
+            try:
+                header = json.loads((path.parent / "args.json").read_text())
+                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                    return load_checkpoint(path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # not a run's folder, or not one of ours
         print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
         return None
     if args.resume is None:

@@ -1,10 +1,10 @@
 """Updates per second of cql_continuous.py, its peer d3rlpy and the matmul limit, alternating in one run.
 
-  python benchmarks/speed.py --peer-python peer/bin/python --rounds 3      # see peer_d3rlpy.py for that environment
+  python benchmarks/speed.py --peer-python peer/bin/python    # that environment: see peer_d3rlpy.py
 
-HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers of 256, three sets of 10 sampled
-actions, random data. The limit is the time of the matrix products alone that an update cannot do without, at its
-shapes: forward, weight gradient, input gradient. Writes one row a round to benchmarks/raw/speed_cql.csv.
+HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers of 256, three sets of 10
+sampled actions, random data. The limit is the time of the matrix products alone that an update cannot do
+without, at its shapes: forward, weight gradient, input gradient. Writes one row a round to benchmarks/raw/speed_cql.csv.
 """
 
 import argparse

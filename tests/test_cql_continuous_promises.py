@@ -735,25 +735,28 @@ CRITIC, ACTOR, TARGET = "critic.layers.0.weight", "actor.net.0.bias", "target.he
 NEVER = 10_000
 
 
+NON_FINITE = [  # what becomes which number after which update, event -> frequency, last step to stop at, name
+    ("reward", "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
+    ("reward", "math.inf", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
+    (CRITIC, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|critic\.layers\.0\.weight"),
+    (ACTOR, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|actor.*"),
+    (ACTOR, "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(ACTOR)),
+    (CRITIC, "-math.inf", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(CRITIC)),
+    (TARGET, "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(TARGET)),
+    ("log_alpha", "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, "log_alpha|alpha"),
+    ("reward", "math.nan", 57, {"checkpoint": 30}, 60, r"qf1_loss"),
+    (CRITIC, "math.nan", 60, {"checkpoint": 30}, 60, re.escape(CRITIC)),
+    (CRITIC, "math.nan", 57, {"checkpoint": 30, "diagnostics": 58}, 58, r"\S+"),
+    (ACTOR, "math.nan", 58, {"checkpoint": 30, "diagnostics": 29}, 58, r"\S+"),
+    (ACTOR, "math.nan", 58, {"checkpoint": 30, "eval": 29}, 60, r"\S+"),
+    (CRITIC, "math.nan", 100, {"checkpoint": 30}, 100, re.escape(CRITIC)),
+]
+
+
 @pytest.mark.parametrize(
     "what, number, update, frequencies, stops, names",
-    [
-        ("reward", "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
-        ("reward", "math.inf", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
-        (CRITIC, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|critic\.layers\.0\.weight"),
-        (ACTOR, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|actor.*"),
-        (ACTOR, "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(ACTOR)),
-        (CRITIC, "-math.inf", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(CRITIC)),
-        (TARGET, "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(TARGET)),
-        ("log_alpha", "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, "log_alpha|alpha"),
-        ("reward", "math.nan", 57, {"checkpoint": 30}, 60, r"qf1_loss"),
-        (CRITIC, "math.nan", 60, {"checkpoint": 30}, 60, re.escape(CRITIC)),
-        (CRITIC, "math.nan", 57, {"checkpoint": 30, "diagnostics": 58}, 58, r"\S+"),
-        (ACTOR, "math.nan", 58, {"checkpoint": 30, "diagnostics": 29}, 58, r"\S+"),
-        (ACTOR, "math.nan", 58, {"checkpoint": 30, "eval": 29}, 60, r"\S+"),
-        (CRITIC, "math.nan", 100, {"checkpoint": 30}, 100, re.escape(CRITIC)),
-    ],
-    ids=lambda x: x if isinstance(x, str) and x.startswith(("reward", "critic", "actor", "target")) else "",
+    NON_FINITE,
+    ids=["{} {} at {}: {}".format(*case[:4]) for case in NON_FINITE],
 )
 def test_non_finite_numbers_stop_the_run(
     what, number, update, frequencies, stops, names, new_process, data, tmp_path

@@ -1,5 +1,5 @@
-"""Whole runs of cql_continuous.py: every variant must learn, every documented command must start, every mistake
-on the command line must be one line and status 2."""
+"""Whole runs of cql_continuous.py: every variant must learn, every documented command must start, every
+mistake on the command line must be one line and status 2."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from cql_continuous import Args, train
 
 
 class Point(gym.Env):
-    """A point on a line: x' = x + a / 4, reward -|x'|, 20 steps. Standing still earns about -10, going home -1.5;
-    the best action is in the data of a random policy, and is not its mean."""
+    """A point on a line: x' = x + a / 4, reward -|x'|, 20 steps. Standing still earns about -10, going home
+    -1.5; the best action is in the data of a random policy, and is not its mean."""
 
     observation_space = gym.spaces.Box(-4, 4, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -51,9 +51,9 @@ def point_data(tmp_path_factory):
     return write_d4rl(path, n=len(obs), **columns, terminals=np.zeros(len(obs), bool), timeouts=end)
 
 
-FAST = ["--env", "Point-v0", "--num-updates", "400", "--bc-steps", "0", "--critic-width", "32", "--policy-width",
-        "32", "--batch-size", "128", "--q-lr", "0.003", "--policy-lr", "0.003", "--tau", "0.05", "--gamma", "0.9",
-        "--eval-frequency", "0", "--diagnostics-frequency", "100", "--cql-alpha", "0.2"]  # fmt: skip
+FAST = """--env Point-v0 --num-updates 400 --bc-steps 0 --critic-width 32 --policy-width 32 --batch-size 128
+--q-lr 0.003 --policy-lr 0.003 --tau 0.05 --gamma 0.9 --eval-frequency 0 --diagnostics-frequency 100
+--cql-alpha 0.2""".split()
 
 VARIANTS = {
     "CQL(H), three sets": "",
@@ -101,8 +101,8 @@ def test_fine_tuning_learns_from_its_own_replay(point_data):
 
 
 def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
-    """No dataset: it collects (here only random steps), trains offline, writes every file, and a second run reuses
-    the data. In a subprocess, as a user sees it."""
+    """No dataset: it collects (here only random steps), trains offline, writes every file, and a second run
+    reuses the data. In a subprocess, as a user sees it."""
     words = [*TINY, "--collect-steps", 300, "--num-updates", 60, "--bc-steps", 20, "--eval-episodes", 2]
     words += ["--diagnostics-frequency", 20, "--log-frequency", 20, "--eval-frequency", 20]
     done = run_script("cql_continuous.py", *words, cwd=tmp_path)
@@ -113,22 +113,22 @@ def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
     assert any(p.name.startswith("events.out.tfevents") for p in run.iterdir())
     summary = json.loads((run / "summary.json").read_text())
     for key in (
-        "final_return_mean final_return_std eval_episodes wall_seconds device num_updates updates_per_second verdict "
-        "selected_return_mean selected_step dataset_return_mean normalized_score bc_return_mean collector_return_mean"
+        "final_return_mean final_return_std eval_episodes wall_seconds device num_updates updates_per_second "
+        "verdict selected_return_mean selected_step dataset_return_mean normalized_score bc_return_mean "
+        "collector_return_mean"
     ).split():
         assert key in summary, key
     assert summary["normalized_score"] is None  # Pendulum has no reference
     assert "verdict:" in done.stdout and "collecting" in done.stdout
     tags = {line.split(",")[1] for line in (run / "metrics.csv").read_text().splitlines()}
-    assert {
-        "charts/episodic_return", "eval/episodic_return", "charts/SPS", "charts/updates_per_second", "losses/qf1_loss",
-        "losses/qf2_loss", "losses/qf_loss", "losses/actor_loss", "losses/cql_loss", "losses/alpha", "losses/cql_ess",
-        "diagnostics/srank", "diagnostics/rank_pca", "diagnostics/effective_rank", "diagnostics/sigma_max",
-        "diagnostics/sigma_min", "diagnostics/feature_dot", "diagnostics/feature_cos", "diagnostics/feature_norm",
-        "diagnostics/dormant", "diagnostics/q_data", "diagnostics/q_pi", "diagnostics/q_rand", "diagnostics/q_max",
-        "diagnostics/q_bound", "diagnostics/td_error", "diagnostics/td_error_holdout", "diagnostics/v_s0",
-        "diagnostics/cql_gap", "diagnostics/overestimation",
-    } <= tags  # fmt: skip
+    wanted = """charts/episodic_return eval/episodic_return charts/SPS charts/updates_per_second losses/qf1_loss
+    losses/qf2_loss losses/qf_loss losses/actor_loss losses/cql_loss losses/alpha losses/cql_ess
+    diagnostics/srank diagnostics/rank_pca diagnostics/effective_rank diagnostics/sigma_max diagnostics/sigma_min
+    diagnostics/feature_dot diagnostics/feature_cos diagnostics/feature_norm diagnostics/dormant
+    diagnostics/q_data diagnostics/q_pi diagnostics/q_rand diagnostics/q_max diagnostics/q_bound
+    diagnostics/td_error diagnostics/td_error_holdout diagnostics/v_s0 diagnostics/cql_gap
+    diagnostics/overestimation"""
+    assert set(wanted.split()) <= tags
     again = run_script("cql_continuous.py", *words, "--seed", 1, cwd=tmp_path)
     assert "using datasets" in again.stdout
 
@@ -183,7 +183,7 @@ def test_tyro_refuses_what_is_no_number(capsys):
 
 
 def documented_commands() -> list[str]:
-    """Every `python cql_continuous.py ...` of the README and of the script's docstring, continued lines joined."""
+    """Every `python cql_continuous.py ...` of README and docstring, continued lines joined."""
     commands = []
     for file in ("README.md", "cql_continuous.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")

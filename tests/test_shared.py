@@ -79,7 +79,7 @@ def test_no_script_imports_another():
 
 
 def test_size_report(capsys):
-    """Prints, for each script, its lines in all, those before the first shared block, and those of each block."""
+    """Prints, for each script, its lines in all, those of its own, and those of each shared block."""
     with capsys.disabled():
         for path in sorted(ROOT.glob("*.py")):
             text = path.read_text()

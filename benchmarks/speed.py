@@ -4,7 +4,8 @@
 
 HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers of 256, three sets of 10
 sampled actions, random data. The limit is the time of the matrix products alone that an update cannot do
-without, at its shapes: forward, weight gradient, input gradient. Writes one row a round to benchmarks/raw/speed_cql.csv.
+without, at its shapes: forward, weight gradient, input gradient. Writes one row a round
+to benchmarks/raw/speed_cql.csv.
 """
 
 import argparse

@@ -121,9 +121,11 @@ def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
     assert summary["normalized_score"] is None  # Pendulum has no reference
     assert "verdict:" in done.stdout and "collecting" in done.stdout
     tags = {line.split(",")[1] for line in (run / "metrics.csv").read_text().splitlines()}
-    wanted = """charts/episodic_return eval/episodic_return charts/SPS charts/updates_per_second losses/qf1_loss
+    wanted = """charts/episodic_return eval/episodic_return charts/SPS charts/updates_per_second
+    losses/qf1_loss
     losses/qf2_loss losses/qf_loss losses/actor_loss losses/cql_loss losses/alpha losses/cql_ess
-    diagnostics/srank diagnostics/rank_pca diagnostics/effective_rank diagnostics/sigma_max diagnostics/sigma_min
+    diagnostics/srank diagnostics/rank_pca diagnostics/effective_rank diagnostics/sigma_max
+    diagnostics/sigma_min
     diagnostics/feature_dot diagnostics/feature_cos diagnostics/feature_norm diagnostics/dormant
     diagnostics/q_data diagnostics/q_pi diagnostics/q_rand diagnostics/q_max diagnostics/q_bound
     diagnostics/td_error diagnostics/td_error_holdout diagnostics/v_s0 diagnostics/cql_gap

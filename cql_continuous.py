@@ -1067,6 +1067,8 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     numbers = numbers.replace(" (nan held out)", "")
+    drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
+    numbers += f", Q still moving ({drift:+.1f} in the last fifth: train longer)" if abs(drift) > 0.1 else ""
     rules = {
         "undefined": (
             not math.isfinite(td + gap),
@@ -1083,7 +1085,7 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
         ),
         "sarsa fails": (
             sarsa,
-            f"{numbers}: mend this before any policy enters. Try --tau, --critic-width or --gamma",
+            f"{numbers}: mend this before a policy enters. Try --num-updates, --tau, --critic-width, --gamma",
         ),
         "overfitting": (
             fall > 0.1,

@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 
 COLUMNS = """env_id exp_name seed num_updates batch_size dataset_return_mean bc_return_mean
-final_return_mean final_return_std selected_return_mean selected_step collector_return_mean normalized_score overestimation
-q_max q_bound td_error td_error_holdout cql_gap srank feature_dot verdict updates_per_second wall_seconds dataset_sha256
-device""".split()
+final_return_mean final_return_std selected_return_mean selected_step collector_return_mean normalized_score
+overestimation q_max q_bound td_error td_error_holdout cql_gap srank feature_dot verdict
+updates_per_second wall_seconds dataset_sha256 device""".split()
 PANELS = {
     "eval/episodic_return": "return",
     "diagnostics/q_data": "Q of the data",

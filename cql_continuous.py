@@ -1543,7 +1543,10 @@ class Run:
                 value = float(value)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        self.csv.flush()
+        try:
+            self.csv.flush()
+        except OSError as e:
+            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())

@@ -354,6 +354,21 @@ def test_action_scaling_there_and_back_on_pendulum(tmp_path):
     assert 1.9 < raw.max() and env.action_space.contains(cql.to_env(torch.ones(1), env.action_space))
 
 
+def test_bounds_hold_without_evaluation(capsys):
+    """--eval-episodes 0 must not change what an action means: the environment still says its bounds. Where it
+    is not installed (a run on a cluster without MuJoCo) they are taken to be [-1, 1], which is said."""
+    path = write_d4rl("d.hdf5", n=40, length=8, scale=2.0)
+    for env_id in ("Pendulum-v1", "NotInstalled-v0"):
+        args = Args(**SMALL | {"dataset": str(path), "env_id": env_id})
+        if env_id == "Pendulum-v1":
+            assert train(args)["num_updates"] == 1
+        else:
+            refused(capsys, path, "'actions'", "[-1.0] to [1.0]", env_id=env_id, run_dir="others")
+            write_d4rl(path, n=40, length=8, scale=1.0)
+            assert train(args)["num_updates"] == 1
+            assert "NotInstalled-v0" in capsys.readouterr().out
+
+
 def test_action_scaling_with_lopsided_bounds(tmp_path):
     """Every dimension by its own bounds."""
     low, high = np.array([-1.0, 0.0, 2.0]), np.array([3.0, 10.0, 2.5])
@@ -591,14 +606,15 @@ def test_minari_and_d4rl_agree(tmp_path):
 def refused(capsys, path, *words, **changes) -> str:
     """train() ends with status 2 and one line on stderr, with the file and `words`; no run folder is made."""
     capsys.readouterr()
+    args = Args(**SMALL | {"dataset": str(path)} | changes)
     with pytest.raises(SystemExit) as stop:
-        train(Args(**SMALL | {"dataset": str(path)} | changes))
+        train(args)
     err = capsys.readouterr().err
     assert stop.value.code == 2, err
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
     for word in (str(path), *words):
         assert str(word) in err, f"{word!r} not in {err!r}"
-    assert not Path("runs").exists()
+    assert not Path(args.run_dir).exists()
     return err
 
 
@@ -753,14 +769,14 @@ def test_refuses_a_d4rl_array_of_wrong_width(capsys, key, make, timeouts):
 @pytest.mark.parametrize("make", [pytest.param(m, id=name) for name, m in WIDTH.items()])
 def test_refuses_next_observations_of_another_width_without_an_environment(capsys, make, timeouts):
     path = change(good_file(**({} if timeouts else {"timeouts": None})), "next_observations", make)
-    refused(capsys, path, "next_observations")
+    refused(capsys, path, "next_observations", env_id="NotInstalled-v0")
 
 
 @pytest.mark.parametrize("key", ["actions", "observations"])
 def test_refuses_arrays_without_columns_without_an_environment(capsys, key):
-    """With --eval-episodes 0 nothing else says how wide they should be."""
+    """With --eval-episodes 0 and no such package here nothing else says how wide they should be."""
     path = change(good_file(next_obs=False), key, lambda x: x[:, :0])
-    refused(capsys, path, key)
+    refused(capsys, path, key, env_id="NotInstalled-v0")
 
 
 @pytest.mark.parametrize("number", [0, 3], ids=["first", "fourth"])
@@ -913,7 +929,7 @@ def test_refuses_d4rl_ant_with_the_way_out(capsys):
 @pytest.mark.parametrize("layout", ["d4rl", "minari"])
 def test_one_transition(capsys, layout, backup):
     """Refused if it has no s' (or a'), else a dataset, if a poor one."""
-    episodes = [episode(0, 1, "timeout")]
+    episodes = [episode(0, 1, "timeout", 3)]
     if layout == "d4rl":
         refused(
             capsys, write_flat("one.hdf5", episodes, next_obs=False), "nothing to train on", backup=backup
@@ -923,7 +939,7 @@ def test_one_transition(capsys, layout, backup):
         refused(capsys, path, "nothing to train on", backup=backup)
     else:
         assert_rows(read(path), expected_rows(episodes))
-    episodes = [episode(0, 1, "terminal")]
+    episodes = [episode(0, 1, "terminal", 3)]
     path = write_flat("one.hdf5", episodes) if layout == "d4rl" else write_minari("one.hdf5", episodes)
     assert_rows(read(path, backup=backup), expected_rows(episodes, backup=backup))
 
@@ -932,11 +948,11 @@ def test_one_transition(capsys, layout, backup):
 def test_all_episodes_of_length_one(capsys, layout):
     """Nothing to bootstrap from if all time out: refused. Bandit data (all terminal) are transitions."""
     write = write_flat if layout == "d4rl" else write_minari
-    cut = [episode(5 * i, 1, "timeout") for i in range(6)]
+    cut = [episode(5 * i, 1, "timeout", 3) for i in range(6)]
     refused(capsys, write("one.hdf5", cut), "nothing to train on", "6", backup="sarsa")
     if layout == "d4rl":
         refused(capsys, write_flat("one.hdf5", cut, next_obs=False), "nothing to train on", "6")
-    bandit = [episode(5 * i, 1, "terminal") for i in range(6)]
+    bandit = [episode(5 * i, 1, "terminal", 3) for i in range(6)]
     data = read(write("one.hdf5", bandit))
     assert_rows(data, expected_rows(bandit))
     assert data.starts.tolist() == data.train.tolist()

@@ -276,8 +276,8 @@ def test_resume_refuses_another_algorithm_and_other_data(new_process, data, tmp_
 
 
 def fine_tuning(data):
-    """Steps 40 to 300 act in Pendulum, whose episodes last 200 steps: the first one ends at 240."""
-    return [*words(data), "--num-updates", 40, "--bc-steps", 10, "--online-steps", 260,
+    """Steps 40 to 260 act in Pendulum, whose episodes last 200 steps: the first one ends at 240."""
+    return [*words(data), "--num-updates", 40, "--bc-steps", 10, "--online-steps", 220,
             "--eval-frequency", 0, "--diagnostics-frequency", 20]  # fmt: skip
 
 
@@ -300,21 +300,21 @@ def test_stopped_before_the_fine_tuning_resumes_bitwise(stop, fine_tuned, new_pr
 
 def test_stopped_in_the_fine_tuning_the_replay_comes_back_whole(fine_tuned, new_process, data, tmp_path):
     line = fine_tuning(data)
-    new_process(tmp_path, *line, before="at(270, send(signal.SIGTERM))", status=143)
+    new_process(tmp_path, *line, before="at(250, send(signal.SIGTERM))", status=143)
     run, expected = only_run(tmp_path), load(fine_tuned / "checkpoint.pt")["player"]
     stopped = load(run / "checkpoint.pt")["player"]
     assert len(stopped["returns"]) == 1
     for k, v in stopped["buffer"].items():  # up to the stop nothing differs from the uninterrupted run
-        assert len(v) == 230 and torch.equal(v, expected["buffer"][k][:230]), k
+        assert len(v) == 210 and torch.equal(v, expected["buffer"][k][:210]), k
     wait_for_next_second()
     new_process(tmp_path, *line, "--resume", run)
     saved = load(run / "checkpoint.pt")
-    assert saved["step"] == 300 and saved["player"]["returns"][:1] == stopped["returns"]
+    assert saved["step"] == 260 and saved["player"]["returns"][:1] == stopped["returns"]
     for k, v in saved["player"]["buffer"].items():
-        assert len(v) == 260 and torch.equal(v[:230], stopped["buffer"][k]), k
+        assert len(v) == 220 and torch.equal(v[:210], stopped["buffer"][k]), k
     obs, next_obs = (saved["player"]["buffer"][k] for k in ("obs", "next_obs"))
-    assert not torch.equal(obs[230], next_obs[229])  # a new episode, not a row that joins two
-    assert not torch.equal(obs[230], obs[0])  # and not the first one again
+    assert not torch.equal(obs[210], next_obs[209])  # a new episode, not a row that joins two
+    assert not torch.equal(obs[210], obs[0])  # and not the first one again
     tags = [[row[:2] for row in metrics(r)] for r in (run, fine_tuned)]
     assert tags[0] == tags[1] and max(Counter(tags[0]).values()) == 1
     assert {k: len(v) for k, v in events(run).items()} == {k: len(v) for k, v in events(fine_tuned).items()}
@@ -620,8 +620,11 @@ INTERRUPTIONS = {  # and the step of the checkpoint; the first file to be saved 
 }
 
 
-@pytest.mark.parametrize("when", INTERRUPTIONS)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum, when",
+    [(signal.SIGINT, k) for k in INTERRUPTIONS]
+    + [(signal.SIGTERM, k) for k in ("after an update", "in the last evaluation")],
+)
 def test_a_signal_at_any_moment_saves_and_prints_the_command(signum, when, new_process, data, tmp_path):
     code, step = INTERRUPTIONS[when]
     line = [*words(data), "--num-updates", 100]

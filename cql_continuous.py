@@ -1167,7 +1167,7 @@ def train(args: Args) -> dict:
             step += 1
             diagnosing = every(args.diagnostics_frequency)
             scoring = envs and (every(args.eval_frequency) or step in (args.bc_steps, total))
-            if online or diagnosing or scoring or every(args.log_frequency):
+            if diagnosing or scoring or every(args.log_frequency):
                 check_finite(step, info | dict(learner.named_parameters()))
             if every(args.log_frequency):
                 rate = progress.rate(step)

@@ -243,7 +243,7 @@ def test_resume_auto_takes_the_newest_run_with_these_arguments(new_process, data
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
-@pytest.mark.parametrize("header", ['{"script": "sac", "args": {}}', "{}", "{", None])
+@pytest.mark.parametrize("header", ["sac.py's", "{}", "{", None])
 def test_resume_auto_passes_over_what_is_not_this_script_s(header, new_process, data, tmp_path):
     """All scripts share runs/: the newest checkpoint there may be sac.py's, or one without the rest."""
     line = words(data, "--eval-episodes", 0, "--num-updates", 20)
@@ -253,7 +253,8 @@ def test_resume_auto_passes_over_what_is_not_this_script_s(header, new_process, 
     other.mkdir()
     torch.save(load(run / "checkpoint.pt") | {"script": "sac"}, other / "checkpoint.pt")
     if header:
-        (other / "args.json").write_text(header)
+        theirs = (run / "args.json").read_text().replace('"script": "cql_continuous"', '"script": "sac"')
+        (other / "args.json").write_text(theirs if header == "sac.py's" else header)
     done = new_process(tmp_path, *line, "--resume", "auto")
     assert run.name in done.out and summary(run)["num_updates"] == 20
 
@@ -610,13 +611,14 @@ def wrapped(*rest):
     return real(*rest)
 {0} = wrapped
 """
-INTERRUPTIONS = {  # and the step of the checkpoint; the first file to be saved is selected.pt, at 50
+INTERRUPTIONS = {  # and the step of the checkpoint. The first save is selected.pt, at 50; evaluations come
+    # at 60 (cloning ends), 90, 100, and of selected.pt
     "before an update": ("at(73, send(signum), before=True)", 73),
     "after an update": ("at(73, send(signum))", 73),
     "in diagnostics": (WRAPPED.format("cql.diagnose", 1), 50),
     "in a save": (WRAPPED.format("torch.save", 2), 60),
     "in an evaluation": (WRAPPED.format("cql.evaluate", 2), 90),
-    "in the last evaluation": (WRAPPED.format("cql.evaluate", 3), 100),
+    "in the last evaluation": (WRAPPED.format("cql.evaluate", 4), 100),
 }
 
 

@@ -1052,7 +1052,7 @@ def peak(history: list[dict], args: Args) -> tuple[dict, float]:
 def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
 
-    Only from what an offline user can see, in dimensionless numbers (arXiv 2109.10813): means of the last
+    Only from what an offline user sees, in dimensionless numbers (arXiv 2109.10813): means of the last
     fifth of the run, Q in units of q_unit().
     """
     if not history:
@@ -1069,6 +1069,11 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     numbers = numbers.replace(" (nan held out)", "")
     drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
     numbers += f", Q still moving ({drift:+.1f} in the last fifth: train longer)" if abs(drift) > 0.1 else ""
+    sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
+    if fall > 0.1:
+        sign = (
+            f"the dataset's Q rose until update {top['step']:,} and has fallen by {fall:.2f} deviations since"
+        )
     rules = {
         "undefined": (
             not math.isfinite(td + gap),
@@ -1088,19 +1093,18 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
             f"{numbers}: mend this before a policy enters. Try --num-updates, --tau, --critic-width, --gamma",
         ),
         "overfitting": (
-            fall > 0.1,
-            f"the dataset's Q rose until update {top['step']:,} and has since fallen by {fall:.2f} "
-            f"deviations; {numbers}. Take selected.pt, from the peak; try --dropout 0.1, --vib-coef 0.01 or "
-            f"a smaller net",
+            fall > 0.1 or held > max(5 * td, LOW_TD),
+            f"{numbers}: {sign}. Take selected.pt; try --dropout 0.1, --vib-coef 0.01 or a smaller net",
         ),
         "alpha too large": (
             gap < -5 and not off > -1,
             f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5}",
         ),
         "underfitting": (
-            td > 2 * LOW_TD and gap > 0,
+            td > LOW_TD and gap > -0.5,  # a fitted conservative critic has a gap clearly below 0
             f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
-            f"{2 * args.critic_width}, --critic-depth {args.critic_depth + 1}, --residual, then --dr3-coef",
+            f"{max(256, 2 * args.critic_width)}, --critic-depth {args.critic_depth + 1} or --residual, then "
+            f"--dr3-coef 0.01",
         ),
     }
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"

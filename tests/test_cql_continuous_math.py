@@ -580,6 +580,7 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
     [
         ("no sign of trouble", curve(np.minimum(np.linspace(0, 60, 40), 30)), {}),
         ("overfitting", curve(np.r_[RISE, FALL]), {}),
+        ("overfitting", curve(np.minimum(np.linspace(0, 60, 40), 30), td_error_holdout=0.4), {}),
         ("divergence", curve(np.linspace(0, 500, 40), q_max=500.0), {}),
         (
             "alpha too large",

@@ -1069,6 +1069,7 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     numbers = numbers.replace(" (nan held out)", "")
     drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
     numbers += f", Q still moving ({drift:+.1f} in the last fifth: train longer)" if abs(drift) > 0.1 else ""
+    midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
     sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
     if fall > 0.1:
         sign = (
@@ -1101,7 +1102,7 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
             f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5}",
         ),
         "underfitting": (
-            td > LOW_TD and gap > -0.5,  # a fitted conservative critic has a gap clearly below 0
+            td > max(LOW_TD, 0.6 * midway) and gap > -0.5,  # a fitted conservative critic's gap is below 0
             f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
             f"{max(256, 2 * args.critic_width)}, --critic-depth {args.critic_depth + 1} or --residual, then "
             f"--dr3-coef 0.01",

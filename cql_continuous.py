@@ -1068,7 +1068,6 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     numbers = numbers.replace(" (nan held out)", "")
     drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
-    numbers += f", Q still moving ({drift:+.1f} in the last fifth: train longer)" if abs(drift) > 0.1 else ""
     midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
     sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
     if fall > 0.1:
@@ -1109,6 +1108,8 @@ def verdict(history: list[dict], args: Args) -> tuple[str, str]:
         ),
     }
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
+    if abs(drift) > 0.1:
+        healthy += f". It moved by {drift:+.1f} in the last fifth: try more --num-updates"
     return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 

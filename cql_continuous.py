@@ -210,27 +210,18 @@ LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_
 
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    for name, value in asdict(args).items():
-        least, most = LIMITS.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:  # a NaN is not
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
-
-    def only_if(condition: bool, otherwise: str, *names: str):
-        for name in names:
-            if getattr(args, name) != getattr(Args, name) and not condition:
-                fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-    only_if(args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
-    only_if(args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
-    only_if(args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
-    only_if(args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
-    only_if(args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
-    only_if(args.backup != "sarsa", "with --backup sarsa: a replay has no next action", "online_steps")
-    only_if(args.dataset is None, "with --dataset", "collect_steps")
-    only_if(args.online_steps > 0, "without --online-steps", "offline_share")
-    only_if(args.vib_coef > 0, "without --vib-coef", "vib_dim")
-    only_if(args.critic_depth > 1, "with --critic-depth 1", "residual")
-    only_if(args.track, "without --track", "wandb_project_name", "wandb_entity")
+    check_limits(args, LIMITS)
+    only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
+    only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
+    only_if(args, args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
+    only_if(args, args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
+    only_if(args, args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
+    only_if(args, args.backup != "sarsa", "with --backup sarsa: a replay has no next action", "online_steps")
+    only_if(args, args.dataset is None, "with --dataset", "collect_steps")
+    only_if(args, args.online_steps > 0, "without --online-steps", "offline_share")
+    only_if(args, args.vib_coef > 0, "without --vib-coef", "vib_dim")
+    only_if(args, args.critic_depth > 1, "with --critic-depth 1", "residual")
+    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and args.cql_alpha == 0:
         fail("--precision bf16 has no effect with --cql-alpha 0: it covers the sampled actions")
     if args.cql_proposals is None:
@@ -1305,9 +1296,9 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency eval_frequency cuda
-eval_episodes log_frequency diagnostics_frequency compile cudagraphs track wandb_project_name wandb_entity
-run_dir resume capture_video""".split()  # on resume; any other argument must be as it was
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
+eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
 
 
 def fail(message: str, status: int = 2):
@@ -1330,6 +1321,21 @@ def need(package: str):
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def check_limits(args, limits: dict):
+    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    for name, value in asdict(args).items():
+        least, most = limits.get(name, (0, 1e18))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+
+
+def only_if(args, condition, otherwise: str, *names: str):
+    """Refuse arguments that are not at their default while the condition under which they act is false."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args), name) and not condition:
+            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
 
 
 def set_up(args) -> torch.device:

@@ -1,0 +1,1178 @@
+"""Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy, and a maker of datasets.
+
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The policy maximises the
+sum of rewards and entropies. For a given Q, its best answer and the value of that are known in closed form:
+
+  pi(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log int exp(Q(s,a) / alpha) da.
+
+An actor, a tanh-squashed Gaussian, is fitted to it. Three losses, on minibatches of a replay buffer D:
+
+  J(Q_i)   = 1/2 E_D[ (Q_i(s,a) - y)^2 ]                                                  (Eq. 5)
+         y = r + gamma (1 - done) ( min_j Qt_j(s',a') - alpha log pi(a'|s') ),  a' ~ pi(.|s')
+  J(pi)    = E_D[ alpha log pi(a|s) - min_i Q_i(s,a) ],  a = tanh(mean + std noise)       (Eqs. 7, 9)
+  J(alpha) = E_D[ -alpha (log pi(a|s) + H) ]                                              (Eq. 18)
+
+Target critics follow slowly, Qt <- Qt + tau (Q - Qt), so that the regression's target holds still. The
+minimum over critics answers overestimation: the policy seeks out actions whose Q is too large by accident.
+REDQ (arXiv 2101.05982) and DroQ (arXiv 2110.02034) learn more from each environment step by many updates a
+step, and keep Q in check by a random subset of a large ensemble, or by dropout and layer norm.
+
+  symbol             in the code                            shape
+  s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
+  Q_i(s,a)           critic(obs, act)                       (n, B)
+  y                  backup()                               (B,)
+  pi(a|s)            actor                                  density and entropy for actions in [-1, 1]
+  alpha              --alpha, log_alpha                     scalar, the temperature
+  H                  --target-entropy                       scalar
+  tau                --tau                                  Polyak rate of the target critics
+
+Quick; a MuJoCo baseline; DroQ; REDQ:
+  python sac.py
+  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
+  python sac.py --env Hopper-v5 --utd 20 --policy-frequency 20 --actor-q mean --layer-norm --dropout 0.01
+  python sac.py --env Hopper-v5 --utd 20 --policy-frequency 20 --actor-q mean --num-critics 10 \\
+      --target-subset 2
+
+Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium, that run's policy; expert:
+  python sac.py --env Hopper-v5 --total-timesteps 100_000 --learning-starts 100_000 --save-dataset random.hdf5
+  python sac.py --env Hopper-v5 --total-timesteps 100_000 --exp-name medium --save-dataset replay.hdf5
+  python sac.py --resume RUN_FOLDER --rollout-dataset medium.hdf5 --rollout-steps 100_000
+  and the same two lines with --total-timesteps 1_000_000
+
+While it trains, `eval/episodic_return` should rise; `losses/alpha` fall to a level (rising for ever: the
+target entropy cannot be reached); `diagnostics/q_max` stay below `q_bound`, `overestimation` near 0.
+Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
+`--num-envs` does not change the updates per step: `--utd` counts stored steps of all environments.
+
+Known limits: vector observations and box actions. Left out on purpose: observation normalisation (the paper
+has none), prioritised replay, n-step targets, pixels.
+"""
+
+import copy
+import ctypes
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import timeit
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    exp_name: str = "sac"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seeds networks, exploration, minibatches and environments"""
+    torch_deterministic: bool = True
+    """use deterministic PyTorch kernels only (cuDNN)"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+    wandb_project_name: str = "offline-rl"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    capture_video: bool = False
+    """record an episode at each evaluation, under the run folder's videos/"""
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Pendulum-v1"
+    """Gymnasium environment"""
+    run_dir: str = "runs"
+    """folder that holds the run folders"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between checkpoints (0: only at the end)"""
+    checkpoint_replay: bool = True
+    """keep the replay in the checkpoint; without it a resumed run first refills --learning-starts steps"""
+    eval_frequency: int = 2_000
+    """environment steps between evaluations (0: only at the end)"""
+    eval_episodes: int = 10
+    """episodes of each evaluation (0: no evaluation)"""
+    log_frequency: int = 500
+    """environment steps between logged losses and checks for non-finite numbers"""
+    diagnostics_frequency: int = 2_000
+    """environment steps between diagnostics (0: none)"""
+    compile: bool = False
+    """run the losses through torch.compile"""
+    cudagraphs: bool = True
+    """on a GPU: capture the whole update in a CUDA graph"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16: hidden layers of the critics inside the losses; tf32: matrix products on a GPU"""
+    save_dataset: str | None = None
+    """file that the whole replay is written to at the end, D4RL layout (HDF5)"""
+    rollout_dataset: str | None = None
+    """file that --rollout-steps of the policy of --resume are written to; nothing is trained"""
+    rollout_steps: int = 100_000
+    """length of --rollout-dataset"""
+
+    # --- length and data
+    total_timesteps: int = 20_000
+    """environment steps"""
+    num_envs: int = 1
+    """environments stepped together"""
+    utd: float = 1.0
+    """update-to-data ratio: updates for each environment step after --learning-starts"""
+    learning_starts: int = 1_000
+    """environment steps with uniform actions, before the first update"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay"""
+    batch_size: int = 256
+    """B, transitions in a minibatch"""
+
+    # --- SAC (arXiv 1812.05905, Table 1)
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak rate of the target critics (1: no target network)"""
+    policy_lr: float = 3e-4
+    """learning rate of policy and temperature"""
+    q_lr: float = 3e-4
+    """learning rate of the critics"""
+    alpha: float | None = None
+    """entropy temperature; not given: tuned to --target-entropy"""
+    target_entropy: float | None = None
+    """H, entropy in units of [-1, 1] actions; not given: -dim(A)"""
+    policy_frequency: int = 1
+    """critic updates for each policy update (REDQ, DroQ: 20 with --utd 20)"""
+
+    # --- networks, REDQ and DroQ
+    num_critics: int = 2
+    """n, size of the ensemble (REDQ: 10)"""
+    target_subset: int | None = None
+    """critics whose minimum is the target, drawn anew each update (REDQ: 2); not given: all"""
+    actor_q: Literal["min", "mean"] = "min"
+    """what of the ensemble the policy climbs (REDQ, DroQ: mean)"""
+    critic_width: int = 256
+    """units in a hidden layer of the critic"""
+    critic_depth: int = 2
+    """hidden layers of the critic"""
+    policy_width: int = 256
+    """units in a hidden layer of the policy"""
+    policy_depth: int = 2
+    """hidden layers of the policy"""
+    layer_norm: bool = False
+    """layer norm (no gain, no bias) before each ReLU of the critic (DroQ)"""
+    dropout: float = 0.0
+    """dropout rate before each layer norm and ReLU of the critic, on in the target too (DroQ: 0.01)"""
+
+
+LIMITS = {
+    "gamma": (0, 0.99999),
+    "tau": (1e-9, 1),
+    "dropout": (0, 0.99),
+    "num_critics": (1, 100),
+}  # least, most
+LIMITS |= {
+    "critic_depth": (1, 64),
+    "policy_depth": (1, 64),
+    "utd": (1e-3, 1e3),
+    "target_entropy": (-1e6, 1e6),
+}
+LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "alpha"], (1e-12, 1e12))
+LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs", "target_subset"], (1, 1e6))
+LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "buffer_size", "log_frequency"], (1, 1e12))
+
+
+def check(args: Args):
+    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
+    check_limits(args, LIMITS)
+    check_dataset_flags(args)
+    if (args.target_subset or 1) > args.num_critics:
+        fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
+    only_if(args, args.num_critics > 1, "with one critic", "actor_q", "target_subset")
+    only_if(args, args.alpha is None, "with a fixed --alpha", "target_entropy")
+    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+
+
+# ------------------------------------------------------------------------------------------- networks
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^d."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        sizes = [obs_dim] + [args.policy_width] * args.policy_depth
+        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
+
+    def forward(self, obs):
+        """Mean and log standard deviation of u, where a = tanh(u); each (B, d)."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)  # the authors' bounds
+
+    def sample(self, obs, generator=None):
+        """A reparameterised action for each state, (B, d), and its log pi(a|s), (B,)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=obs.device)
+        return torch.tanh(u), squashed_log_prob(u, mean, log_std)
+
+
+def squashed_log_prob(u, mean, log_std):
+    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last term in
+    the form that neither overflows nor cancels for large |u|: 2 (log 2 - u - softplus(-2u))."""
+    log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+class StackedLinear(nn.Module):
+    """n independent linear layers as one batched product: (n, B, in) -> (n, B, out)."""
+
+    def __init__(self, n: int, fan_in: int, fan_out: int, bound: float | None = None):
+        super().__init__()
+        bound = fan_in**-0.5 if bound is None else bound  # torch.nn.init would misread a 3-D tensor's fan
+        self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Critic(nn.Module):
+    """An ensemble of n Q-functions on the same input."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.n, self.args = args.num_critics, args
+        sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
+        self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
+
+    def hidden(self, obs, act):
+        """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""
+        h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
+        activations = []
+        for layer in self.layers:
+            z = F.dropout(layer(h), self.args.dropout, self.training)
+            h = F.relu(F.layer_norm(z, z.shape[-1:]) if self.args.layer_norm else z)
+            activations.append(h)
+        return activations
+
+    def forward(self, obs, act, bf16: bool = False):
+        """Q(s,a) of each critic, (n, B); bf16 concerns the hidden layers."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
+            phi = self.hidden(obs, act)[-1]
+        return self.head(phi.float()).squeeze(-1)
+
+
+# ------------------------------------------------------------------------- losses: one function each
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, obs)
+    act: torch.Tensor  # (B, act), in [-1, 1]
+    rew: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, obs)
+    done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is 0
+
+
+def backup(learner, batch: Batch, args: Args, generator=None):
+    """The target's actions a', (B, act), and y, (B,): the soft Bellman backup of Eq. 5."""
+    next_act, next_logp = learner.actor.sample(batch.next_obs, generator)
+    q = learner.target(batch.next_obs, next_act)  # (n, B)
+    if args.target_subset:
+        q = q[torch.rand(len(q), generator=generator, device=q.device).argsort()[: args.target_subset]]
+    value = q.amin(0) - learner.log_alpha.exp() * next_logp
+    return next_act, batch.rew + args.gamma * (1 - batch.done) * value
+
+
+def critic_loss(learner, batch: Batch, args: Args):
+    """1/2 (Q_i(s,a) - y)^2, summed over the ensemble (Eq. 5)."""
+    with torch.no_grad():
+        _, y = backup(learner, batch, args)
+    q = learner.critic(batch.obs, batch.act, args.precision == "bf16")
+    td_loss = ((q - y) ** 2).mean(1)  # (n,)
+    info = {f"qf{i + 1}_loss": td_loss[i] for i in range(min(2, len(q)))} | {"qf_loss": td_loss.mean()}
+    info |= {f"qf{i + 1}_values": q[i].mean() for i in range(min(2, len(q)))}
+    return 0.5 * td_loss.sum(), {k: v.detach() for k, v in info.items()}
+
+
+def actor_loss(learner, batch: Batch, args: Args):
+    """E[alpha log pi(a|s) - Q(s,a)], Q the ensemble's minimum or mean (Eqs. 7 and 9)."""
+    act, logp = learner.actor.sample(batch.obs)
+    q = learner.critic(batch.obs, act, args.precision == "bf16")
+    q = q.amin(0) if args.actor_q == "min" else q.mean(0)
+    loss = (learner.log_alpha.exp().detach() * logp - q).mean()
+    return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean()}
+
+
+def temperature_loss(log_alpha, entropy, target_entropy: float):
+    """E[-alpha (log pi(a|s) + H)] (Eq. 18): alpha falls while the entropy exceeds its target."""
+    return log_alpha.exp() * (entropy - target_entropy)
+
+
+def memory(args: Args, inputs: int) -> int:
+    """Bytes: weights four times (target, gradient, two moments of Adam), activations twice (gradients)."""
+    n, width, depth = args.num_critics, args.critic_width, args.critic_depth
+    actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
+    return 16 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
+
+
+class Learner(nn.Module):
+    """All that learns, with its optimisers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device):
+        super().__init__()
+        self.args, self.act_dim = args, act_dim
+        self.actor = Actor(obs_dim, act_dim, args)
+        self.critic = Critic(obs_dim, act_dim, args)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(1.0 if args.alpha is None else args.alpha).log())
+        self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
+        self.to(device)
+        if args.compile:
+            torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
+        compiled = torch.compile if args.compile else lambda loss: loss
+        self.loss = {f.__name__: compiled(f) for f in (critic_loss, actor_loss)}
+        flags = {"fused": True, "capturable": device.type == "cuda"}
+        self.optim = {
+            "critic": torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **flags),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **flags),
+            "alpha": torch.optim.Adam([self.log_alpha], lr=args.policy_lr, **flags),
+        }
+
+    @torch.no_grad()
+    def act(self, obs, explore: bool):
+        """Actions in [-1, 1] for an environment's observations: a sample of pi, or tanh(mean)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        return self.actor.sample(obs)[0] if explore else torch.tanh(self.actor(obs)[0])
+
+    def update(self, batch: Batch, policy: bool) -> dict:
+        """One critic step, with `policy` a policy and temperature step, then the target networks."""
+        args = self.args
+        loss, info = self.loss["critic_loss"](self, batch, args)
+        self.minimise("critic", loss)
+        if policy:
+            loss, pi_info = self.loss["actor_loss"](self, batch, args)
+            self.minimise("actor", loss)
+            if args.alpha is None:
+                loss = temperature_loss(self.log_alpha, pi_info["entropy"], self.target_entropy)
+                self.minimise("alpha", loss)
+            info |= pi_info
+        polyak(self.critic, self.target, args.tau)
+        return info | {"alpha": self.log_alpha.detach().exp()}
+
+    def entropy_bonus(self) -> float:
+        """The most that the entropy adds to a reward in Eq. 5: gamma alpha times a uniform policy's."""
+        return self.args.gamma * float(self.log_alpha.detach().exp()) * self.act_dim * math.log(2)
+
+    def minimise(self, name: str, loss):
+        params = self.optim[name].param_groups[0]["params"]
+        self.optim[name].zero_grad()
+        loss.backward(inputs=params)  # only these: the actor's loss costs no critic weight gradients
+        self.optim[name].step()
+
+    def checkpoint(self) -> dict:
+        return {"networks": self.state_dict(), "optim": {k: o.state_dict() for k, o in self.optim.items()}}
+
+    def restore(self, saved: dict):
+        self.load_state_dict(saved["networks"])
+        for name, optim in self.optim.items():
+            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+            optim.load_state_dict(saved["optim"][name])
+            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+
+
+@torch.no_grad()
+def polyak(net, target, tau: float):
+    """target <- target + tau (net - target)."""
+    for p, p_target in zip(net.parameters(), target.parameters()):
+        p_target.lerp_(p, tau)
+
+
+# ------------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    if args.rollout_dataset:
+        return rollout(args)
+    device, saved = set_up(args), find_checkpoint(args)
+    step, updates, first_update = 0, 0, args.learning_starts
+    episodes, returns, info = [], np.full(1, math.nan), {}
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, act_dim = check_boxes(envs, args.env_id)
+    eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
+    if saved:
+        step, updates, first_update = (saved[k] for k in ("step", "updates", "first_update"))
+        episodes, returns, info = saved["episodes"], np.array(saved["returns"]), saved["info"]
+    capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
+    replay = Replay(capacity, obs_dim, act_dim, device)
+    reserve(memory(args, obs_dim + act_dim), "networks and one update, roughly", device)
+    learner, player = Learner(obs_dim, act_dim, args, device), Player(envs, args.seed)
+    if saved:
+        learner.restore(saved["learner"])
+        player.restore(saved["player"], args.seed + step)
+        if saved["replay"]:
+            replay.restore(saved["replay"])
+        else:  # refill before the next update
+            first_update = step + args.learning_starts - updates / args.utd
+        restore_random_state(saved["random"])
+    video = Video(args.env_id) if args.capture_video else None
+    run = Run(args, {}, saved)
+
+    greedy = lambda obs: to_env(learner.act(obs[None], explore=False)[0], envs.single_action_space)
+
+    def update_once(policy: bool):
+        return learner.update(replay.sample(args.batch_size), policy)
+
+    def save():
+        check_finite(step, info | dict(learner.named_parameters()))
+        state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
+        state |= {"step": step, "updates": updates, "first_update": first_update, "info": info}
+        state |= {"episodes": episodes, "returns": returns.tolist()}
+        run.save("checkpoint.pt", state | {"replay": replay.checkpoint() if args.checkpoint_replay else None})
+
+    update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
+    progress = Progress("training", args.total_timesteps, step)
+    with StopSignal() as stop:
+        while step < args.total_timesteps and not stop.signum:
+            act = learner.act(player.obs, explore=True)
+            if step < args.learning_starts:
+                act = torch.rand_like(act) * 2 - 1
+            stored, ended = player.step(act, replay)
+            before, step = step, step + stored
+            while updates < int(args.utd * (step - first_update) + 1e-9):
+                updates += 1
+                info |= update(updates % args.policy_frequency == 0)
+
+            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
+            diagnosing, logging = updates and every(args.diagnostics_frequency), every(args.log_frequency)
+            scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
+            if diagnosing or scoring or logging:
+                check_finite(step, info | dict(learner.named_parameters()))
+            for episode in ended:
+                run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
+                episodes = [*episodes, episode[0]][-10:]
+            if logging:
+                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
+                run.scalars({"charts/SPS": progress.rate(step), "charts/updates": updates}, step)
+            with progress.paused(diagnosing or scoring):
+                moment = diagnose(learner, replay, args, learner.entropy_bonus()) if diagnosing else {}
+                if scoring:
+                    returns, against_achieved = evaluate(learner, eval_envs, args)
+                    run.scalars({"eval/episodic_return": returns.mean()}, step)
+                    moment |= against_achieved
+                    if video:
+                        video.record(greedy, run.dir / "videos", 1_000_000 + 1_000 * args.seed, step)
+                run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
+            if every(args.checkpoint_frequency) and step < args.total_timesteps:
+                save()
+            recent = {"return": np.mean(episodes or [math.nan]), "eval": returns.mean()}
+            progress.show(min(step, args.total_timesteps), recent | {"Q": info.get("qf1_values", math.nan)})
+        save()
+        if stop.signum:
+            run.stopped(stop.signum)
+    summary = {"global_step": step, "updates": updates, "steps_per_second": progress.rate(step)}
+    summary["eval_episodes"] = args.eval_episodes
+    if eval_envs:
+        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
+        print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+    if args.save_dataset:
+        made_by = {"collector_return_mean": returns.mean()} if eval_envs else {}
+        replay.write(Path(args.save_dataset), envs.single_action_space, **made_by)
+    return run.finish(summary)
+
+
+# === shared: replay (canonical copy: sac.py) ===
+class Replay:
+    """Transitions on the device, a row of one tensor each: allocated once, filled in a ring, sampled by one
+    gather. `rows` (capacity, width), `size` on the device because CUDA graphs cannot read a Python number."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
+        self.widths = {"obs": obs_dim, "act": act_dim, "rew": 1, "next_obs": obs_dim, "done": 1}
+        self.widths |= {"timeout": 1, "env": 1}  # read by write() only
+        reserve(4 * capacity * sum(self.widths.values()), "replay buffer", device)
+        self.rows = torch.zeros(capacity, sum(self.widths.values()), device=device)
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
+        self.added = 0
+
+    def add(self, rows: np.ndarray):
+        """Append transitions (k, width), columns as in `widths`; the oldest make room."""
+        at = torch.arange(self.added, self.added + len(rows), device=self.rows.device) % len(self.rows)
+        self.rows[at] = torch.from_numpy(rows).to(self.rows.device, torch.float32)
+        self.added += len(rows)
+        self.size.fill_(min(self.added, len(self.rows)))
+
+    def column(self, rows) -> dict:
+        return dict(zip(self.widths, rows.split(list(self.widths.values()), dim=1)))
+
+    def batch(self, rows) -> Batch:
+        c = self.column(self.rows[rows])
+        return Batch(c["obs"], c["act"], c["rew"][:, 0], c["next_obs"], c["done"][:, 0])
+
+    def sample(self, n: int) -> Batch:
+        u = torch.rand(n, dtype=torch.float64, device=self.rows.device)
+        return self.batch((u * self.size).long())
+
+    def checkpoint(self) -> dict:
+        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+
+    def restore(self, saved: dict):
+        self.rows[: len(saved["rows"])] = saved["rows"]
+        self.added = saved["added"]
+        self.size.fill_(len(saved["rows"]))
+
+    def write(self, path: Path, box, **attributes):
+        """The transitions as a D4RL-layout HDF5 file, environment by environment, actions in its bounds."""
+        c = {k: v.cpu() for k, v in self.column(self.rows[: self.added]).items()}
+        order = c["env"][:, 0].argsort(stable=True).numpy()
+        c = {k: v.numpy()[order] for k, v in c.items()}
+        c["timeout"][np.append(np.diff(c["env"][:, 0]) != 0, True)] = 1  # cut here, whatever follows
+        done = c["done"][:, 0] > 0
+        act = to_env(torch.from_numpy(c["act"]), box).astype(np.float32)
+        try:
+            with write_beside(path) as temporary, need("h5py").File(temporary, "w") as f:
+                f["observations"], f["next_observations"], f["actions"] = c["obs"], c["next_obs"], act
+                f["rewards"], f["terminals"] = c["rew"][:, 0], done
+                f["timeouts"] = (c["timeout"][:, 0] > 0) & ~done
+                f.attrs.update(attributes)
+        except (OSError, RuntimeError) as e:
+            fail(f"{path} could not be written ({first_line(e)})")
+        print(f"{path}: {len(done):,} transitions, {int(done.sum()):,} of them terminal")
+
+
+class Player:
+    """Steps the environments and stores what they show.
+
+    After a done step, gymnasium's NEXT_STEP autoreset spends a row on the reset: its action is ignored, and
+    it is neither stored nor counted. The row before it holds the true last observation as next_obs, so that
+    only `terminated`, never a time-out, cuts the bootstrap.
+    """
+
+    def __init__(self, envs, seed: int):
+        self.envs, self.n = envs, envs.num_envs
+        self.obs, _ = envs.reset(seed=seed)
+        self.over = np.zeros(self.n, bool)  # episodes that ended with the last step
+        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
+
+    def step(self, act, replay: Replay) -> tuple[int, list]:
+        """Actions (n, act) in [-1, 1]; how many rows were stored, and (return, length) of ended episodes."""
+        obs, rew, terminated, truncated, _ = self.envs.step(to_env(act, self.envs.single_action_space))
+        real, number = ~self.over, np.arange(self.n)
+        columns = (self.obs, act.cpu().numpy(), rew, obs, terminated, truncated & ~terminated, number)
+        replay.add(np.column_stack(columns)[real])
+        self.returns, self.lengths = (self.returns + rew) * real, (self.lengths + 1) * real
+        self.obs, self.over = obs, terminated | truncated
+        ended = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.over)]
+        return int(real.sum()), ended
+
+    def checkpoint(self) -> dict:
+        names = ("obs", "over", "returns", "lengths")
+        return {k: torch.from_numpy(getattr(self, k)) for k in names} | {"envs": env_states(self.envs)}
+
+    def restore(self, saved: dict, seed: int):
+        if saved["envs"] is None:
+            print("these environments cannot be restored exactly: new episodes start")
+            self.obs, _ = self.envs.reset(seed=seed)
+            return
+        for k in ("obs", "over", "returns", "lengths"):
+            setattr(self, k, saved[k].numpy())
+        restore_envs(self.envs, saved["envs"], self.over)
+
+
+def check_boxes(envs, env_id: str) -> tuple[int, int]:
+    """Widths of the observation vector and of the action box; other spaces are refused."""
+    box, obs = envs.single_action_space, envs.single_observation_space
+    for space, what in ((box, "actions"), (obs, "observations")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: {what} are {space}, expected a Box of one dimension")
+    if not np.isfinite([box.low, box.high]).all():
+        fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box")
+    return obs.shape[0], box.shape[0]
+
+
+def check_dataset_flags(args: Args):
+    """What would only fail hours later, when the file is written."""
+    only_if(args, args.rollout_dataset is not None, "without --rollout-dataset", "rollout_steps")
+    only_if(args, args.rollout_dataset is None, "with --rollout-dataset", "save_dataset")
+    name = "rollout_dataset" if args.rollout_dataset else "save_dataset"
+    path = getattr(args, name)
+    if path is not None:
+        need("h5py")
+        if Path(path).exists() or not os.access(Path(path).parent, os.W_OK):
+            fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
+    if args.save_dataset and (args.buffer_size < args.total_timesteps or not args.checkpoint_replay):
+        fail(
+            "--save-dataset writes the whole replay: it needs --buffer-size and --checkpoint-replay for that"
+        )
+
+
+def to_env(act, box) -> np.ndarray:
+    """Actions from [-1, 1] to the environment's bounds."""
+    return box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
+
+
+@torch.no_grad()
+def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, dict]:
+    """One episode in each of `envs` from fixed seeds, without exploration. Draws no torch random number.
+
+    Returns the returns (episodes,); and v_s0, the mean of min_i Q_i(s0, a0), with the overestimation, that
+    less the discounted return that followed (an episode cut at T steps misses gamma^T of it; SAC's Q speaks
+    of the sampled policy and holds its entropy).
+    """
+    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
+    alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
+    discount, predicted = 1.0, None
+    learner.critic.eval()
+    while alive.any():
+        act = learner.act(obs, explore=False)
+        if predicted is None:
+            x = torch.as_tensor(obs, dtype=torch.float32, device=act.device)
+            predicted = learner.critic(x, act).amin(0).cpu().numpy()
+        obs, rew, terminated, truncated, _ = envs.step(to_env(act, envs.single_action_space))
+        returns += alive * rew
+        discounted += alive * discount * rew
+        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
+        discount *= args.gamma
+    learner.critic.train()
+    return returns, {"v_s0": predicted.mean(), "overestimation": (predicted - discounted).mean()}
+
+
+def diagnose(learner, replay: Replay, args: Args, bonus: float) -> dict:
+    """The numbers of one moment, on at most 2,048 transitions of the replay, in fp32 and eval mode.
+
+    Its generators start anew at each call. Every Q is the ensemble's minimum; the TD error is the ensemble's
+    mean, in units of the target's variance; features are those of the first critic. `bonus` is the most that
+    the entropy can add to a reward: with it r_max / (1 - gamma) bounds Q.
+    """
+    critic, target, device = learner.critic, learner.target, replay.rows.device
+    draw = torch.Generator(device).manual_seed(0)
+    rows = np.random.default_rng(0).choice(int(replay.size), min(int(replay.size), 2048), replace=False)
+    batch = replay.batch(torch.from_numpy(rows).to(device))
+    uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
+    critic.eval(), target.eval()
+    with strict_fp32():
+        next_act, y = backup(learner, batch, args, draw)
+        q = critic(batch.obs, batch.act)
+        q_pi = critic(batch.obs, learner.act(batch.obs, explore=False)).amin(0)
+        q_rand = critic(batch.obs, uniform).amin(0)
+        out = {"q_data": q.amin(0).mean(), "q_pi": q_pi.mean(), "q_rand": q_rand.mean()}
+        out["q_max"] = torch.stack([q.amin(0), q_pi, q_rand]).max()
+        out["td_error"] = (q - y).pow(2).mean() / y.var()
+        activations = critic.hidden(batch.obs, batch.act)
+        phi, phi_next = activations[-1][0], critic.hidden(batch.next_obs, next_act)[-1][0]
+        out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
+        out["dormant"] = dormant([h[0] for h in activations])
+    critic.train(), target.train()
+    seen = replay.column(replay.rows[: replay.added])
+    r_max = seen["rew"].max() + bonus
+    ends = bool(seen["done"].any())  # where all rewards are negative and episodes end, ending at once is best
+    out["q_bound"] = r_max if r_max < 0 and ends else r_max / (1 - args.gamma)
+    return {k: float(v) for k, v in out.items()}
+
+
+def rollout(args: Args) -> dict:
+    """--rollout-dataset: the exploring policy of --resume, run for --rollout-steps, as a dataset."""
+    if args.resume in (None, "auto"):
+        fail("--rollout-dataset needs --resume RUN_FOLDER, the run whose policy it plays")
+    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    if not path.is_file():
+        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    saved = load_checkpoint(path)
+    given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps")}
+    args = Args(**saved["args"] | given)  # the networks' sizes are the run's
+    device = set_up(args)
+    envs = make_envs(args.env_id, 1)
+    sizes = check_boxes(envs, args.env_id)
+    learner, replay = Learner(*sizes, args, device), Replay(args.rollout_steps, *sizes, device)
+    learner.load_state_dict(saved["learner"]["networks"])
+    player, progress, returns = Player(envs, args.seed), Progress("rolling out", args.rollout_steps), []
+    with StopSignal() as stop:
+        while replay.added < args.rollout_steps:
+            _, episodes = player.step(learner.act(player.obs, explore=True), replay)
+            returns += [r for r, _ in episodes]
+            progress.show(replay.added, {"return": np.mean(returns[-10:] or [math.nan])})
+            if stop.signum:
+                print("\nstopped while rolling out: nothing is kept, the same command starts again")
+                raise SystemExit(128 + stop.signum)
+    made_by = {"policy": str(path), "policy_step": saved["step"]}
+    replay.write(Path(args.rollout_dataset), envs.single_action_space, **made_by)
+    return {"episodes": len(returns), "rollout_return_mean": float(np.mean(returns)) if returns else None}
+
+
+# === end shared ===
+
+
+# === shared: environments (canonical copy: sac.py) ===
+def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
+    """n environments stepped together, NEXT_STEP autoreset; refused in one line."""
+    try:
+        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
+    except Exception as e:  # registration, missing packages, a namespace's own errors
+        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+    if envs.envs[0].spec.max_episode_steps is None:
+        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
+    return envs
+
+
+def env_states(envs) -> list | None:
+    """What the next steps of each environment depend on, as tensors and plain numbers; None where that is not
+    known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
+    and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
+    states = []
+    for env in envs.envs:
+        e = env.unwrapped
+        state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
+        if type(e).__module__.startswith("gymnasium.envs.classic_control"):
+            inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
+            state["inner"] = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in inner}
+        elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
+            mujoco = importlib.import_module("mujoco")
+            what = mujoco.mjtState.mjSTATE_INTEGRATION
+            mujoco.mj_getState(e.model, e.data, x := np.empty(mujoco.mj_stateSize(e.model, what)), what)
+            arrays = {"integration": x, "xpos": e.data.xpos, "xipos": e.data.xipos}
+            state["mujoco"] = {k: torch.tensor(v) for k, v in arrays.items()}
+        else:
+            return None
+        states.append(state)
+    return states
+
+
+def restore_envs(envs, states: list, over: np.ndarray):
+    """The inverse of env_states; `over` tells which environments reset at their next step."""
+    envs.reset(seed=0)
+    for env, state in zip(envs.envs, states):
+        e = env.unwrapped
+        for k, v in state.get("inner", {}).items():
+            setattr(e, k, v.numpy() if isinstance(v, torch.Tensor) else v)
+        if "mujoco" in state:
+            mujoco, saved = importlib.import_module("mujoco"), state["mujoco"]
+            what = mujoco.mjtState.mjSTATE_INTEGRATION
+            mujoco.mj_setState(e.model, e.data, saved["integration"].numpy(), what)
+            e.data.xpos[:], e.data.xipos[:] = saved["xpos"], saved["xipos"]
+        e.np_random.bit_generator.state = state["random"]
+        env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
+    envs._autoreset_envs = over.copy()
+
+
+class Video:
+    """--capture-video: one episode by `act` at each evaluation, in an environment of its own."""
+
+    def __init__(self, env_id: str):
+        need("moviepy")
+        try:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+        except Exception as e:  # no rgb_array mode, no display, no OpenGL
+            fail(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {first_line(e)})")
+        env.close()
+        self.env_id = env_id
+
+    def record(self, act, folder: Path, seed: int, step: int):
+        env = gym.make(self.env_id, render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"step-{step}", disable_logger=True)
+        (obs, _), done = env.reset(seed=seed), False
+        while not done:
+            obs, _, terminated, truncated, _ = env.step(act(obs))
+            done = terminated or truncated
+        env.close()
+
+
+# === end shared ===
+
+
+# === shared: graph capture (canonical copy: cql_continuous.py) ===
+class GraphedUpdate:
+    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
+
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is
+    captured and replayed. Capture freezes Python values: all that varies must be in `key` or in a device
+    tensor.
+    """
+
+    def __init__(self, fn, enabled: bool):
+        self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
+
+    def __call__(self, *key) -> dict:
+        if not self.enabled:
+            return self.fn(*key)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                out = self.fn(*key)
+            torch.cuda.current_stream().wait_stream(stream)
+            return out
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[key] = graph, self.fn(*key)
+        graph, out = self.graphs[key]
+        graph.replay()
+        return out
+
+
+# === end shared ===
+
+
+# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
+    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
+    """
+    s = torch.linalg.svdvals(phi.float()).double()
+
+    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
+        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+
+    p = s / s.sum().clamp(min=1e-30)
+    sigma = s / len(phi) ** 0.5
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
+    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+
+
+def alignment(phi, phi_next, weight) -> dict:
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
+    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
+    cos = dot / (norm * norm_next).clamp(min=1e-30)
+    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
+    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+
+
+def dormant(activations: list) -> torch.Tensor:
+    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
+    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+    means = [h.abs().mean(0) for h in activations]
+    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
+
+
+@contextmanager
+def strict_fp32():
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# === end shared ===
+
+
+# === shared: run (canonical copy: cql_continuous.py) ===
+FORMAT = 1  # of checkpoints
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
+eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+
+
+def fail(message: str, status: int = 2):
+    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+
+
+def need(package: str):
+    """An optional package, imported where it is needed, or one line that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"{package} is not installed: pip install {package}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_limits(args, limits: dict):
+    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    for name, value in asdict(args).items():
+        least, most = limits.get(name, (0, 1e18))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+
+
+def only_if(args, condition, otherwise: str, *names: str):
+    """Refuse arguments that are not at their default while the condition under which they act is false."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args), name) and not condition:
+            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
+
+
+def set_up(args) -> torch.device:
+    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.precision == "tf32" and device.type == "cpu":
+        fail("--precision tf32 needs a GPU")
+    if args.precision == "bf16" and device.type == "cpu":
+        x, seconds = torch.ones(512, 512), []
+        for y in (x, x.bfloat16()):
+            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
+        if seconds[1] > seconds[0]:
+            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
+    return device
+
+
+def reserve(size: int, what: str, device):
+    """Print how many bytes are about to be taken; refuse what the device has not."""
+    free = size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif os.path.exists("/proc/meminfo"):
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    if size > free:
+        fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
+
+    def __enter__(self):
+        self.signum, self.usual = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, self.usual[signum])
+
+    def __exit__(self, *_):
+        for s, handler in self.usual.items():
+            signal.signal(s, handler)
+
+
+class Progress:
+    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
+
+    def __init__(self, label: str, total: int, start: int = 0):
+        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
+        self.begin, self.shown = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self, really: bool = True):
+        if really and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        paused = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - paused
+
+    def rate(self, step: int) -> float:
+        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
+
+    def show(self, step: int, values: dict):
+        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
+            return  # before any float(value): reading a loss waits for the GPU
+        self.shown, rate = time.perf_counter(), self.rate(step)
+        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
+        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
+        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
+        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
+        print(f"{carriage}{line}, {text}", end=newline, flush=True)
+
+
+def check_finite(step: int, tensors: dict):
+    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
+    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
+    if not all(fine):
+        name = list(tensors)[fine.index(False)]
+        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+
+
+@contextmanager
+def write_beside(path: Path):
+    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
+            os.replace(temporary, path) if p == path.parent else None
+            descriptor = os.open(p, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+
+
+def restore_random_state(saved: dict):
+    torch.set_rng_state(saved["cpu"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
+    script = Path(__file__).stem
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
+            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
+    except Exception as e:  # torch.load raises a dozen kinds of it
+        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
+    return saved | {"folder": path.parent}
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume == "auto":
+        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+            try:
+                header = json.loads((path.parent / "args.json").read_text())
+                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                    return load_checkpoint(path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # not a run's folder, or not one of ours
+        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+        return None
+    if args.resume is None:
+        return None
+    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    if not path.is_file():
+        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    saved = load_checkpoint(path)
+    if "random" not in saved:
+        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
+    for k, v in given.items():
+        if saved["args"].get(k) != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    return saved
+
+
+def command(args, folder: Path | None = None) -> str:
+    """The command line that gives these arguments, and goes on from `folder`."""
+    words = ["python", Path(__file__).name]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, bool) and value != f.default:
+            words.append(flag(f.name) if value else flag("no_" + f.name))
+        elif value != f.default and f.name != "resume":
+            words += [flag(f.name), str(value)]
+    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+
+
+class Run:
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+
+    def __init__(self, args, info: dict, saved: dict | None):
+        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
+        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        self.header = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "command": command(args),
+            "device": device,
+            "info": info,
+        }
+        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        if args.track:
+            wandb = need("wandb")
+        self.dir = saved["folder"] if saved else self.new_folder()
+        if args.track:
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
+        self.csv = open(self.dir / "metrics.csv", "a")
+        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
+        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
+        if not saved:
+            self.csv.write("step,tag,value\n")
+            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+        print(f"run folder: {self.dir}")
+
+    def new_folder(self) -> Path:
+        args = self.args
+        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            try:
+                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
+                return Path(self.args.run_dir) / (name + suffix)
+            except FileExistsError:
+                continue
+            except OSError as e:
+                fail(f"--run-dir {self.args.run_dir}: {e}")
+
+    def scalars(self, values: dict, step: int):
+        for tag, value in values.items():
+            if value is not None:
+                value = float(value)
+                self.csv.write(f"{step},{tag},{value!r}\n")
+                self.writer.add_scalar(tag, value, step)
+        try:
+            self.csv.flush()
+        except OSError as e:
+            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
+
+    def save(self, name: str, state: dict):
+        os.fsync(self.csv.fileno())
+        state |= {
+            "script": Path(__file__).stem,
+            "format": FORMAT,
+            "args": self.header["args"],
+            "info": self.info,
+        }
+        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
+        try:
+            with write_beside(self.dir / name) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as e:
+            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+
+    def stopped(self, signum: int):
+        self.close()
+        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
+        raise SystemExit(128 + signum)
+
+    def finish(self, summary: dict) -> dict:
+        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        with write_beside(self.dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2))
+        self.close()
+        return summary
+
+    def close(self):
+        self.csv.close()
+        self.writer.close()
+
+
+# === end shared ===
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

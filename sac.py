@@ -732,7 +732,8 @@ def env_states(envs) -> list | None:
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
         if type(e).__module__.startswith("gymnasium.envs.classic_control"):
             inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
-            state["inner"] = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in inner}
+            plain = lambda v: v if v is None or isinstance(v, int) else torch.from_numpy(np.array(v))
+            state["inner"] = {k: plain(v) for k, v in inner}
         elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
             mujoco = importlib.import_module("mujoco")
             what = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -778,7 +779,7 @@ class Video:
 
     def record(self, act, folder: Path, seed: int, step: int):
         env = gym.make(self.env_id, render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=f"step-{step}", disable_logger=True)
+        env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
         (obs, _), done = env.reset(seed=seed), False
         while not done:
             obs, _, terminated, truncated, _ = env.step(act(obs))

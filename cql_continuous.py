@@ -799,8 +799,8 @@ def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
 
 
 def to_env(act, box) -> np.ndarray:
-    """Actions from [-1, 1] to the environment's bounds."""
-    return box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
+    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
+    return np.clip(box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low), box.low, box.high)
 
 
 @torch.no_grad()

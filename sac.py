@@ -1,11 +1,12 @@
 """Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy, and a maker of datasets.
 
 Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The policy maximises the
-sum of rewards and entropies. For a given Q, its best answer and the value of that are known in closed form:
+sum of rewards and entropies. For a given Q, its best answer and that one's soft value are known:
 
-  pi(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log int exp(Q(s,a) / alpha) da.
+  pi*(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log int exp(Q(s,a) / alpha) da.
 
-An actor, a tanh-squashed Gaussian, is fitted to it. Three losses, on minibatches of a replay buffer D:
+An actor, a tanh-squashed Gaussian, is fitted to it: J(pi) below is alpha KL(pi || pi*) less V. Three losses,
+on minibatches of a replay buffer D, for n critics Q_i:
 
   J(Q_i)   = 1/2 E_D[ (Q_i(s,a) - y)^2 ]                                                  (Eq. 5)
          y = r + gamma (1 - done) ( min_j Qt_j(s',a') - alpha log pi(a'|s') ),  a' ~ pi(.|s')
@@ -28,19 +29,24 @@ step, and keep Q in check by a random subset of a large ensemble, or by dropout 
 
 Quick; a MuJoCo baseline; DroQ; REDQ:
   python sac.py
-  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
-  python sac.py --env Hopper-v5 --utd 20 --policy-frequency 20 --actor-q mean --layer-norm --dropout 0.01
-  python sac.py --env Hopper-v5 --utd 20 --policy-frequency 20 --actor-q mean --num-critics 10 \\
-      --target-subset 2
+  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000 \\
+      --eval-frequency 10_000 --checkpoint-frequency 100_000
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \\
+      --target-entropy -1 --layer-norm --dropout 0.01
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \\
+      --target-entropy -1 --num-critics 10 --target-subset 2
+(the target entropies of REDQ's authors: -1 Hopper, -3 HalfCheetah and Walker2d, -4 Ant, -2 Humanoid)
 
 Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium, that run's policy; expert:
   python sac.py --env Hopper-v5 --total-timesteps 100_000 --learning-starts 100_000 --save-dataset random.hdf5
   python sac.py --env Hopper-v5 --total-timesteps 100_000 --exp-name medium --save-dataset replay.hdf5
   python sac.py --resume RUN_FOLDER --rollout-dataset medium.hdf5 --rollout-steps 100_000
-  and the same two lines with --total-timesteps 1_000_000
+  and the last two lines with --total-timesteps 1_000_000, another --exp-name and other files
 
-While it trains, `eval/episodic_return` should rise; `losses/alpha` fall to a level (rising for ever: the
-target entropy cannot be reached); `diagnostics/q_max` stay below `q_bound`, `overestimation` near 0.
+While it trains, `eval/episodic_return` should rise; `losses/entropy` settle at H, and `losses/alpha` fall,
+then follow the scale of Q (alpha rising for ever while the entropy stays below H: H cannot be reached);
+`diagnostics/q_max` stay below `q_bound`. `overestimation` is positive while alpha is large, since Q then
+holds the entropy, and negative for long after, since Q learns its level in 1 / (tau (1 - gamma)) updates.
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 `--num-envs` does not change the updates per step: `--utd` counts stored steps of all environments.
 
@@ -118,7 +124,7 @@ class Args:
     cudagraphs: bool = True
     """on a GPU: capture the whole update in a CUDA graph"""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: hidden layers of the critics inside the losses; tf32: matrix products on a GPU"""
+    """bf16: hidden layers of the online critics inside the losses; tf32: matrix products on a GPU"""
     save_dataset: str | None = None
     """file that the whole replay is written to at the end, D4RL layout (HDF5)"""
     rollout_dataset: str | None = None
@@ -172,7 +178,7 @@ class Args:
     policy_depth: int = 2
     """hidden layers of the policy"""
     layer_norm: bool = False
-    """layer norm (no gain, no bias) before each ReLU of the critic (DroQ)"""
+    """layer norm before each ReLU of the critic (DroQ; without its gain and bias)"""
     dropout: float = 0.0
     """dropout rate before each layer norm and ReLU of the critic, on in the target too (DroQ: 0.01)"""
 
@@ -191,7 +197,8 @@ LIMITS |= {
 }
 LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "alpha"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs", "target_subset"], (1, 1e6))
-LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "buffer_size", "log_frequency"], (1, 1e12))
+LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "rollout_steps", "log_frequency"], (1, 1e12))
+LIMITS["buffer_size"] = (1, 1e12)
 
 
 def check(args: Args):
@@ -411,7 +418,8 @@ def train(args: Args) -> dict:
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     if saved:
         step, updates, first_update = (saved[k] for k in ("step", "updates", "first_update"))
-        episodes, returns, info = saved["episodes"], np.array(saved["returns"]), saved["info"]
+        episodes, returns = saved["episodes"], np.array(saved["returns"])
+        info = {k: v.to(device) for k, v in saved["info"].items()}
     capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
     replay = Replay(capacity, obs_dim, act_dim, device)
     reserve(memory(args, obs_dim + act_dim), "networks and one update, roughly", device)
@@ -420,10 +428,14 @@ def train(args: Args) -> dict:
         learner.restore(saved["learner"])
         player.restore(saved["player"], args.seed + step)
         if saved["replay"]:
-            replay.restore(saved["replay"])
+            replay.restore(saved.pop("replay"), continues=saved["player"]["envs"] is not None)
+        elif args.save_dataset:
+            fail(f"--save-dataset: {saved['folder']} was saved without its replay")
         else:  # refill before the next update
             first_update = step + args.learning_starts - updates / args.utd
         restore_random_state(saved["random"])
+    if args.learning_starts >= args.total_timesteps:
+        print(f"--learning-starts {args.learning_starts:,}: every action is random, nothing is trained")
     video = Video(args.env_id) if args.capture_video else None
     run = Run(args, {}, saved)
 
@@ -433,7 +445,7 @@ def train(args: Args) -> dict:
         return learner.update(replay.sample(args.batch_size), policy)
 
     def save():
-        check_finite(step, info | dict(learner.named_parameters()))
+        check_finite(updates, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
         state |= {"step": step, "updates": updates, "first_update": first_update, "info": info}
         state |= {"episodes": episodes, "returns": returns.tolist()}
@@ -456,7 +468,7 @@ def train(args: Args) -> dict:
             diagnosing, logging = updates and every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
             if diagnosing or scoring or logging:
-                check_finite(step, info | dict(learner.named_parameters()))
+                check_finite(updates, info | dict(learner.named_parameters()))
             for episode in ended:
                 run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
                 episodes = [*episodes, episode[0]][-10:]
@@ -484,10 +496,11 @@ def train(args: Args) -> dict:
     if eval_envs:
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+    summary = run.finish(summary)
     if args.save_dataset:
-        made_by = {"collector_return_mean": returns.mean()} if eval_envs else {}
+        made_by = {"collector_return_mean": returns.mean()} if eval_envs and updates else {}
         replay.write(Path(args.save_dataset), envs.single_action_space, **made_by)
-    return run.finish(summary)
+    return summary
 
 
 # === shared: replay (canonical copy: sac.py) ===
@@ -522,12 +535,19 @@ class Replay:
         return self.batch((u * self.size).long())
 
     def checkpoint(self) -> dict:
-        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+        full = self.added >= len(self.rows)  # a part is copied: torch.save would write the whole tensor
+        return {"rows": self.rows if full else self.rows[: self.added].cpu().clone(), "added": self.added}
 
-    def restore(self, saved: dict):
+    def restore(self, saved: dict, continues: bool = True):
+        """`continues`: the environments go on where they were; else each one's last episode is cut here."""
         self.rows[: len(saved["rows"])] = saved["rows"]
         self.added = saved["added"]
         self.size.fill_(len(saved["rows"]))
+        if not continues:
+            c = self.column(self.rows)
+            for env in c["env"][: self.added].unique():
+                newest = (c["env"][: self.added, 0] == env).nonzero()[-1]
+                c["timeout"][newest] = 1 - c["done"][newest]
 
     def write(self, path: Path, box, **attributes):
         """The transitions as a D4RL-layout HDF5 file, environment by environment, actions in its bounds."""
@@ -567,7 +587,11 @@ class Player:
         obs, rew, terminated, truncated, _ = self.envs.step(to_env(act, self.envs.single_action_space))
         real, number = ~self.over, np.arange(self.n)
         columns = (self.obs, act.cpu().numpy(), rew, obs, terminated, truncated & ~terminated, number)
-        replay.add(np.column_stack(columns)[real])
+        rows = np.column_stack(columns)[real]
+        if not np.isfinite(rows).all():  # it would stay in the replay, and in the checkpoints
+            what = "an action" if not np.isfinite(columns[1]).all() else "an observation or a reward"
+            fail(f"step {replay.added}: {what} is not finite; the last checkpoint is from before", status=3)
+        replay.add(rows)
         self.returns, self.lengths = (self.returns + rew) * real, (self.lengths + 1) * real
         self.obs, self.over = obs, terminated | truncated
         ended = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.over)]
@@ -606,17 +630,19 @@ def check_dataset_flags(args: Args):
     path = getattr(args, name)
     if path is not None:
         need("h5py")
-        if Path(path).exists() or not os.access(Path(path).parent, os.W_OK):
+        folder = Path(path).parent
+        if Path(path).exists() or not folder.is_dir() or not os.access(folder, os.W_OK):
             fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
-    if args.save_dataset and (args.buffer_size < args.total_timesteps or not args.checkpoint_replay):
+    enough = args.total_timesteps + args.num_envs
+    if args.save_dataset and (args.buffer_size < enough or not args.checkpoint_replay):
         fail(
             "--save-dataset writes the whole replay: it needs --buffer-size and --checkpoint-replay for that"
         )
 
 
 def to_env(act, box) -> np.ndarray:
-    """Actions from [-1, 1] to the environment's bounds."""
-    return box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
+    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
+    return np.clip(box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low), box.low, box.high)
 
 
 @torch.no_grad()
@@ -686,14 +712,20 @@ def rollout(args: Args) -> dict:
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
     saved = load_checkpoint(path)
-    given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps")}
-    args = Args(**saved["args"] | given)  # the networks' sizes are the run's
+    given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps", "resume")}
+    for k, v in asdict(args).items():
+        only_if(args, k in given or v == saved["args"][k], "with --rollout-dataset: the run's is used", k)
+    args = Args(**saved["args"] | given | {"precision": "fp32", "compile": False})
     device = set_up(args)
     envs = make_envs(args.env_id, 1)
     sizes = check_boxes(envs, args.env_id)
     learner, replay = Learner(*sizes, args, device), Replay(args.rollout_steps, *sizes, device)
     learner.load_state_dict(saved["learner"]["networks"])
-    player, progress, returns = Player(envs, args.seed), Progress("rolling out", args.rollout_steps), []
+    player, progress, returns = (
+        Player(envs, 2_000_000 + args.seed),
+        Progress("rolling out", args.rollout_steps),
+        [],
+    )
     with StopSignal() as stop:
         while replay.added < args.rollout_steps:
             _, episodes = player.step(learner.act(player.obs, explore=True), replay)
@@ -703,6 +735,9 @@ def rollout(args: Args) -> dict:
                 print("\nstopped while rolling out: nothing is kept, the same command starts again")
                 raise SystemExit(128 + stop.signum)
     made_by = {"policy": str(path), "policy_step": saved["step"]}
+    if returns:
+        made_by["collector_return_mean"] = np.mean(returns)
+        print(f"{len(returns)} whole episodes, mean return {np.mean(returns):.1f}")
     replay.write(Path(args.rollout_dataset), envs.single_action_space, **made_by)
     return {"episodes": len(returns), "rollout_return_mean": float(np.mean(returns)) if returns else None}
 
@@ -727,6 +762,8 @@ def env_states(envs) -> list | None:
     known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
     and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
     states = []
+    if not hasattr(envs, "envs"):  # Atari's vector environment
+        return None
     for env in envs.envs:
         e = env.unwrapped
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}

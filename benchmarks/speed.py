@@ -1,19 +1,22 @@
-"""Updates per second of cql_continuous.py, its peer d3rlpy and the matmul limit, alternating in one run.
+"""Rates of the scripts, their peers and the matmul limit, alternating in one run.
 
-  python benchmarks/speed.py --peer-python peer/bin/python    # that environment: see peer_d3rlpy.py
+  python benchmarks/speed.py cql --peer-python peer/bin/python     # that environment: see peer_d3rlpy.py
+  python benchmarks/speed.py online --peer-python sb3/bin/python   # see peer_sb3.py
 
-HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers of 256, three sets of 10
-sampled actions, random data. The limit is the time of the matrix products alone that an update cannot do
-without, at its shapes: forward, weight gradient, input gradient. Writes one row a round
-to benchmarks/raw/speed_cql.csv.
+cql: updates per second at HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers
+of 256, three sets of 10 sampled actions, random data. The limit: the time of the matrix products that an
+update cannot do without, at its shapes: forward, weight gradient, input gradient.
+online: steps per second of the whole loop of sac.py and td3.py on HalfCheetah-v5, environment included, one
+environment, one update a step, two hidden layers of 256, batch 256; the peer is Stable-Baselines3.
+One row a round goes to benchmarks/raw/speed_{cql,online}.csv.
 """
 
 import argparse
 import csv
-import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +25,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import cql_continuous as cql  # noqa: E402
+import sac  # noqa: E402
+import td3  # noqa: E402
 
 OBS, ACT, B, N, WIDTH, DEPTH = 17, 6, 256, 10, 256, 3
 
@@ -75,45 +80,63 @@ def ours(precision: str, updates: int, device) -> float:
     return run(updates)
 
 
+def whole_loop(script, steps: int) -> float:
+    """Steps per second of train() itself, the first 500 steps left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = dict(eval_episodes=0, diagnostics_frequency=0, checkpoint_frequency=0, log_frequency=1000)
+        common = dict(env_id="HalfCheetah-v5", learning_starts=300, run_dir=folder) | quiet
+        script.train(script.Args(total_timesteps=500, **common))
+        (run,) = Path(folder).iterdir()
+        args = script.Args(total_timesteps=500 + steps, resume=str(run), **common)
+        return script.train(args)["steps_per_second"]
+
+
+def peer(python: str, *words) -> float:
+    """The last word that a peer's script prints."""
+    line = [python, str(HERE / words[0]), *map(str, words[1:])]
+    return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer-python", help="python of an environment with d3rlpy")
+    parser.add_argument("what", choices=["cql", "online"])
+    parser.add_argument("--peer-python", help="python of the peer's environment")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=40)
-    parser.add_argument(
-        "--bf16", action="store_true", help="time bf16 as well (slow without AMX or AVX512-BF16)"
-    )
+    parser.add_argument("--updates", type=int, help="updates or steps a round (default 40, online 2,000)")
+    parser.add_argument("--bf16", action="store_true", help="cql: bf16 too (slow without AMX, AVX512-BF16)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
-    rows = []
+    name = f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else name
+    n, rows = args.updates or (40 if args.what == "cql" else 2000), []
     for _ in range(args.rounds):
-        row = {"device": name, "ours_fp32": ours("fp32", args.updates, device)}
-        if args.bf16:
-            row["ours_bf16"] = ours("bf16", args.updates, device)
-        if device.type == "cpu":
-            row["limit_fp32"] = matmul_limit(torch.float32)
-        if args.peer_python:
-            line = [args.peer_python, str(HERE / "peer_d3rlpy.py"), "speed", "--updates", str(args.updates)]
-            out = subprocess.run(line, check=True, capture_output=True, text=True, env=os.environ).stdout
-            row["d3rlpy"] = float(out.split()[-1])
+        row = {"device": name}
+        if args.what == "cql":
+            row["ours_fp32"] = ours("fp32", n, device)
+            if args.bf16:
+                row["ours_bf16"] = ours("bf16", n, device)
+            if device.type == "cpu":
+                row["limit_fp32"] = matmul_limit(torch.float32)
+            if args.peer_python:
+                row["d3rlpy"] = peer(args.peer_python, "peer_d3rlpy.py", "speed", "--updates", n)
+        else:
+            for script in (sac, td3):
+                algo = script.__name__
+                row[algo] = whole_loop(script, n)
+                if args.peer_python:
+                    row[f"sb3_{algo}"] = peer(args.peer_python, "peer_sb3.py", algo, "speed", "--steps", n)
         rows.append(row)
         print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    path = HERE / "raw" / "speed_cql.csv"
+    path = HERE / "raw" / f"speed_{args.what}.csv"
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     median = {k: statistics.median(r[k] for r in rows) for k in rows[0] if k != "device"}
-    for k, v in median.items():
-        print(
-            f"{k}: {v:.2f} updates/s, {median['ours_fp32'] / v:.2f} times slower than ours in fp32 (median)"
-        )
+    print("medians, per second: " + ", ".join(f"{k} {v:.2f}" for k, v in median.items()))
 
 
 if __name__ == "__main__":

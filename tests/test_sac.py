@@ -372,11 +372,15 @@ def test_rollouts_of_a_run_are_a_dataset(script, capsys):
     run = only_run(".")
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     args = script.Args(resume=str(run), rollout_dataset="r.hdf5", rollout_steps=50, seed=3)
+    with pytest.raises(SystemExit):
+        script.train(replace(args, env_id="Hopper-v5"))
+    assert "--env-id Hopper-v5 has no effect" in capsys.readouterr().err
     result = script.train(args)
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before, "the run was touched"
     with h5py.File("r.hdf5") as f:
         assert len(f["rewards"]) == 50 and f.attrs["policy_step"] == 120 and result["episodes"] == 12
         assert f["timeouts"][()].sum() + f["terminals"][()].sum() == 13  # the last one cut
+        assert abs(f.attrs["collector_return_mean"] - result["rollout_return_mean"]) < 1e-9
 
 
 ENVS = [i for i in gym.registry if i.endswith("-v5")]
@@ -544,7 +548,7 @@ def test_memory_is_said_first_and_a_replay_that_cannot_fit_refused(tmp_path):
 
 @SCRIPTS
 def test_non_finite_numbers_stop_the_run_before_a_checkpoint(script, monkeypatch, capsys):
-    """A NaN reward at the 75th step: the run stops at the next check with status 3."""
+    """A NaN that appears in the replay at the 75th step: the run stops by the next check with status 3."""
     step, count = script.Player.step, [0]
 
     def poisoned(self, act, replay):
@@ -561,6 +565,27 @@ def test_non_finite_numbers_stop_the_run_before_a_checkpoint(script, monkeypatch
     assert torch.load(only_run(".") / "checkpoint.pt", weights_only=True)["step"] == 40
 
 
+@SCRIPTS
+def test_a_nan_of_the_environment_never_reaches_the_replay(script, monkeypatch, capsys):
+    monkeypatch.setattr(Counting, "step", lambda self, a: (np.zeros(2), math.nan, False, False, {}))
+    with pytest.raises(SystemExit) as stop:
+        script.train(tiny(script, env_id="Counting-v0"))
+    assert stop.value.code == 3 and "a reward is not finite" in capsys.readouterr().err
+
+
+def test_a_cut_replay_is_not_joined_to_the_episodes_that_follow():
+    """An environment that cannot be restored: the last row of each is marked as cut on resume."""
+    sac.train(tiny(sac, env_id="Counting-v0", num_envs=2, eval_episodes=0, total_timesteps=101))
+    args = tiny(
+        sac, env_id="Counting-v0", num_envs=2, eval_episodes=0, total_timesteps=160, save_dataset="d.hdf5"
+    )
+    sac.train(replace(args, resume=str(only_run("."))))
+    with h5py.File("d.hdf5") as f:
+        end = f["terminals"][()] | f["timeouts"][()]
+        joined = (f["next_observations"][:-1] != f["observations"][1:]).any(1)
+        assert len(end) >= 160 and not (joined & ~end[:-1]).any()
+
+
 BAD = [
     ("sac", ["--env", "CartPole-v1"], "CartPole-v1"),
     ("sac", ["--env", "NoSuch-v1"], "NoSuch"),
@@ -575,6 +600,8 @@ BAD = [
     ("sac", ["--num-critics", "1", "--actor-q", "mean"], "--actor-q"),
     ("sac", ["--alpha", "0.2", "--target-entropy", "-3"], "--target-entropy"),
     ("sac", ["--rollout-steps", "5"], "--rollout-steps"),
+    ("sac", ["--rollout-dataset", "x.hdf5", "--rollout-steps", "0"], "--rollout-steps"),
+    ("sac", ["--save-dataset", "there.hdf5/x.hdf5"], "there.hdf5/x.hdf5"),
     ("sac", ["--rollout-dataset", "x.hdf5"], "--resume"),
     ("sac", ["--rollout-dataset", "x.hdf5", "--resume", "nowhere"], "nowhere"),
     ("sac", ["--save-dataset", "nowhere/x.hdf5"], "nowhere/x.hdf5"),

@@ -34,7 +34,7 @@ CartPole as it stands; faster on CartPole; Acrobot; Pendulum; MuJoCo; Atari:
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --normalize
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
-While it trains, `charts/episodic_return` should rise; `diagnostics/explained_variance` approach 1;
+While it trains, `charts/episodic_return` should rise; `losses/explained_variance` approach 1;
 `losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller --learning-rate).
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 

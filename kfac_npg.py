@@ -1,0 +1,1311 @@
+"""Natural policy gradient by K-FAC, conjugate gradients (TRPO) or the exact Fisher matrix; or the plain one.
+
+A policy gradient g depends on how the policy is written down; the natural one, F^-1 g, does not. It is the
+steepest ascent when distance is the change of the *distribution*, to second order KL = d^T F d / 2, with
+
+  F = E_s E_{a~pi} [ grad log pi(a|s) grad log pi(a|s)^T ]                         the Fisher matrix
+  maximise g^T d  subject to  d^T F d / 2 <= delta   =>   d = sqrt(2 delta / g^T F^-1 g) F^-1 g
+
+F has a row for each parameter: for AlexNet 60 million. K-FAC (Martens, Grosse, arXiv 1503.05671; for policies
+ACKTR, arXiv 1708.05144) writes it in small factors. For a layer s = W a, where a has a 1 appended for the
+bias, and g = grad_s log pi:
+
+  grad_W log pi = g a^T,    vec(g a^T) = g (x) a          (row-major, as torch flattens W)
+  F_W = E[ g g^T (x) a a^T ]  ~  E[g g^T] (x) E[a a^T] = S (x) A
+  (S (x) A)^-1 vec(G) = vec( S^-1 G A^-1 )
+
+so that AlexNet's last layer, 1000 x 4096, needs matrices of 1000 and 4097 rows instead of one of 4 million.
+Two approximations have a name: layers apart from each other, and the expectation of a product as a product.
+Damping is factored: (A + pi sqrt(l) I) and (S + sqrt(l) / pi I), pi^2 = (tr A / dim A) / (tr S / dim S).
+For the critic F is the Gauss-Newton matrix, g = dV/ds: nothing is sampled. The log-deviations of a Gaussian
+policy are no layer: their Fisher matrix is 2 I, exactly.
+
+  symbol        in the code                       shape
+  a, s          inputs and outputs of a Linear    (B, in), (B, out)
+  A, S          factors()                         (in + 1, in + 1), (out, out)
+  G, d          gradient and direction            a list like the parameters
+  delta         --max-kl                          scalar, trust region
+  l             --damping                         scalar
+  d^T F d       quadratic()                       scalar, exact, by one forward-mode product
+  A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
+
+K-FAC; TRPO (arXiv 1502.05477); exact, for small networks; an advantage actor-critic; MuJoCo:
+  python kfac_npg.py
+  python kfac_npg.py --solver cg --line-search --damping 0.1
+  python kfac_npg.py --solver exact --width 16
+  python kfac_npg.py --solver none --num-envs 8 --num-steps 16 --learning-rate 1e-3
+  python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \\
+      --normalize
+
+While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near `kl_predicted`, which is
+--max-kl (far above: a smaller --max-kl); `kl_kfac`, what the factors alone predict, shows what the two
+approximations miss. Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new
+episodes start.
+
+Known limits: observation vectors and MLPs. Left out on purpose: convolutions (KFC), momentum, EKFAC, several
+epochs on a batch (ppo.py).
+"""
+
+import ctypes
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import timeit
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    exp_name: str = "kfac_npg"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seeds networks, actions and environments"""
+    torch_deterministic: bool = True
+    """use deterministic PyTorch kernels only (cuDNN)"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+    wandb_project_name: str = "offline-rl"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    capture_video: bool = False
+    """record an episode at each evaluation, under the run folder's videos/"""
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "CartPole-v1"
+    """Gymnasium environment"""
+    run_dir: str = "runs"
+    """folder that holds the run folders"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
+    checkpoint_frequency: int = 100_000
+    """environment steps between checkpoints (0: only at the end)"""
+    eval_frequency: int = 50_000
+    """environment steps between evaluations (0: only at the end)"""
+    eval_episodes: int = 10
+    """episodes of each evaluation (0: no evaluation)"""
+    log_frequency: int = 5_000
+    """environment steps between logged losses and checks for non-finite numbers"""
+    diagnostics_frequency: int = 50_000
+    """environment steps between feature and curvature diagnostics (0: none)"""
+    precision: Literal["fp32", "tf32"] = "fp32"
+    """tf32: matrix products on a GPU, never in the factors"""
+
+    # --- length and data
+    total_timesteps: int = 200_000
+    """environment steps"""
+    num_envs: int = 4
+    """N, environments stepped together"""
+    num_steps: int = 512
+    """T, steps of each environment for one policy step"""
+    normalize: bool = False
+    """running standardisation of observations, running scale of rewards (MuJoCo: on)"""
+
+    # --- policy gradient
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of the advantage estimate"""
+    ent_coef: float = 0.0
+    """weight of an entropy bonus"""
+    solver: Literal["kfac", "cg", "exact", "none"] = "kfac"
+    """of F d = g: Kronecker factors; conjugate gradients; a dense F; none: Adam on g itself"""
+    max_kl: float = 0.01
+    """delta, trust region of a policy step (ACKTR: 0.001 to 0.002; TRPO: 0.01)"""
+    line_search: bool = False
+    """halve the step until the surrogate improves and the KL holds (TRPO)"""
+    damping: float = 0.01
+    """l; of cg and exact F + l I (TRPO: 0.1)"""
+    learning_rate: float = 3e-4
+    """of Adam, with --solver none"""
+
+    # --- K-FAC
+    stats_decay: float = 0.95
+    """most weight that the factors' running average gives to the past"""
+    refresh: int = 1
+    """policy steps between factorisations of the factors"""
+    empirical_fisher: bool = False
+    """factors from advantage-weighted gradients of the taken actions: not the Fisher matrix, to compare"""
+    cg_steps: int = 10
+    """steps of conjugate gradients"""
+
+    # --- critic
+    critic_updates: int = 20
+    """steps on the value of each rollout"""
+    critic_solver: Literal["kfac", "adam"] = "kfac"
+    """Gauss-Newton by K-FAC with the exact best step along its direction; or Adam"""
+    critic_lr: float = 1e-3
+    """of Adam, with --critic-solver adam"""
+    critic_damping: float = 0.1
+    """l of the critic's factors"""
+
+    # --- networks
+    width: int = 64
+    """units in a hidden layer"""
+    depth: int = 2
+    """hidden layers, tanh (0: linear)"""
+    log_std_init: float = 0.0
+    """log standard deviation of a continuous policy at the start"""
+
+
+LIMITS = {
+    "gamma": (0, 0.99999),
+    "gae_lambda": (0, 1),
+    "depth": (0, 64),
+    "log_std_init": (-20, 20),
+}  # least, most
+LIMITS |= {"stats_decay": (0, 0.99999)} | dict.fromkeys(["damping", "critic_damping"], (0, 1e12))
+LIMITS |= dict.fromkeys(["max_kl", "learning_rate", "critic_lr"], (1e-12, 1e12))
+LIMITS |= dict.fromkeys(["num_envs", "num_steps", "width", "refresh", "cg_steps", "critic_updates"], (1, 1e6))
+LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
+
+
+def check(args: Args):
+    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
+    check_limits(args, LIMITS)
+    only_if(args, args.solver != "none", "with --solver none", "max_kl", "line_search", "damping")
+    only_if(args, args.solver == "none", f"with --solver {args.solver}", "learning_rate")
+    only_if(args, args.solver == "kfac", f"with --solver {args.solver}", "empirical_fisher", "refresh")
+    only_if(args, args.solver == "cg", f"with --solver {args.solver}", "cg_steps")
+    only_if(args, "kfac" in (args.solver, args.critic_solver), "without K-FAC", "stats_decay")
+    only_if(args, args.critic_solver == "adam", "with --critic-solver kfac", "critic_lr")
+    only_if(args, args.critic_solver == "kfac", "with --critic-solver adam", "critic_damping")
+    only_if(args, args.depth > 0, "with --depth 0", "width")
+    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+
+
+# ------------------------------------------------------------------------------------------- networks
+class MLP(nn.Module):
+    """Linear layers with tanh between; `record` collects (a, s) of each, what goes in and what comes out."""
+
+    def __init__(self, fan_in: int, fan_out: int, gain: float, args: Args):
+        super().__init__()
+        sizes = [fan_in] + [args.width] * args.depth + [fan_out]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        for i, m in enumerate(self.layers):
+            nn.init.orthogonal_(m.weight, 2**0.5 if i < args.depth else gain)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, a, record: list | None = None):
+        for i, m in enumerate(self.layers):
+            s = m(a)
+            if record is not None:
+                record.append((a, s))
+            a = torch.tanh(s) if i < len(self.layers) - 1 else s
+        return a
+
+
+class Agent(nn.Module):
+    """Policy and value, apart. `head` is what the policy's last layer says: logits (B, actions) of a
+    categorical, or the mean (B, d) of a Gaussian of independent dimensions whose log_std is a parameter."""
+
+    def __init__(self, obs_space, act_space, args: Args):
+        super().__init__()
+        self.discrete = isinstance(act_space, gym.spaces.Discrete)
+        outputs = int(act_space.n) if self.discrete else act_space.shape[0]
+        self.actor, self.critic = (
+            MLP(obs_space.shape[0], n, g, args) for n, g in ((outputs, 0.01), (1, 1.0))
+        )
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+
+    def forward(self, obs):
+        """head (B, outputs) and V(s) (B,)."""
+        return self.actor(obs), self.critic(obs)[:, 0]
+
+    def policy_parameters(self) -> list:
+        """W and b of each layer in turn, then log_std if there is one."""
+        return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
+
+    def features(self, obs):
+        """What the last linear layers of policy and value read, each (B, D), for the diagnostics."""
+        records = [], []
+        self.actor(obs, records[0]), self.critic(obs, records[1])
+        return records[0][-1][0], records[1][-1][0]
+
+    def sample(self, head):
+        if self.discrete:
+            return torch.distributions.Categorical(logits=head, validate_args=False).sample()
+        return head + self.log_std.exp() * torch.randn_like(head)
+
+    def mode(self, head):
+        return head.argmax(-1) if self.discrete else head
+
+    def log_prob(self, head, act):
+        """log pi(a|s), (B,)."""
+        if self.discrete:
+            return F.log_softmax(head, -1).gather(-1, act[:, None])[:, 0]
+        z = (act - head) / self.log_std.exp()
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self, head):
+        """H(pi(.|s)), (B,)."""
+        if self.discrete:
+            logp = F.log_softmax(head, -1)
+            return -(logp.exp() * logp).sum(-1)
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(head))
+
+    def kl(self, head, log_std, new_head):
+        """KL(old || new), (B,): an old head and log_std (None if discrete), a new head, log_std as it is."""
+        if self.discrete:
+            logp, new = F.log_softmax(head, -1), F.log_softmax(new_head, -1)
+            return (logp.exp() * (logp - new)).sum(-1)
+        variance = torch.exp(2 * log_std) + (head - new_head) ** 2
+        return (self.log_std - log_std + variance / (2 * torch.exp(2 * self.log_std)) - 0.5).sum(-1)
+
+
+# ------------------------------------------------------------------------- the Fisher matrix, exactly
+def metric(agent: Agent, head, t):
+    """The Fisher matrix of the *head*, per state, times a tangent t (B, outputs): I / sigma^2 for the mean of
+    a Gaussian, diag(p) - p p^T for logits."""
+    if not agent.discrete:
+        return t / torch.exp(2 * agent.log_std)
+    p = F.softmax(head, -1)
+    return p * (t - (p * t).sum(-1, keepdim=True))
+
+
+def head_tangent(agent: Agent, obs, d: list):
+    """head and its derivative along d, by forward-mode differentiation; each (B, outputs)."""
+    names = [n for n, _ in agent.actor.named_parameters()]
+    call = lambda p: torch.func.functional_call(agent.actor, p, (obs,))
+    return torch.func.jvp(call, (dict(agent.actor.named_parameters()),), (dict(zip(names, d)),))
+
+
+def quadratic(agent: Agent, obs, d: list):
+    """d^T F d, exactly, over all layers at once: E_s[t^T F_head t] + 2 |d_log_std|^2."""
+    with torch.no_grad():
+        head, t = head_tangent(agent, obs, d)
+        return (t * metric(agent, head, t)).sum(-1).mean() + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
+
+
+def fisher_product(agent: Agent, obs, d: list) -> list:
+    """F d: forward through the network, the metric at its head, and back."""
+    with torch.no_grad():
+        head, t = head_tangent(agent, obs, d)
+        weight = metric(agent, head, t) / len(obs)
+    back = torch.autograd.grad((agent.actor(obs) * weight).sum(), list(agent.actor.parameters()))
+    return [*back] + ([] if agent.discrete else [2 * d[-1]])
+
+
+def dense_fisher(agent: Agent, obs):
+    """F (n, n) of all policy parameters from the Jacobian of each state's head. For small networks."""
+    params = dict(agent.actor.named_parameters())
+    one = lambda p, x: torch.func.functional_call(agent.actor, p, (x,))
+    with torch.no_grad():
+        jacobian = torch.func.vmap(torch.func.jacrev(one), (None, 0))(params, obs)
+        J = torch.cat([j.flatten(2) for j in jacobian.values()], 2)  # (B, outputs, n)
+        head = agent.actor(obs)
+        MJ = metric(agent, head[:, None], J.transpose(1, 2))  # (B, n, outputs)
+        fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
+        return (
+            fisher
+            if agent.discrete
+            else torch.block_diag(fisher, 2 * torch.eye(len(agent.log_std)).to(fisher))
+        )
+
+
+def flat(d: list):
+    return torch.cat([x.reshape(-1) for x in d])
+
+
+def unflat(v, like: list) -> list:
+    return [x.view_as(p) for x, p in zip(v.split([p.numel() for p in like]), like)]
+
+
+def conjugate_gradients(product, g: list, steps: int) -> list:
+    """Approximates d with product(d) = g, from d = 0."""
+    d, r, p = torch.zeros_like(flat(g)), flat(g), flat(g)
+    rr = r @ r
+    for _ in range(steps):
+        if rr < 1e-20:
+            break
+        q = flat(product(unflat(p, g)))
+        alpha = rr / (p @ q)
+        d, r = d + alpha * p, r - alpha * q
+        new = r @ r
+        p, rr = r + new / rr * p, new
+    return unflat(d, g)
+
+
+# ----------------------------------------------------------------------------------------------- K-FAC
+class KFAC(nn.Module):
+    """The factors A and S of an MLP's layers, their running averages, and (S (x) A)^-1 by Cholesky."""
+
+    def __init__(self, net: MLP, damping: float, decay: float):
+        super().__init__()
+        self.damping, self.decay = damping, decay
+        for i, m in enumerate(net.layers):
+            for name, n in ((f"A{i}", m.in_features + 1), (f"S{i}", m.out_features)):
+                self.register_buffer(name, torch.zeros(n, n))
+                self.register_buffer("L" + name, torch.eye(n))  # Cholesky factor of the damped one
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.depth = len(net.layers)
+
+    def factors(self, record: list, scalar):
+        """A = E[a a^T] and S = E[g g^T] from a recorded pass, g = grad_s of each row's own term of `scalar`.
+
+        `scalar` is a sum over rows, not a mean: so g has no 1 / B."""
+        gradients = torch.autograd.grad(scalar, [s for _, s in record])
+        out = {}
+        with torch.no_grad():
+            for i, ((a, _), g) in enumerate(zip(record, gradients)):
+                a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
+                out[f"A{i}"], out[f"S{i}"] = a.T @ a / len(a), g.T @ g / len(g)
+        return out
+
+    def update(self, record: list, scalar, refresh: bool = True):
+        """Merge this batch's factors, the k-th with weight max(1 / k, 1 - decay), and factorise."""
+        self.count += 1
+        keep = min(1 - 1 / int(self.count), self.decay)
+        for name, x in self.factors(record, scalar).items():
+            getattr(self, name).lerp_(x, 1 - keep)
+        if refresh:
+            self.factorise()
+
+    def factorise(self):
+        """Cholesky of A + pi sqrt(l) I and S + sqrt(l) / pi I. If one is not positive definite in floating
+        point, the damping is raised tenfold, and a line says so."""
+        for i in range(self.depth):
+            A, S = getattr(self, f"A{i}"), getattr(self, f"S{i}")
+            if not (torch.isfinite(A).all() and torch.isfinite(S).all()):
+                fail(f"K-FAC: the factors of layer {i} are not finite; the last checkpoint is from before", 3)
+            mean_A, mean_S = ((x.trace() / len(x)).clamp(min=1e-30) for x in (A, S))
+            pi = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
+            for name, x, scale in ((f"A{i}", A, pi), (f"S{i}", S, 1 / pi)):
+                eye = torch.eye(len(x)).to(x)
+                L, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
+                if bad:
+                    self.damping = max(10 * self.damping, 1e-8)
+                    print(f"K-FAC: a factor is not positive definite, damping raised to {self.damping:g}")
+                    return self.factorise()
+                getattr(self, "L" + name).copy_(L)
+
+    def solve(self, gradients: list) -> list:
+        """S^-1 [G_W G_b] A^-1 for each layer; gradients W, b, W, b, ..."""
+        out = []
+        for i in range(self.depth):
+            G = torch.cat([gradients[2 * i], gradients[2 * i + 1][:, None]], 1)  # (out, in + 1)
+            d = torch.cholesky_solve(G, getattr(self, f"LS{i}"))
+            d = torch.cholesky_solve(d.T, getattr(self, f"LA{i}")).T
+            out += [d[:, :-1], d[:, -1]]
+        return out
+
+    def quadratic(self, d: list):
+        """d^T (S (x) A) d = sum over layers of tr(D^T S D A): what the factors, undamped, say of d^T F d."""
+        total = 0.0
+        for i in range(self.depth):
+            D = torch.cat([d[2 * i], d[2 * i + 1][:, None]], 1)
+            total = total + (D * (getattr(self, f"S{i}") @ D @ getattr(self, f"A{i}"))).sum()
+        return total
+
+    def condition(self) -> float:
+        """The largest condition number of a damped factor."""
+        values = [torch.linalg.svdvals(x) for n, x in self.named_buffers() if n.startswith("L")]
+        return max(float((s[0] / s[-1]) ** 2) for s in values)
+
+
+# ------------------------------------------------------------------------------ the loss and the update
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, obs), standardised
+    act: torch.Tensor  # (B,) or (B, d)
+    logp: torch.Tensor  # (B,), log pi_old(a|s)
+    advantage: torch.Tensor  # (B,), standardised
+    target: torch.Tensor  # (B,), V_target
+
+
+def surrogate(agent: Agent, batch: Batch, args: Args):
+    """E[ pi / pi_old A ] + c_e H: its gradient at pi_old is the policy gradient."""
+    head = agent.actor(batch.obs)
+    ratio = (agent.log_prob(head, batch.act) - batch.logp).exp()
+    return (ratio * batch.advantage).mean() + args.ent_coef * agent.entropy(head).mean()
+
+
+class Learner(nn.Module):
+    """Agent, normalisers, factors and optimisers."""
+
+    def __init__(self, obs_space, act_space, args: Args, device):
+        super().__init__()
+        self.args, self.device = args, device
+        self.agent = Agent(obs_space, act_space, args)
+        self.obs_stats = Moments(obs_space.shape) if args.normalize else None
+        self.return_stats = Moments(()) if args.normalize else None
+        self.policy_factors = KFAC(self.agent.actor, args.damping, args.stats_decay)
+        self.critic_factors = KFAC(self.agent.critic, args.critic_damping, args.stats_decay)
+        self.to(device)
+        adam = lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True)
+        self.optim = {"critic": adam(self.agent.critic.parameters(), args.critic_lr)}
+        self.optim["policy"] = adam(self.agent.policy_parameters(), args.learning_rate)
+
+    def standardised(self, obs):
+        """Observations of an environment (numpy) as the networks see them, on the device."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
+
+    def update(self, rollout) -> dict:
+        """One policy step, then --critic-updates value steps, on all valid rows."""
+        batch = self.batch_of(rollout)
+        before = self.agent.critic(batch.obs)[:, 0].detach()
+        info = self.policy_step(batch)
+        for _ in range(self.args.critic_updates):
+            info["value_loss"] = self.critic_step(batch)
+        info["explained_variance"] = 1 - (batch.target - before).var() / batch.target.var()
+        return {k: torch.as_tensor(v, device=self.device).detach() for k, v in info.items()}
+
+    @torch.no_grad()
+    def batch_of(self, rollout) -> Batch:
+        """Advantages and the flat batch of valid rows; reset rows are no experience."""
+        flags = (rollout.rew, rollout.value, rollout.terminated, rollout.over)
+        arrays = [x.cpu().numpy() for x in flags]
+        advantage = torch.from_numpy(gae(*arrays, self.args.gamma, self.args.gae_lambda)).to(rollout.value)
+        target = advantage + rollout.value[:-1]
+        rows = rollout.valid.flatten().nonzero()[:, 0]
+        columns = (rollout.obs[:-1], rollout.act, rollout.logp, advantage, target)
+        batch = Batch(*(x.flatten(0, 1)[rows] for x in columns))
+        scaled = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
+        return batch._replace(advantage=scaled)
+
+    def policy_step(self, batch: Batch) -> dict:
+        """theta <- theta + sqrt(2 delta / d^T F d) d, d = F^-1 g; with --solver none a step of Adam on g."""
+        args, agent, params = self.args, self.agent, self.agent.policy_parameters()
+        value = surrogate(agent, batch, args)
+        g = [*torch.autograd.grad(value, params)]
+        with torch.no_grad():
+            head = agent.actor(batch.obs)
+            log_std = None if agent.discrete else agent.log_std.clone()
+        info = {"policy_loss": -value, "entropy": agent.entropy(head).mean(), "grad_norm": flat(g).norm()}
+        if args.solver == "none":
+            for p, x in zip(params, g):
+                p.grad = -x
+            self.optim["policy"].step()
+            return info | {"kl": agent.kl(head, log_std, agent.actor(batch.obs)).mean()}
+        d = self.natural(batch, g)
+        dFd = quadratic(agent, batch.obs, d)
+        scale = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
+        info |= {
+            "step_scale": scale,
+            "kl_predicted": 0.5 * scale**2 * dFd,
+            "gain_predicted": scale * flat(g) @ flat(d),
+        }
+        if args.solver == "kfac":
+            own = self.policy_factors.quadratic(d) + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
+            info |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
+        old = [p.detach().clone() for p in params]
+        for halvings in range(10 if args.line_search else 1):
+            with torch.no_grad():
+                for p, p_old, x in zip(params, old, d):
+                    p.copy_(p_old + scale * 0.5**halvings * x)
+                kl = agent.kl(head, log_std, agent.actor(batch.obs)).mean()
+                gain = surrogate(agent, batch, args) - value
+            if not args.line_search or (kl <= args.max_kl and gain > 0):
+                break
+        else:  # no step of this direction helps
+            with torch.no_grad():
+                for p, p_old in zip(params, old):
+                    p.copy_(p_old)
+            kl, gain = kl * 0, gain * 0
+        return info | {"kl": kl, "gain": gain, "halvings": halvings}
+
+    def natural(self, batch: Batch, g: list) -> list:
+        """d = F^-1 g by the solver asked for."""
+        args, agent = self.args, self.agent
+        if args.solver == "cg":
+            damped = lambda d: [x + args.damping * y for x, y in zip(fisher_product(agent, batch.obs, d), d)]
+            return conjugate_gradients(damped, g, args.cg_steps)
+        if args.solver == "exact":
+            return self.exact(batch, g)
+        record = []
+        head = agent.actor(batch.obs, record)
+        if args.empirical_fisher:  # what is often called Fisher and is not: weighted by how well it went
+            score = batch.advantage * agent.log_prob(head, batch.act)
+        else:  # the true one: actions of the policy itself, drawn anew
+            score = agent.log_prob(head, agent.sample(head.detach()))
+        refresh = int(self.policy_factors.count) % args.refresh == 0
+        self.policy_factors.update(record, score.sum(), refresh)
+        d = self.policy_factors.solve(g)
+        return d + ([] if agent.discrete else [g[-1] / (2 + args.damping)])
+
+    def exact(self, batch: Batch, g: list) -> list:
+        fisher = dense_fisher(self.agent, batch.obs)
+        eye = torch.eye(len(fisher)).to(fisher)
+        return unflat(torch.linalg.solve(fisher + self.args.damping * eye, flat(g)), g)
+
+    def critic_step(self, batch: Batch):
+        """One step on (V - target)^2 / 2. Along K-FAC's direction d, V moves by J d; the best multiple is
+        that of the Gauss-Newton model, -<V - target, J d> / |J d|^2: no learning rate."""
+        critic, args, record = self.agent.critic, self.args, []
+        v = critic(batch.obs, record)[:, 0]
+        loss = 0.5 * ((v - batch.target) ** 2).mean()
+        params = list(critic.parameters())
+        g = torch.autograd.grad(loss, params, retain_graph=True)
+        if args.critic_solver == "adam":
+            for p, x in zip(params, g):
+                p.grad = x
+            self.optim["critic"].step()
+            return loss.detach()
+        self.critic_factors.update(record, v.sum())  # g = dV/ds: Gauss-Newton, nothing sampled
+        d = self.critic_factors.solve([-x for x in g])
+        with torch.no_grad():
+            names = [n for n, _ in critic.named_parameters()]
+            call = lambda p: torch.func.functional_call(critic, p, (batch.obs,))[:, 0]
+            _, Jd = torch.func.jvp(call, (dict(critic.named_parameters()),), (dict(zip(names, d)),))
+            best = -((v - batch.target) @ Jd) / (Jd @ Jd).clamp(min=1e-30)
+            for p, x in zip(params, d):
+                p.add_(best * x)
+        return loss.detach()
+
+    def curvature(self, batch: Batch) -> dict:
+        """Condition numbers; for at most 2,000 parameters also the cosine, in the Fisher inner product
+        <x, y> = x^T F y, of K-FAC's direction and of the plain gradient with the exact natural gradient."""
+        out = {"policy_condition": self.policy_factors.condition()} if self.args.solver == "kfac" else {}
+        if self.args.solver != "kfac" or len(flat(self.agent.policy_parameters())) > 2000:
+            return out
+        g = [*torch.autograd.grad(surrogate(self.agent, batch, self.args), self.agent.policy_parameters())]
+        best, F_of = self.exact(batch, g), lambda d: flat(fisher_product(self.agent, batch.obs, d))
+        d = self.policy_factors.solve(g) + ([] if self.agent.discrete else [g[-1] / (2 + self.args.damping)])
+        for name, x in (("kfac", d), ("gradient", g)):
+            norms = (flat(x) @ F_of(x)) * (flat(best) @ F_of(best))
+            out[f"fisher_cosine_{name}"] = float(flat(x) @ F_of(best) / norms.clamp(min=1e-30).sqrt())
+        return out
+
+    def checkpoint(self) -> dict:
+        damping = [self.policy_factors.damping, self.critic_factors.damping]
+        optim = {k: o.state_dict() for k, o in self.optim.items()}
+        return {"networks": self.state_dict(), "optim": optim, "damping": damping}
+
+    def restore(self, saved: dict):
+        self.load_state_dict(saved["networks"])
+        self.policy_factors.damping, self.critic_factors.damping = saved["damping"]
+        for name, optim in self.optim.items():
+            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+            optim.load_state_dict(saved["optim"][name])
+            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+
+
+def make_train_envs(args: Args):
+    envs = make_envs(args.env_id, args.num_envs)
+    act, obs = envs.single_action_space, envs.single_observation_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension")
+    if not isinstance(act, gym.spaces.Discrete) and not (
+        isinstance(act, gym.spaces.Box) and len(act.shape) == 1
+    ):
+        fail(f"--env-id {args.env_id}: actions are {act}, expected Discrete or a Box of one dimension")
+    return envs
+
+
+# ------------------------------------------------------------------------------------------- training
+LOSSES = ("policy_loss", "value_loss", "entropy", "explained_variance")
+
+
+def tag(name: str) -> str:
+    return ("losses/" if name in LOSSES else "diagnostics/") + name
+
+
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    device, saved = set_up(args), find_checkpoint(args)
+    envs = make_train_envs(args)
+    eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
+    learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
+    rows = (
+        args.num_envs
+        * args.num_steps
+        * (envs.single_observation_space.shape[0] + 4 * args.width * args.depth)
+    )
+    reserve(16 * rows, "rollout and update, roughly", device)
+    player, step, episodes, returns, info = Player(envs, args.seed), 0, [], np.full(1, math.nan), {}
+    if saved:
+        step, episodes, returns, info = (saved[k] for k in ("step", "episodes", "returns", "info"))
+        returns = np.array(returns)
+        learner.restore(saved["learner"])
+        player.restore(saved["player"], args.seed + step)
+        restore_random_state(saved["random"])
+    video = Video(args.env_id) if args.capture_video else None
+    run = Run(args, {}, saved)
+    greedy = lambda obs: acting(learner, obs[None], envs.single_action_space)[0]
+
+    def save():
+        check_finite(step, info | dict(learner.named_parameters()))
+        state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
+        run.save(
+            "checkpoint.pt",
+            state | {"step": step, "episodes": episodes, "returns": returns.tolist(), "info": info},
+        )
+
+    progress = Progress("training", args.total_timesteps, step)
+    with StopSignal() as stop:
+        while step < args.total_timesteps and not stop.signum:
+            rollout, ended = player.collect(learner, args)
+            info = learner.update(rollout)
+            if args.normalize:
+                learner.obs_stats.update(rollout.raw_obs)
+            before, step = step, step + int(rollout.valid.sum())
+
+            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
+            diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
+            scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
+            if diagnosing or scoring or logging:
+                check_finite(step, info | dict(learner.named_parameters()))
+            episodes = [*episodes, *ended][-100:]
+            if ended:
+                score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
+                run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, step)
+            if logging:
+                run.scalars({tag(k): v for k, v in info.items()} | {"charts/SPS": progress.rate(step)}, step)
+            with progress.paused(diagnosing or scoring):
+                if diagnosing:
+                    moment = diagnose(learner, rollout) | learner.curvature(learner.batch_of(rollout))
+                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
+                if scoring:
+                    returns = evaluate(learner, eval_envs, args)
+                    run.scalars({"eval/episodic_return": returns.mean()}, step)
+                    if video:
+                        video.record(greedy, run.dir / "videos", 1_000_000 + 1_000 * args.seed, step)
+            if every(args.checkpoint_frequency) and step < args.total_timesteps:
+                save()
+            recent = {"return": np.mean([r for r, _ in episodes[-20:]] or [math.nan]), "eval": returns.mean()}
+            progress.show(min(step, args.total_timesteps), recent | {"KL": info["kl"]})
+        save()
+        if stop.signum:
+            run.stopped(stop.signum)
+    summary = {
+        "global_step": step,
+        "steps_per_second": progress.rate(step),
+        "eval_episodes": args.eval_episodes,
+    }
+    summary["train_return_mean"] = float(np.mean([r for r, _ in episodes])) if episodes else None
+    if eval_envs:
+        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
+        print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+    return run.finish(summary)
+
+
+# === shared: rollouts (canonical copy: ppo.py) ===
+class Moments(nn.Module):
+    """Running mean and variance, merged batch by batch (Chan et al.), in float64; part of the checkpoint."""
+
+    def __init__(self, shape: tuple):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x):
+        """x: (rows, *shape); no rows change nothing."""
+        if len(x) == 0:
+            return
+        x, n = x.to(self.mean), len(x)
+        gap, total = x.mean(0) - self.mean, self.count + n
+        m2 = self.var * self.count + x.var(0, unbiased=False) * n + gap**2 * self.count * n / total
+        self.mean += gap * n / total
+        self.var.copy_(m2 / total)
+        self.count += n
+
+    def standardise(self, x):
+        return (x - self.mean.float()) / (self.var.float() + 1e-8).sqrt()
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. A row after an episode's end is gymnasium's NEXT_STEP reset: its action is
+    ignored and it is not `valid`. obs[t + 1] of an ended episode is its true last observation."""
+
+    obs: torch.Tensor  # (T + 1, N, ...), standardised or frames
+    act: torch.Tensor  # (T, N) or (T, N, d)
+    logp: torch.Tensor  # (T, N)
+    value: torch.Tensor  # (T + 1, N)
+    rew: torch.Tensor  # (T, N), scaled or clipped as the training sees it
+    terminated: torch.Tensor  # (T, N)
+    over: torch.Tensor  # (T, N), terminated or truncated
+    valid: torch.Tensor  # (T, N)
+    raw_obs: torch.Tensor | None  # (valid rows, obs), for the normaliser
+
+
+def gae(rew, value, end, over, gamma: float, lam: float):
+    """A_t = delta_t + gamma lambda A_{t+1} within an episode [5]; rew, end, over (T, N), value (T + 1, N).
+
+    `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
+    value[t + 1] is the value of the true last observation."""
+    delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
+    advantage, last = np.zeros_like(delta), 0.0
+    for t in reversed(range(len(delta))):
+        last = delta[t] + gamma * lam * (1 - over[t]) * last
+        advantage[t] = last
+    return advantage
+
+
+class Player:
+    """Steps the environments, T at a time."""
+
+    def __init__(self, envs, seed: int):
+        self.envs, self.n = envs, envs.num_envs
+        self.obs, _ = envs.reset(seed=seed)
+        self.over = np.zeros(self.n, bool)
+        self.returns, self.lengths, self.discounted = (
+            np.zeros(self.n),
+            np.zeros(self.n, int),
+            np.zeros(self.n),
+        )
+
+    @torch.no_grad()
+    def collect(self, learner, args: Args) -> tuple[Rollout, list]:
+        """A rollout, and (return, length) of the episodes that ended in it. Normalisers stand still
+        meanwhile, so that the policy that played is the policy that is updated."""
+        T, N, device, ended = args.num_steps, self.n, learner.device, []
+        rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
+        columns, raw = [], []
+        for t in range(T):
+            obs = learner.standardised(self.obs)
+            head, value = learner.agent(obs)
+            act = learner.agent.sample(head)
+            columns.append((obs, act, learner.agent.log_prob(head, act), value))
+            if args.normalize:
+                raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
+            valid = ~self.over
+            self.obs, rew[t], terminated, truncated, infos = self.envs.step(
+                to_env(act, self.envs.single_action_space)
+            )
+            over = terminated | truncated
+            lives = infos["lives"] if self.obs.ndim == 4 else 0
+            self.over = over & ((lives == 0) | truncated)  # [A3] a lost life ends an episode, not the game
+            flags[:, t] = terminated, over, valid
+            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid
+            for i in np.flatnonzero(self.over):
+                ended.append((float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i], self.lengths[i] = 0.0, 0
+        obs = learner.standardised(self.obs)
+        columns = [torch.stack(x) for x in zip(*columns)]
+        values = torch.cat([columns[3], learner.agent(obs)[1][None]])
+        if self.obs.dtype == np.uint8:
+            rew = np.sign(rew)  # [A6]
+        elif args.normalize:
+            rew = self.scaled(rew, flags[1], flags[2], learner, args)
+        tensors = [torch.from_numpy(x).to(device) for x in (rew, *flags)]
+        observed, raw = torch.cat([columns[0], obs[None]]), torch.cat(raw) if raw else None
+        return Rollout(observed, *columns[1:3], values, *tensors[:3], tensors[3] > 0, raw), ended
+
+    def scaled(self, rew, over, valid, learner, args: Args):
+        """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
+        sums = np.zeros_like(rew, dtype=np.float64)
+        for t in range(len(rew)):
+            sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
+            self.discounted = self.discounted * (1 - over[t])
+        learner.return_stats.update(torch.from_numpy(sums[valid > 0]))
+        return np.clip(rew / float((learner.return_stats.var + 1e-8).sqrt()), -10, 10).astype(np.float32)
+
+    def checkpoint(self) -> dict:
+        names = ("obs", "over", "returns", "lengths", "discounted")
+        return {k: torch.from_numpy(getattr(self, k).copy()) for k in names} | {"envs": env_states(self.envs)}
+
+    def restore(self, saved: dict, seed: int):
+        self.discounted = saved["discounted"].numpy()
+        if saved["envs"] is None:
+            print("these environments cannot be restored exactly: new episodes start")
+            self.obs, _ = self.envs.reset(seed=seed)
+            return
+        for k in ("obs", "over", "returns", "lengths"):
+            setattr(self, k, saved[k].numpy())
+        restore_envs(self.envs, saved["envs"], self.over)
+
+
+def to_env(act, space) -> np.ndarray:
+    """[C5] Actions as the environment takes them: a Box's are clipped here, the sample stays as it was."""
+    act = act.cpu().numpy()
+    return np.clip(act, space.low, space.high) if isinstance(space, gym.spaces.Box) else act
+
+
+@torch.no_grad()
+def acting(learner, obs, space) -> np.ndarray:
+    """The policy's mode, for evaluation."""
+    head, _ = learner.agent(learner.standardised(obs))
+    return to_env(learner.agent.mode(head), space)
+
+
+def evaluate(learner, envs, args: Args) -> np.ndarray:
+    """Returns (episodes,) of one episode in each of `envs` from fixed seeds, by the policy's mode, with true
+    rewards and standing normalisers. Draws no torch random number."""
+    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
+    alive, returns = np.ones(len(obs), bool), np.zeros(len(obs))
+    learner.eval()
+    while alive.any():
+        obs, rew, terminated, truncated, _ = envs.step(acting(learner, obs, envs.single_action_space))
+        returns += alive * rew
+        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
+    learner.train()
+    return returns
+
+
+def diagnose(learner, rollout: Rollout) -> dict:
+    """Ranks and dormant units of the features of policy and value, on at most 2,048 rows of the rollout, in
+    fp32 and eval mode."""
+    rows = rollout.valid.flatten().nonzero()[:, 0]
+    rows = rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:2048]).to(rows)]
+    out = {}
+    learner.eval()
+    with strict_fp32():
+        features = learner.agent.features(rollout.obs[:-1].flatten(0, 1)[rows])
+        for name, phi in zip(("policy", "value"), features):
+            out |= {f"{k}_{name}": v for k, v in spectrum(phi).items()}
+            out |= {f"dormant_{name}": dormant([phi]), f"feature_norm_{name}": phi.norm(dim=-1).mean()}
+    learner.train()
+    return {k: float(v) for k, v in out.items()}
+
+
+# === end shared ===
+
+
+# === shared: environments (canonical copy: sac.py) ===
+def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
+    """n environments stepped together, NEXT_STEP autoreset; refused in one line."""
+    try:
+        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
+    except Exception as e:  # registration, missing packages, a namespace's own errors
+        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+    if envs.envs[0].spec.max_episode_steps is None:
+        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
+    return envs
+
+
+def env_states(envs) -> list | None:
+    """What the next steps of each environment depend on, as tensors and plain numbers; None where that is not
+    known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
+    and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
+    states = []
+    if not hasattr(envs, "envs"):  # Atari's vector environment
+        return None
+    for env in envs.envs:
+        e = env.unwrapped
+        state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
+        if type(e).__module__.startswith("gymnasium.envs.classic_control"):
+            inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
+            plain = lambda v: v if v is None or isinstance(v, int) else torch.from_numpy(np.array(v))
+            state["inner"] = {k: plain(v) for k, v in inner}
+        elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
+            mujoco = importlib.import_module("mujoco")
+            what = mujoco.mjtState.mjSTATE_INTEGRATION
+            mujoco.mj_getState(e.model, e.data, x := np.empty(mujoco.mj_stateSize(e.model, what)), what)
+            arrays = {"integration": x, "xpos": e.data.xpos, "xipos": e.data.xipos}
+            state["mujoco"] = {k: torch.tensor(v) for k, v in arrays.items()}
+        else:
+            return None
+        states.append(state)
+    return states
+
+
+def restore_envs(envs, states: list, over: np.ndarray):
+    """The inverse of env_states; `over` tells which environments reset at their next step."""
+    envs.reset(seed=0)
+    for env, state in zip(envs.envs, states):
+        e = env.unwrapped
+        for k, v in state.get("inner", {}).items():
+            setattr(e, k, v.numpy() if isinstance(v, torch.Tensor) else v)
+        if "mujoco" in state:
+            mujoco, saved = importlib.import_module("mujoco"), state["mujoco"]
+            what = mujoco.mjtState.mjSTATE_INTEGRATION
+            mujoco.mj_setState(e.model, e.data, saved["integration"].numpy(), what)
+            e.data.xpos[:], e.data.xipos[:] = saved["xpos"], saved["xipos"]
+        e.np_random.bit_generator.state = state["random"]
+        env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
+    envs._autoreset_envs = over.copy()
+
+
+class Video:
+    """--capture-video: one episode by `act` at each evaluation, in an environment of its own."""
+
+    def __init__(self, env_id: str):
+        need("moviepy")
+        try:
+            env = gym.make(env_id, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+        except Exception as e:  # no rgb_array mode, no display, no OpenGL
+            fail(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {first_line(e)})")
+        env.close()
+        self.env_id = env_id
+
+    def record(self, act, folder: Path, seed: int, step: int):
+        env = gym.make(self.env_id, render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
+        (obs, _), done = env.reset(seed=seed), False
+        while not done:
+            obs, _, terminated, truncated, _ = env.step(act(obs))
+            done = terminated or truncated
+        env.close()
+
+
+# === end shared ===
+
+
+# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
+    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
+    """
+    s = torch.linalg.svdvals(phi.float()).double()
+
+    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
+        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+
+    p = s / s.sum().clamp(min=1e-30)
+    sigma = s / len(phi) ** 0.5
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
+    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+
+
+def alignment(phi, phi_next, weight) -> dict:
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
+    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
+    cos = dot / (norm * norm_next).clamp(min=1e-30)
+    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
+    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+
+
+def dormant(activations: list) -> torch.Tensor:
+    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
+    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+    means = [h.abs().mean(0) for h in activations]
+    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
+
+
+@contextmanager
+def strict_fp32():
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# === end shared ===
+
+
+# === shared: run (canonical copy: cql_continuous.py) ===
+FORMAT = 1  # of checkpoints
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
+eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+
+
+def fail(message: str, status: int = 2):
+    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+
+
+def need(package: str):
+    """An optional package, imported where it is needed, or one line that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"{package} is not installed: pip install {package}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_limits(args, limits: dict):
+    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    for name, value in asdict(args).items():
+        least, most = limits.get(name, (0, 1e18))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+
+
+def only_if(args, condition, otherwise: str, *names: str):
+    """Refuse arguments that are not at their default while the condition under which they act is false."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args), name) and not condition:
+            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
+
+
+def set_up(args) -> torch.device:
+    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.precision == "tf32" and device.type == "cpu":
+        fail("--precision tf32 needs a GPU")
+    if args.precision == "bf16" and device.type == "cpu":
+        x, seconds = torch.ones(512, 512), []
+        for y in (x, x.bfloat16()):
+            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
+        if seconds[1] > seconds[0]:
+            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
+    return device
+
+
+def reserve(size: int, what: str, device):
+    """Print how many bytes are about to be taken; refuse what the device has not."""
+    free = size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif os.path.exists("/proc/meminfo"):
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    if size > free:
+        fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
+
+    def __enter__(self):
+        self.signum, self.usual = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, self.usual[signum])
+
+    def __exit__(self, *_):
+        for s, handler in self.usual.items():
+            signal.signal(s, handler)
+
+
+class Progress:
+    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
+
+    def __init__(self, label: str, total: int, start: int = 0):
+        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
+        self.begin, self.shown = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self, really: bool = True):
+        if really and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        paused = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - paused
+
+    def rate(self, step: int) -> float:
+        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
+
+    def show(self, step: int, values: dict):
+        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
+            return  # before any float(value): reading a loss waits for the GPU
+        self.shown, rate = time.perf_counter(), self.rate(step)
+        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
+        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
+        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
+        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
+        print(f"{carriage}{line}, {text}", end=newline, flush=True)
+
+
+def check_finite(step: int, tensors: dict):
+    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
+    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
+    if not all(fine):
+        name = list(tensors)[fine.index(False)]
+        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+
+
+@contextmanager
+def write_beside(path: Path):
+    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
+            os.replace(temporary, path) if p == path.parent else None
+            descriptor = os.open(p, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+
+
+def restore_random_state(saved: dict):
+    torch.set_rng_state(saved["cpu"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
+    script = Path(__file__).stem
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
+            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
+    except Exception as e:  # torch.load raises a dozen kinds of it
+        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
+    return saved | {"folder": path.parent}
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume == "auto":
+        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+            try:
+                header = json.loads((path.parent / "args.json").read_text())
+                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                    return load_checkpoint(path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # not a run's folder, or not one of ours
+        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+        return None
+    if args.resume is None:
+        return None
+    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    if not path.is_file():
+        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    saved = load_checkpoint(path)
+    if "random" not in saved:
+        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
+    for k, v in given.items():
+        if saved["args"].get(k) != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    return saved
+
+
+def command(args, folder: Path | None = None) -> str:
+    """The command line that gives these arguments, and goes on from `folder`."""
+    words = ["python", Path(__file__).name]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, bool) and value != f.default:
+            words.append(flag(f.name) if value else flag("no_" + f.name))
+        elif value != f.default and f.name != "resume":
+            words += [flag(f.name), str(value)]
+    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+
+
+class Run:
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+
+    def __init__(self, args, info: dict, saved: dict | None):
+        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
+        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        self.header = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "command": command(args),
+            "device": device,
+            "info": info,
+        }
+        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        if args.track:
+            wandb = need("wandb")
+        self.dir = saved["folder"] if saved else self.new_folder()
+        if args.track:
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
+        self.csv = open(self.dir / "metrics.csv", "a")
+        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
+        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
+        if not saved:
+            self.csv.write("step,tag,value\n")
+            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+        print(f"run folder: {self.dir}")
+
+    def new_folder(self) -> Path:
+        args = self.args
+        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            try:
+                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
+                return Path(self.args.run_dir) / (name + suffix)
+            except FileExistsError:
+                continue
+            except OSError as e:
+                fail(f"--run-dir {self.args.run_dir}: {e}")
+
+    def scalars(self, values: dict, step: int):
+        for tag, value in values.items():
+            if value is not None:
+                value = float(value)
+                self.csv.write(f"{step},{tag},{value!r}\n")
+                self.writer.add_scalar(tag, value, step)
+        try:
+            self.csv.flush()
+        except OSError as e:
+            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
+
+    def save(self, name: str, state: dict):
+        os.fsync(self.csv.fileno())
+        state |= {
+            "script": Path(__file__).stem,
+            "format": FORMAT,
+            "args": self.header["args"],
+            "info": self.info,
+        }
+        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
+        try:
+            with write_beside(self.dir / name) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as e:
+            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+
+    def stopped(self, signum: int):
+        self.close()
+        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
+        raise SystemExit(128 + signum)
+
+    def finish(self, summary: dict) -> dict:
+        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        with write_beside(self.dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2))
+        self.close()
+        return summary
+
+    def close(self):
+        self.csv.close()
+        self.writer.close()
+
+
+# === end shared ===
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

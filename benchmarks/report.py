@@ -13,10 +13,10 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-COLUMNS = """env_id exp_name seed num_updates batch_size dataset_return_mean bc_return_mean
+COLUMNS = """script env_id exp_name seed num_updates batch_size dataset_return_mean bc_return_mean
 final_return_mean final_return_std selected_return_mean selected_step collector_return_mean normalized_score
 overestimation q_max q_bound td_error td_error_holdout cql_gap srank feature_dot verdict
-updates_per_second wall_seconds dataset_sha256 device""".split()
+updates_per_second global_step updates steps_per_second v_s0 kl wall_seconds dataset_sha256 device""".split()
 PANELS = {
     "eval/episodic_return": "return",
     "diagnostics/q_data": "Q of the data",
@@ -41,7 +41,8 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     with open(folder / "metrics.csv") as f:
         for r in csv.DictReader(f):
             curves[r["tag"]].append((int(r["step"]), float(r["value"])))
-    row = json.loads((folder / "args.json").read_text())["args"]
+    header = json.loads((folder / "args.json").read_text())
+    row = header["args"] | {"script": header["script"]}
     summary = folder / "summary.json"
     row |= json.loads(summary.read_text()) if summary.exists() else {}
     row |= {
@@ -94,7 +95,7 @@ def draw(runs: list[tuple[dict, dict]], path: str):
             axis.fill_between(steps, low, high, color=colour, alpha=0.15)
         axis.set_title(title, fontsize=10)
     for axis in axes[1]:
-        axis.set_xlabel("updates")
+        axis.set_xlabel("updates (offline) or environment steps")
     if len(names) > 1:
         axes[0, 0].legend(fontsize=8)
     figure.tight_layout()

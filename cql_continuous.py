@@ -273,6 +273,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
+        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -297,7 +299,7 @@ class Critic(nn.Module):
             z = layer(h)
             if self.args.layer_norm:
                 z = F.layer_norm(z, z.shape[-1:])
-            z = F.dropout(F.relu(z), self.args.dropout, self.training)
+            z = F.dropout(F.relu(z, inplace=True), self.args.dropout, self.training)
             h = h + z if self.args.residual and activations else z
             activations.append(h)
         return activations

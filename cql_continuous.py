@@ -683,15 +683,6 @@ def read_minari(f, path: Path, device) -> dict:
     return raw | {"locate": locate}
 
 
-def returns_to_go(rew, last, gamma: float):
-    """G_i = sum_k gamma^k r_{i+k} up to row last[i], the end of the episode; log2(T) passes by doubling."""
-    g, k, rows = rew.copy(), 1, np.arange(len(rew), dtype=np.int32)
-    while k <= (last - rows).max():
-        g[:-k] += np.where(rows[:-k] + k <= last[:-k], np.float32(gamma**k) * g[k:], 0)
-        k *= 2
-    return g
-
-
 def load(path: Path, args: Args, env, device) -> Data:
     """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
     h5py = need("h5py")
@@ -1016,94 +1007,16 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
     return {k: float(v) for k, v in out.items()}
 
 
-LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
-
-
-def q_unit(moment: dict) -> float:
-    """The scale for differences of Q: the deviation of the data's discounted return, or where time-outs hide
-    that a tenth of the range of Q."""
-    return moment.get("return_std") or moment["q_range"] / 10 or 1.0
-
-
-def peak(history: list[dict], args: Args) -> tuple[dict, float]:
-    """The moment to which the dataset's Q rose before it fell, and that rise; the last one if it never rose.
-
-    Q first drifts from 0 to its level, with negative rewards downwards: nothing counts before the TD error
-    was first low, nor in the first tenth of the run, and a peak is the end of a *rise*, not merely the
-    highest.
-    """
-    low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
-    best, rise, trough = history[-1], 0.0, 0.0  # Q of the untrained network
-    for h in history:
-        if low and h["step"] >= low[0]:
-            trough = min(trough, h["q_data"])
-            if h["q_data"] - trough > 0.1 * q_unit(h) and (rise == 0 or h["q_data"] > best["q_data"]):
-                best, rise = h, h["q_data"] - trough
-    return best, rise
-
-
-def verdict(history: list[dict], args: Args) -> tuple[str, str]:
-    """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
-
-    Only from what an offline user sees, in dimensionless numbers (arXiv 2109.10813): means of the last
-    fifth of the run, Q in units of q_unit().
-    """
-    if not history:
-        return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
-    end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
-    keys = ("td_error", "td_error_holdout", "cql_gap", "q_minus_return", "q_minus_return_holdout")
-    td, held, gap, off, off_held = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
-    off, off_held = off / q_unit(end), off_held / q_unit(end)
-    since = [h["q_data"] for h in late if h["step"] > top["step"]]
-    fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
-    ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], args.backup == "sarsa"
-    numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
-    numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
-    numbers = numbers.replace(" (nan held out)", "")
-    drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
-    midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
-    sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
-    if fall > 0.1:
-        sign = (
-            f"the dataset's Q rose until update {top['step']:,} and has fallen by {fall:.2f} deviations since"
-        )
-    rules = {
-        "undefined": (
-            not math.isfinite(td + gap),
-            f"{numbers}: the target has no variance on the probe, look at the data",
-        ),
-        "divergence": (
-            end["q_max"] > ceiling,
-            f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
-            f"feeds on overestimated actions. Try --cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
-        ),
-        "sarsa passes": (
-            sarsa and np.nanmax([td, held]) < 2 * LOW_TD and not np.nanmax(np.abs([off, off_held, 0])) > 0.5,
-            f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
-        ),
-        "sarsa fails": (
-            sarsa,
-            f"{numbers}: mend this before a policy enters. Try --num-updates, --tau, --critic-width, --gamma",
-        ),
-        "overfitting": (
-            fall > 0.1 or held > max(5 * td, LOW_TD),
-            f"{numbers}: {sign}. Take selected.pt; try --dropout 0.1, --vib-coef 0.01 or a smaller net",
-        ),
-        "alpha too large": (
-            gap < -5 and not off > -1,
-            f"{numbers}: the conservative term outweighs the TD error. Try --cql-alpha {args.cql_alpha / 5}",
-        ),
-        "underfitting": (
-            td > max(LOW_TD, 0.6 * midway) and gap > -0.5,  # a fitted conservative critic's gap is below 0
-            f"{numbers}: both stay high, this critic cannot lower them. Try --critic-width "
-            f"{max(256, 2 * args.critic_width)}, --critic-depth {args.critic_depth + 1} or --residual, then "
-            f"--dr3-coef 0.01",
-        ),
+def advice(args: Args) -> dict:
+    """The flags that a verdict recommends."""
+    larger = f"--critic-width {max(256, 2 * args.critic_width)}, --critic-depth {args.critic_depth + 1}"
+    return {
+        "divergence": f"--cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
+        "sarsa fails": "--num-updates, --tau, --critic-width, --gamma",
+        "overfitting": "--dropout 0.1, --vib-coef 0.01 or a smaller net",
+        "alpha too large": f"--cql-alpha {args.cql_alpha / 5}",
+        "underfitting": f"{larger} or --residual, then --dr3-coef 0.01",
     }
-    healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
-    if abs(drift) > 0.1:
-        healthy += f". It moved by {drift:+.1f} in the last fifth: try more --num-updates"
-    return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -1284,13 +1197,117 @@ def dormant(activations: list) -> torch.Tensor:
 @contextmanager
 def strict_fp32():
     """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    before = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+# === end shared ===
+
+
+# === shared: workflow (canonical copy: cql_continuous.py) ===
+def returns_to_go(rew, last, gamma: float):
+    """G_i = sum_k gamma^k r_{i+k} up to row last[i], the end of the episode; log2(T) passes by doubling."""
+    g, k, rows = rew.copy(), 1, np.arange(len(rew), dtype=np.int32)
+    while k <= (last - rows).max():
+        g[:-k] += np.where(rows[:-k] + k <= last[:-k], np.float32(gamma**k) * g[k:], 0)
+        k *= 2
+    return g
+
+
+LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
+
+
+def q_unit(moment: dict) -> float:
+    """The scale for differences of Q: the deviation of the data's discounted return, or where time-outs hide
+    that a tenth of the range of Q."""
+    return moment.get("return_std") or moment["q_range"] / 10 or 1.0
+
+
+def peak(history: list[dict], args) -> tuple[dict, float]:
+    """The moment to which the dataset's Q rose before it fell, and that rise; the last one if it never rose.
+
+    Q first drifts from 0 to its level, with negative rewards downwards: nothing counts before the TD error
+    was first low, nor in the first tenth of the run, and a peak is the end of a *rise*, not merely the
+    highest.
+    """
+    low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
+    best, rise, trough = history[-1], 0.0, 0.0  # Q of the untrained network
+    for h in history:
+        if low and h["step"] >= low[0]:
+            trough = min(trough, h["q_data"])
+            if h["q_data"] - trough > 0.1 * q_unit(h) and (rise == 0 or h["q_data"] > best["q_data"]):
+                best, rise = h, h["q_data"] - trough
+    return best, rise
+
+
+def verdict(history: list[dict], args) -> tuple[str, str]:
+    """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
+
+    Only from what an offline user sees, in dimensionless numbers (arXiv 2109.10813): means of the last
+    fifth of the run, Q in units of q_unit(). The script's advice(args) holds the flags.
+    """
+    if not history:
+        return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
+    end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
+    keys = ("td_error", "td_error_holdout", "cql_gap", "q_minus_return", "q_minus_return_holdout")
+    td, held, gap, off, off_held = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
+    off, off_held = off / q_unit(end), off_held / q_unit(end)
+    since = [h["q_data"] for h in late if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
+    ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
+    flags = advice(args)
+    numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
+    numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
+    numbers = numbers.replace(" (nan held out)", "")
+    drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
+    midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
+    sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
+    if fall > 0.1:
+        sign = (
+            f"the dataset's Q rose until update {top['step']:,} and has fallen by {fall:.2f} deviations since"
+        )
+    rules = {
+        "undefined": (
+            not math.isfinite(td + gap),
+            f"{numbers}: the target has no variance on the probe, look at the data",
+        ),
+        "divergence": (
+            end["q_max"] > ceiling,
+            f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
+            f"feeds on overestimated actions. Try {flags['divergence']}",
+        ),
+        "sarsa passes": (
+            sarsa and np.nanmax([td, held]) < 2 * LOW_TD and not np.nanmax(np.abs([off, off_held, 0])) > 0.5,
+            f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
+        ),
+        "sarsa fails": (
+            sarsa,
+            f"{numbers}: mend this before a policy enters. Try {flags.get('sarsa fails')}",
+        ),
+        "overfitting": (
+            fall > 0.1 or held > max(5 * td, LOW_TD),
+            f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
+        ),
+        "alpha too large": (
+            gap < -5 and not off > -1,
+            f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
+        ),
+        "underfitting": (
+            td > max(LOW_TD, 0.6 * midway) and gap > -0.5,  # a fitted conservative critic's gap is below 0
+            f"{numbers}: both stay high, this critic cannot lower them. Try {flags['underfitting']}",
+        ),
+    }
+    healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
+    if abs(drift) > 0.1:
+        healthy += f". It moved by {drift:+.1f} in the last fifth: try more --num-updates"
+    return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 
 # === end shared ===
@@ -1472,6 +1489,7 @@ def find_checkpoint(args) -> dict | None:
     """What --resume names, refused if its arguments differ in one that changes the numbers."""
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
+        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
         for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
             try:
                 header = json.loads((path.parent / "args.json").read_text())
@@ -1503,7 +1521,7 @@ def command(args, folder: Path | None = None) -> str:
         if isinstance(value, bool) and value != f.default:
             words.append(flag(f.name) if value else flag("no_" + f.name))
         elif value != f.default and f.name != "resume":
-            words += [flag(f.name), str(value)]
+            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words + (["--resume", str(folder)] if folder else []))
 
 
@@ -1541,7 +1559,8 @@ class Run:
 
     def new_folder(self) -> Path:
         args = self.args
-        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
+        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
             try:
                 (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)

@@ -842,13 +842,15 @@ def dormant(activations: list) -> torch.Tensor:
 @contextmanager
 def strict_fp32():
     """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    before = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # === end shared ===
@@ -1030,6 +1032,7 @@ def find_checkpoint(args) -> dict | None:
     """What --resume names, refused if its arguments differ in one that changes the numbers."""
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
+        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
         for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
             try:
                 header = json.loads((path.parent / "args.json").read_text())
@@ -1061,7 +1064,7 @@ def command(args, folder: Path | None = None) -> str:
         if isinstance(value, bool) and value != f.default:
             words.append(flag(f.name) if value else flag("no_" + f.name))
         elif value != f.default and f.name != "resume":
-            words += [flag(f.name), str(value)]
+            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words + (["--resume", str(folder)] if folder else []))
 
 
@@ -1099,7 +1102,8 @@ class Run:
 
     def new_folder(self) -> Path:
         args = self.args
-        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
+        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
             try:
                 (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)

@@ -1,0 +1,1287 @@
+"""Why bootstrapping hurts deep Q-functions, and what helps: one network, the same batches, other targets.
+
+Supervised learning and Q-learning fit the same network by the same optimiser; the target differs. Here it
+differs in one thing at a time, and the features phi(s,a), which the last linear layer reads, tell the story:
+
+  mc      y = the return that followed                        supervised
+  oracle  y = Q(s,a) by dynamic programming                   supervised, without noise (gridworld)
+  sarsa   y = r + gamma Q'(s', a'),  a' the data's next       bootstrapped, on pairs that are trained on
+  td      y = r + gamma Q'(s', a'),  a' ~ behaviour, fresh    bootstrapped, on pairs that may never be
+  td10    y = r + gamma mean of ten such Q'                   the same, without the noise of a single a'
+  q       y = r + gamma max of Q'(s', a), ten uniform a       control (gridworld: all a)
+  moving  y by the td member of the next seed                 a moving target, not one's own bootstrap
+
+Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen actions the rank of phi falls and
+the dot products phi(s,a).phi(s',a') rise, even when Q has settled. The noise of gradient descent acts like a
+regulariser, in supervised learning sum phi.phi, with bootstrapping
+
+  R(phi) = sum phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a')       (reg_sl and reg_td below, as means)
+
+whose second term rewards alignment. DR3 takes it away: loss + c mean phi(s,a).phi(s',a'). Cures, tried on
+--cure-target, each with its number:
+
+  dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
+  sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's features (arXiv 2010.14498)
+  unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
+  tau:t  wd:c  refit:k       target rate; weight decay; a new network every k updates, fitted to the last one
+
+  symbol        in the code          shape
+  Q(s,a)        net.q(phi)           (n, B), n members: targets and cures x seeds
+  phi(s,a)      phi                  (n, B, width)
+  y             targets()            (n, B)
+
+Quick; the serious run; errors to the truth, on a gridworld; your own data:
+  python dr3_analysis.py
+  python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \\
+      --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
+  python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
+  python dr3_analysis.py --problem dataset --dataset replay.hdf5 --targets mc sarsa td
+
+All members train together as one batched network. The run ends with a figure, a table, and a paragraph that
+says which claims this run supports and by what numbers, also where an effect is absent.
+
+Known limits: observation vectors; the rank needs more transitions than --width. Left out on purpose: pixels.
+"""
+
+import copy
+import ctypes
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import timeit
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    exp_name: str = "dr3_analysis"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """the first of --seeds seeds, and the one of the data"""
+    torch_deterministic: bool = True
+    """use deterministic PyTorch kernels only (cuDNN)"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+    wandb_project_name: str = "offline-rl"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    run_dir: str = "runs"
+    """folder that holds the run folders"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
+    checkpoint_frequency: int = 5_000
+    """updates between checkpoints (0: only at the end)"""
+    diagnostics_frequency: int = 1_000
+    """updates between measurements of all members (0: only after a quarter, a half, and at the end)"""
+    precision: Literal["fp32", "tf32"] = "fp32"
+    """tf32: matrix products on a GPU, never in the measurements"""
+
+    # --- what is compared
+    problem: Literal["continuous", "gridworld", "dataset"] = "continuous"
+    """an environment under a uniform policy; a gridworld solved exactly; a D4RL-layout file"""
+    env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "HalfCheetah-v5"
+    """of --problem continuous (the other problems are filed under their own name)"""
+    dataset: str | None = None
+    """of --problem dataset"""
+    transitions: int = 2_000
+    """size of the data (of --problem dataset: its first rows; 0: all)"""
+    grid: int = 8
+    """side of the gridworld"""
+    targets: tuple[Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"], ...] = ("mc", "sarsa", "td")
+    """which targets"""
+    cures: tuple[str, ...] = ("dr3:1e-4",)
+    """cures on --cure-target, each a run of its own"""
+    cure_target: Literal["mc", "sarsa", "td", "td10", "q"] = "td"
+    """the target that the cures are tried on"""
+    seeds: int = 2
+    """networks of each kind; those of one seed share initial weights and batches"""
+
+    # --- training
+    num_updates: int = 30_000
+    """gradient steps (the serious run: 50_000)"""
+    batch_size: int = 256
+    """B"""
+    lr: float = 3e-4
+    """of Adam"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak rate of the target networks"""
+    width: int = 256
+    """units in a hidden layer"""
+    depth: int = 2
+    """hidden layers"""
+
+
+LIMITS = {
+    "gamma": (0, 0.99999),
+    "tau": (1e-9, 1),
+    "lr": (1e-12, 1e12),
+    "grid": (3, 32),
+    "depth": (1, 64),
+    "seed": (0, 1e9),
+}  # least, most
+LIMITS |= dict.fromkeys(["seeds", "width", "batch_size", "num_updates"], (1, 1e9))
+CURES = {
+    "dr3": 1,
+    "dr3abs": 1,
+    "dr3stop": 1,
+    "sl": 1,
+    "rank": 1,
+    "unit": 0,
+    "layer": 0,
+    "dropout": 1,
+    "tau": 1,
+}
+CURES |= {"wd": 1, "refit": 1}  # how many numbers each takes
+
+
+def check(args: Args):
+    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
+    check_limits(args, LIMITS)
+    only_if(args, args.problem == "dataset", f"with --problem {args.problem}", "dataset")
+    only_if(args, args.problem == "gridworld", f"with --problem {args.problem}", "grid")
+    if args.env_id != args.problem:  # as train() files them
+        only_if(args, args.problem == "continuous", f"with --problem {args.problem}", "env_id")
+    only_if(args, args.cures, "without --cures", "cure_target")
+    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+    if args.problem == "dataset" and args.dataset is None:
+        fail("--problem dataset needs --dataset FILE")
+    if args.transitions < 32 and (args.transitions or args.problem != "dataset"):
+        fail(f"--transitions {args.transitions}: expected 32 or more")
+    if "oracle" in args.targets and args.problem != "gridworld":
+        fail("--targets oracle: only the gridworld has one")
+    if "moving" in args.targets and "td" not in args.targets:
+        fail("--targets moving needs td, whose target it takes")
+    if "moving" in args.targets and args.seeds < 2:
+        fail("--targets moving needs --seeds 2 or more: it takes the target of another seed's td")
+    if (
+        len(set(args.targets)) < len(args.targets)
+        or len(set(args.cures)) < len(args.cures)
+        or not args.targets
+    ):
+        fail("--targets and --cures: expected different ones, and at least one target")
+    for cure in args.cures:
+        parse(cure)
+        if cure.startswith("none"):
+            fail(f"--cures {cure}: the target without a cure is always there")
+    if args.cures and args.cure_target not in args.targets:
+        fail(
+            f"--cure-target {args.cure_target} is not among --targets, there would be nothing to compare with"
+        )
+
+
+def parse(cure: str) -> tuple[str, float]:
+    """`dr3:1e-4` as ("dr3", 1e-4); "none" as ("none", 0)."""
+    name, _, number = cure.partition(":")
+    try:
+        value = float(number) if number else 0.0
+    except ValueError:
+        value = math.nan
+    if name != "none" and (name not in CURES or bool(number) != CURES[name] or not 0 <= value < math.inf):
+        fail(f"--cures {cure}: expected one of {', '.join(k + ':NUMBER' * v for k, v in CURES.items())}")
+    most = {"dropout": 0.99, "tau": 1}.get(name, math.inf)
+    if name in ("dropout", "tau", "refit") and not (
+        0 < value <= most and (name != "refit" or value % 1 == 0)
+    ):
+        fail(
+            f"--cures {cure}: expected " + ("a whole number" if name == "refit" else f"0 < NUMBER <= {most}")
+        )
+    return name, value
+
+
+# -------------------------------------------------------------------------------------------- problems
+class Problem(NamedTuple):
+    """Transitions of a known (or cloned) behaviour policy, N rows; actions as the network sees them."""
+
+    obs: torch.Tensor  # (N, obs), standardised
+    act: torch.Tensor  # (N, act)
+    rew: torch.Tensor  # (N,), divided by the largest absolute one
+    done: torch.Tensor  # (N,)
+    next_obs: torch.Tensor  # (N, obs)
+    next_act: torch.Tensor  # (N, act), the data's own next action
+    mc: torch.Tensor  # (N,), the discounted return that followed, whole
+    fresh: Callable  # (next_obs rows, m, generator) -> actions of the behaviour policy, (rows, m, act)
+    choices: Callable  # the same for the maximum: uniform samples, or all actions
+    truth: dict  # target -> Q at the rows, by dynamic programming; {} where unknown
+    greedy_return: Callable | None  # Q of all (state, action) pairs -> expected return of its greedy policy
+    everything: tuple | None  # (obs, act) of all pairs, for greedy_return
+
+
+def scaled(rew):
+    return rew / np.abs(rew).max().clip(1e-30)
+
+
+def returns_to_go(rew, over, gamma: float):
+    """The discounted sum of rewards to the end of each row's episode (or of the array)."""
+    out, total = np.zeros(len(rew)), 0.0
+    for i in reversed(range(len(rew))):
+        total = rew[i] + gamma * (0.0 if over[i] else total)
+        out[i] = total
+    return out
+
+
+def continuous(args: Args, device) -> Problem:
+    """--transitions steps of a uniform policy; a tail after each 1,000 makes their returns whole to 1 %."""
+    tail, episode = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1, 1000
+    try:
+        env = gym.make(args.env_id, max_episode_steps=episode + tail)
+    except Exception as e:
+        fail(f"--env-id {args.env_id}: {type(e).__name__}: {first_line(e)}")
+    box = env.action_space
+    bounded = isinstance(box, gym.spaces.Box) and box.is_bounded()
+    if not bounded or len(box.shape) != 1 or len(env.observation_space.shape or ()) != 1:
+        found = f"{env.observation_space} and {box}"
+        fail(f"--env-id {args.env_id}: found {found}, expected vectors and a bounded Box".replace("\n", " "))
+    rng, columns, k = (
+        np.random.default_rng(args.seed),
+        {x: [] for x in ("obs", "act", "rew", "done", "next", "keep")},
+        0,
+    )
+    while k < args.transitions:
+        obs, _ = env.reset(seed=args.seed + k)
+        for t in range(episode + tail):
+            act = rng.uniform(-1, 1, box.shape)
+            next_obs, rew, terminated, truncated, _ = env.step(box.low + (act + 1) / 2 * (box.high - box.low))
+            keep = t < episode and k < args.transitions
+            k += keep
+            for name, x in zip(columns, (obs, act, rew, terminated, next_obs, keep)):
+                columns[name].append(x)
+            obs = next_obs
+            if terminated or truncated:
+                break
+        if not terminated and t + 1 < episode + tail:
+            fail(f"--env-id {args.env_id}: has a time limit of its own, after {t + 1} steps")
+    c = {name: np.array(x, np.float32) for name, x in columns.items()}
+    over = (c["done"] > 0) | np.append((c["next"][:-1] != c["obs"][1:]).any(1), True)
+    uniform = lambda s, m, g: torch.rand(len(s), m, *box.shape, generator=g, device=device) * 2 - 1
+    return from_columns(c, over, scaled(c["rew"]), c["keep"] > 0, uniform, uniform, args, device)
+
+
+def from_columns(c, over, rew, keep, fresh, choices, args: Args, device) -> Problem:
+    mc = returns_to_go(rew, over, args.gamma)
+    mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
+    next_act = np.roll(c["act"], -1, 0)
+    arrays = ((c["obs"] - mean) / std, c["act"], rew, c["done"], (c["next"] - mean) / std, next_act, mc)
+    tensors = [torch.from_numpy(np.ascontiguousarray(x[keep], np.float32)).to(device) for x in arrays]
+    return Problem(*tensors, fresh, choices, {}, None, None)
+
+
+def dataset(args: Args, device) -> Problem:
+    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned."""
+    h5py, path = need("h5py"), args.dataset
+    try:
+        with h5py.File(path) as f:
+            names = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
+            c = {k: np.asarray(f[v], np.float32) for k, v in names.items()}
+            timeout = np.asarray(f["timeouts"]) > 0 if "timeouts" in f else np.zeros(c["rew"].shape, bool)
+            c["next"] = np.asarray(f["next_observations"], np.float32) if "next_observations" in f else None
+    except (OSError, KeyError, ValueError, TypeError) as e:
+        fail(f"--dataset {path}: {first_line(e)}; expected a D4RL-layout HDF5 file")
+    n = c["rew"].size
+    if c["next"] is None:
+        c["next"] = np.roll(c["obs"], -1, 0)
+    shapes = {k: x.shape for k, x in (c | {"timeouts": timeout}).items()}
+    rows = {k: s[:1] if k in ("obs", "act", "next") else s for k, s in shapes.items()}
+    if (
+        {*rows.values()} != {(n,)}
+        or c["obs"].ndim != 2
+        or c["act"].ndim != 2
+        or shapes["next"] != shapes["obs"]
+    ):
+        fail(
+            f"--dataset {path}: shapes {shapes}, expected rows of vectors, and one number a row of the others"
+        )
+    for k, x in c.items():
+        if len(bad := np.argwhere(~np.isfinite(x))):
+            key, row = names.get(k, "next_observations"), bad[0][0]
+            fail(f"--dataset {path}: '{key}' is {x[tuple(bad[0])]} at row {row}, expected finite numbers")
+    over = (c["done"] > 0) | timeout
+    over[-1] = True
+    left = returns_to_go(np.ones(n), over, 1.0)  # rows to the end of the episode, itself included
+    ends = np.flatnonzero(over)[np.searchsorted(np.flatnonzero(over), np.arange(n))]
+    whole = (c["done"][ends] > 0) | (args.gamma**left < 0.01)
+    keep = whole & (~over | (c["done"] > 0))
+    if args.transitions:
+        keep &= np.cumsum(keep) <= args.transitions
+    if keep.sum() < 32:
+        fail(
+            f"--dataset {path}: {keep.sum()} rows have a whole return and a next action, expected 32 or more"
+        )
+    problem = from_columns(c, over, scaled(c["rew"]), keep, None, None, args, device)
+    low, high = problem.act.amin(0), problem.act.amax(0)
+    actor = clone(problem, args, device)
+
+    def fresh(s, m, g):
+        mean, log_std = actor(s).detach().chunk(2, -1)
+        noise = torch.randn(len(s), m, mean.shape[-1], generator=g, device=device)
+        return (mean[:, None] + log_std.clamp(-5, 2).exp()[:, None] * noise).clamp(low, high)
+
+    choices = lambda s, m, g: low + torch.rand(len(s), m, len(low), generator=g, device=device) * (high - low)
+    return problem._replace(fresh=fresh, choices=choices)
+
+
+def clone(problem: Problem, args: Args, device, steps: int = 3_000):
+    """A Gaussian policy by maximum likelihood, for fresh actions of td."""
+    o, a = problem.obs.shape[1], problem.act.shape[1]
+    actor = nn.Sequential(
+        nn.Linear(o, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2 * a)
+    ).to(device)
+    optim = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
+    for _ in range(steps):
+        rows = torch.randint(len(problem.rew), (args.batch_size,), device=device)
+        mean, log_std = actor(problem.obs[rows]).chunk(2, -1)
+        log_std = log_std.clamp(-5, 2)
+        loss = (0.5 * ((problem.act[rows] - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    return actor
+
+
+def grid_model(k: int):
+    """P (S, 4, S), r (S, 4), absorbing goal S - 1: four moves, one in ten slips to a random one; a step costs
+    0.1, the far corner pays 1."""
+    S, moves = k * k, ((0, 1), (0, -1), (1, 0), (-1, 0))
+    step = np.zeros((S, 4, S))
+    for s in range(S):
+        for a, (dx, dy) in enumerate(moves):
+            x, y = min(max(s // k + dx, 0), k - 1), min(max(s % k + dy, 0), k - 1)
+            step[s, a, x * k + y] = 1
+    P = 0.9 * step + 0.1 * step.mean(1, keepdims=True)
+    r = -0.1 + 1.1 * P[:, :, S - 1]
+    P[S - 1], r[S - 1] = 0, 0
+    return P, r
+
+
+def evaluate_policy(P, r, policy, gamma: float):
+    """Q (S, 4) of a policy (S, 4), by a linear solve for its V (S,) in float64."""
+    P_pi, r_pi = np.einsum("sa,sat->st", policy, P), (policy * r).sum(1)
+    return r + gamma * P @ np.linalg.solve(np.eye(len(P)) - gamma * P_pi, r_pi)
+
+
+def optimal_q(P, r, gamma: float):
+    """Q* by value iteration to rounding."""
+    Q = np.zeros_like(r)
+    while True:
+        new = r + gamma * P @ Q.max(1)
+        if np.abs(new - Q).max() < 1e-12:
+            return new
+        Q = new
+
+
+def gridworld(args: Args, device) -> Problem:
+    """--transitions steps of a uniform policy on the grid; states are seen as 16 random numbers each."""
+    P, r = grid_model(args.grid)
+    S, rng = len(P), np.random.default_rng(args.seed)
+    uniform = np.full((S, 4), 0.25)
+    features = rng.normal(size=(S, 16)).astype(np.float32)
+    s, rows = 0, []
+    for _ in range(args.transitions):
+        a = rng.integers(4)
+        t = rng.choice(S, p=P[s, a])
+        rows.append((s, a, -0.1 + 1.1 * (t == S - 1), t == S - 1, t))
+        s = t if t != S - 1 else int(rng.integers(S - 1))
+    state, act, rew, done, after = (np.array(x) for x in zip(*rows))
+    one_hot = np.eye(4, dtype=np.float32)
+    c = {
+        "obs": features[state],
+        "act": one_hot[act],
+        "done": done.astype(np.float32),
+        "next": features[after],
+    }
+    keep = np.arange(len(state)) <= np.flatnonzero(done)[-1] if done.any() else np.zeros(len(state), bool)
+    if not keep.any():
+        fail(f"--transitions {args.transitions}: no episode reached the goal, take more or a smaller --grid")
+    scale = np.abs(rew).max()
+    fresh = lambda s, m, g: F.one_hot(torch.randint(4, (len(s), m), generator=g, device=device), 4).float()
+    every = lambda s, m, g: torch.eye(4, device=device).expand(len(s), 4, 4)
+    problem = from_columns(c, done > 0, rew / scale, keep, fresh, every, args, device)
+    beta, best = evaluate_policy(P, r, uniform, args.gamma) / scale, optimal_q(P, r, args.gamma) / scale
+    at = lambda Q: torch.from_numpy(Q[state, act][keep].astype(np.float32)).to(device)
+    truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), at(beta)) | {"q": at(best)}
+
+    def greedy_return(Q):
+        policy = np.eye(4)[Q.argmax(1)]
+        return float((policy * evaluate_policy(P, r, policy, args.gamma)).sum(1)[: S - 1].mean())
+
+    seen = torch.from_numpy(features).to(device) - torch.from_numpy(features[state][keep].mean(0)).to(device)
+    seen = seen / (torch.from_numpy(features[state][keep].std(0)).to(device) + 1e-3)
+    everything = (seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
+    return problem._replace(truth=truth, greedy_return=greedy_return, everything=everything)
+
+
+# ------------------------------------------------------------------- networks: all members as one batch
+class Members(nn.Module):
+    """n Q-networks of one shape, weights stacked (n, in, out): one batched product a layer serves all.
+
+    Members of a seed start from the same weights. unit, layer, dropout (n, 1, 1) say who has which.
+    """
+
+    def __init__(self, inputs: int, members: list, args: Args):
+        super().__init__()
+        sizes = [inputs] + [args.width] * args.depth + [1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+            draws = {}
+            for seed in sorted({m.seed for m in members}):
+                g = torch.Generator().manual_seed(1_000 * seed + i)
+                u = torch.rand(fan_in + 1, fan_out, generator=g) * 2 - 1
+                draws[seed] = u * (fan_in**-0.5 if i < args.depth else 3e-3)  # Q starts at 0
+            stacked = torch.stack([draws[m.seed] for m in members])
+            self.weights.append(nn.Parameter(stacked[:, :-1].clone()))
+            self.biases.append(nn.Parameter(stacked[:, -1:].clone()))
+        for name in ("unit", "layer", "dropout"):
+            values = [(m.value or 1.0) if m.cure == name else 0.0 for m in members]
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.switches = {name: bool((getattr(self, name) > 0).any()) for name in ("unit", "layer", "dropout")}
+
+    def features(self, x, members=slice(None), hidden: bool = False):
+        """phi, (k, B, width), of inputs (k, B, in) for these k members; `hidden`: of all hidden layers."""
+        out = []
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            x = torch.baddbmm(b[members], x, W[members])
+            if self.switches["layer"]:
+                x = torch.where(self.layer[members] > 0, F.layer_norm(x, x.shape[-1:]), x)
+            x = F.relu(x)
+            if self.switches["dropout"] and self.training:
+                p = self.dropout[members]
+                x = x * (torch.rand_like(x) >= p) / (1 - p)
+            out.append(x)
+        if self.switches["unit"]:
+            x = torch.where(self.unit[members] > 0, F.normalize(x, dim=-1), x)
+        return (*out[:-1], x) if hidden else x
+
+    def q(self, phi, members=slice(None)):
+        """(k, B)"""
+        return torch.baddbmm(self.biases[-1][members], phi, self.weights[-1][members])[..., 0]
+
+    def forward(self, x, members=slice(None)):
+        return self.q(self.features(x, members), members)
+
+
+class Member(NamedTuple):
+    target: str
+    cure: str
+    value: float
+    label: str  # the cure as it was written
+    seed: int
+
+
+def all_members(args: Args) -> list[Member]:
+    kinds = [(t, "none") for t in args.targets] + [(args.cure_target, c) for c in args.cures]
+    seeds = range(args.seed, args.seed + args.seeds)
+    return [Member(t, *parse(c), c, s) for t, c in kinds for s in seeds]
+
+
+def adam_scale(step: int) -> float:
+    """Adam's correction for moments that started at 0, `step` steps ago."""
+    return (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+
+
+class Learner(nn.Module):
+    """All members, their target networks, and one optimiser for all (Adam acts on each number by itself)."""
+
+    def __init__(self, problem: Problem, args: Args, device):
+        super().__init__()
+        self.args, self.problem, self.members = args, problem, all_members(args)
+        self.net = Members(problem.obs.shape[1] + problem.act.shape[1], self.members, args)
+        self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.to(device)
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
+        taus = [m.value if m.cure == "tau" else 0.0 if m.cure == "refit" else args.tau for m in self.members]
+        self.register_buffer("taus", torch.tensor(taus, device=device)[:, None, None])
+        self.draw = {m.seed: torch.Generator(device).manual_seed(m.seed) for m in self.members}
+        self.seeds = torch.tensor([m.seed - args.seed for m in self.members], device=device)
+
+    def chosen(self, **wanted) -> list[int]:
+        """Positions of the members with these attributes."""
+        return [i for i, m in enumerate(self.members) if all(getattr(m, k) == v for k, v in wanted.items())]
+
+    def batch(self):
+        """Rows (n, B) and ten fresh and ten candidate actions (n, B, 10, act) for the target: those of a
+        member's seed, so that members differ in nothing but their target and cure."""
+        p, args, out = self.problem, self.args, []
+        for g in self.draw.values():
+            rows = torch.randint(len(p.rew), (args.batch_size,), generator=g, device=p.rew.device)
+            fresh, choices = (f(p.next_obs[rows], 10, g) for f in (p.fresh, p.choices))
+            out.append((rows, fresh, choices))
+        return [torch.stack(x)[self.seeds] for x in zip(*out)]
+
+    def next_actions(self, rows, fresh, choices, kind: str, members: list):
+        """The a' of a target, (k, B, m, act)."""
+        if kind in ("td", "moving"):
+            return fresh[members][:, :, :1]
+        if kind in ("td10", "q"):
+            return (fresh if kind == "td10" else choices)[members]
+        return self.problem.next_act[rows[members]][:, :, None]  # sarsa; mc and oracle for the diagnostics
+
+    @torch.no_grad()
+    def targets(self, rows, fresh, choices):
+        """y (n, B), and the action of each target, (n, B, act)."""
+        p, y, chosen = self.problem, torch.empty(rows.shape, device=rows.device), None
+        chosen = torch.empty(*rows.shape, p.act.shape[1], device=rows.device)
+        for kind in self.args.targets:
+            members = self.chosen(target=kind)
+            act = self.next_actions(rows, fresh, choices, kind, members)  # (k, B, m, act)
+            chosen[members] = act[:, :, 0]
+            if kind in ("mc", "oracle"):
+                y[members] = (p.mc if kind == "mc" else p.truth["oracle"])[rows[members]]
+                continue
+            sources = members
+            if kind == "moving":  # the next seed's td; its own seed's would make it td over again
+                sources = self.chosen(target="td", cure="none")
+                sources = sources[1:] + sources[:1]
+            k, B, m, _ = act.shape
+            obs = p.next_obs[rows[members]][:, :, None].expand(-1, -1, m, -1)
+            q = self.target(torch.cat([obs, act], -1).flatten(1, 2), sources).view(k, B, m)
+            if kind == "q":
+                best = q.argmax(-1)
+                chosen[members] = act.gather(2, best[..., None, None].expand(-1, -1, 1, act.shape[-1]))[
+                    :, :, 0
+                ]
+            value = q.amax(-1) if kind == "q" else q.mean(-1)
+            rows_of = rows[members]
+            y[members] = p.rew[rows_of] + self.args.gamma * (1 - p.done[rows_of]) * value
+        return y, chosen
+
+    def loss(self, rows, fresh, choices):
+        """Mean squared error of each member, (n,), and its regulariser, (n,), already weighted."""
+        p, net = self.problem, self.net
+        y, next_act = self.targets(rows, fresh, choices)
+        phi = net.features(torch.cat([p.obs[rows], p.act[rows]], -1))
+        error = ((net.q(phi) - y) ** 2).mean(1)
+        penalty = torch.zeros_like(error)
+        for cure in {m.cure for m in self.members} & {"dr3", "dr3abs", "dr3stop", "sl", "rank", "wd"}:
+            members = self.chosen(cure=cure)
+            weight = torch.tensor([self.members[i].value for i in members], device=error.device)
+            if cure.startswith("dr3"):
+                x = torch.cat([p.next_obs[rows[members]], next_act[members]], -1)
+                phi_next = net.features(x, members)
+                phi_next = phi_next.detach() if cure == "dr3stop" else phi_next
+                dot = (phi[members] * phi_next).sum(-1) * (1 - p.done[rows[members]])
+                value = (dot.abs() if cure == "dr3abs" else dot).mean(1)
+            elif cure == "sl":
+                value = (phi[members] ** 2).sum(-1).mean(1)
+            elif cure == "rank":  # squared singular values (arXiv 2010.14498), from the smaller Gram matrix
+                Phi = phi[members] if phi.shape[1] > phi.shape[2] else phi[members].mT
+                eigenvalues = torch.linalg.eigvalsh((Phi.mT @ Phi).nan_to_num(0, 0, 0))  # it raises on NaN
+                value = eigenvalues[:, -1] - eigenvalues[:, 0]
+            else:
+                value = sum((W[members] ** 2).sum((1, 2)) for W in net.weights)
+            penalty = penalty.index_add(0, torch.tensor(members, device=error.device), weight * value)
+        return error, penalty
+
+    def update(self, step: int) -> dict:
+        """One step of every member; `step` counts from 1."""
+        error, penalty = self.loss(*self.batch())
+        self.optim.zero_grad()
+        (error + penalty).sum().backward()
+        refits = self.chosen(cure="refit")
+        before = [p[refits].detach() for p in self.net.parameters()]
+        self.optim.step()
+        with torch.no_grad():
+            for p, p_target in zip(self.net.parameters(), self.target.parameters()):
+                p_target.lerp_(p, self.taus)
+            for j, i in enumerate(refits):
+                k = int(self.members[i].value)
+                age = (step - 1) % k + 1  # Adam counts from this network's first step, not the run's
+                share = adam_scale(age) / adam_scale(step)
+                for p, old in zip(self.net.parameters(), before):
+                    p[i] = old[j] + share * (p[i] - old[j])
+                if age == k:
+                    self.refit(i)
+        return {"loss": error.detach()}
+
+    def refit(self, i: int):
+        """Fitted Q-iteration: the target becomes what was fitted, fitting starts from the first weights."""
+        fresh = Members(self.net.weights[0].shape[1], [self.members[i]], self.args).to(self.taus.device)
+        for p, p_target, start in zip(self.net.parameters(), self.target.parameters(), fresh.parameters()):
+            p_target[i] = p[i]
+            p[i] = start[0]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optim.state[p][moment][i] = 0
+
+    def checkpoint(self) -> dict:
+        draws = {seed: g.get_state() for seed, g in self.draw.items()}
+        return {"networks": self.state_dict(), "optim": self.optim.state_dict(), "draws": draws}
+
+    def restore(self, saved: dict):
+        self.load_state_dict(saved["networks"])
+        flags = {k: self.optim.param_groups[0][k] for k in ("fused", "capturable")}
+        self.optim.load_state_dict(saved["optim"])
+        self.optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+        for seed, g in self.draw.items():
+            g.set_state(saved["draws"][seed])
+
+
+# ------------------------------------------------------------------------------------------ measuring
+def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
+    """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, both forms of
+    the regulariser, mean Q and, where the truth is known, the error to it."""
+    p, net = learner.problem, learner.net
+    rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(p.rew.device)
+    rows, g = rows.expand(len(learner.members), -1), torch.Generator(p.rew.device).manual_seed(0)
+    fresh, choices = (
+        f(p.next_obs[rows[0]], 10, g).expand(len(rows), -1, -1, -1) for f in (p.fresh, p.choices)
+    )
+    out = []
+    net.eval()
+    with strict_fp32():
+        y, next_act = learner.targets(rows, fresh, choices)
+        hidden = net.features(torch.cat([p.obs[rows], p.act[rows]], -1), hidden=True)
+        phi_next = net.features(torch.cat([p.next_obs[rows], next_act], -1))
+        q, bootstraps = net.q(hidden[-1]), 1 - p.done[rows[0]]
+        check_finite(step, {"Q": q, "phi": hidden[-1], "phi'": phi_next, "the target": y})  # svdvals raises
+        everything = p.everything and torch.cat(p.everything, -1).expand(len(rows), -1, -1)
+        table = net(everything) if everything is not None else None
+        for i, m in enumerate(learner.members):
+            phi = hidden[-1][i]
+            one = spectrum(phi) | alignment(phi, phi_next[i], bootstraps) | {"q_mean": q[i].mean()}
+            one["dormant"] = dormant([h[i] for h in hidden])
+            one["td_error"] = (q[i] - y[i]).pow(2).mean() / y[i].var().clamp(min=1e-12)
+            one["reg_sl"] = (phi**2).sum(-1).mean()
+            dot = (phi * phi_next[i]).sum(-1) * bootstraps
+            one["reg_td"] = one["reg_sl"] - args.gamma * dot.mean()
+            truth = p.truth[m.target][rows[0]] if p.truth else p.mc[rows[0]] if m.target != "q" else None
+            if truth is not None:
+                one |= {
+                    "truth": truth.mean(),
+                    "q_error": (q[i] - truth).pow(2).mean() / truth.var().clamp(min=1e-12),
+                }
+            if table is not None:
+                one["greedy_return"] = p.greedy_return(table[i].view(-1, 4).double().cpu().numpy())
+            out.append({k: float(v) for k, v in one.items()})
+    net.train()
+    return out
+
+
+def collect_results(learner: Learner, steps: list, history: list, args: Args) -> dict:
+    """results[target][cure][metric]: `quarter`, `half`, `final`, over seeds, with 95 % intervals."""
+    results = {}
+    at = {"quarter": args.num_updates / 4, "half": args.num_updates / 2, "final": args.num_updates}
+    moments = {k: history[int(np.argmin([abs(s - v) for s in steps]))] for k, v in at.items()}
+    for m in learner.members:
+        mine = learner.chosen(target=m.target, label=m.label)
+        for metric in history[-1][mine[0]]:
+            entry = results.setdefault(m.target, {}).setdefault(m.label, {}).setdefault(metric, {})
+            for k, moment in moments.items():
+                values = np.array([moment[i][metric] for i in mine])
+                entry[k], entry[k + "_interval"] = float(values.mean()), interval(values)
+    return results
+
+
+T_QUANTILE = {
+    2: 12.71,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # 97.5 %
+
+
+def interval(values) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's t; 0 for a single value."""
+    n = len(values)
+    return float(T_QUANTILE.get(n, 1.96 + 2.6 / n) * values.std(ddof=1) / n**0.5) if n > 1 else 0.0
+
+
+# ----------------------------------------------------------------------------------- what it all says
+def claims(results: dict) -> dict:
+    """The seeds' claims about this run: name -> (word, a sentence of numbers).
+
+    A dot product rises if it gains more than 10 % in the second half; a mean Q has settled if it moves
+    by less than 10 % there; a rank falls if it ends 15 % below that of sarsa (without sarsa: of mc).
+    """
+    out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
+
+    def get(target, metric, when="final", cure="none"):
+        return results[target][cure].get(metric, {}).get(when)
+
+    def gain(target, metric, since="half"):
+        before = get(target, metric, since)
+        return (get(target, metric) - before) / max(abs(before), 1e-30)
+
+    def say(name: str, holds: bool, *parts: str):
+        out[name] = ("supported" if holds else "not supported", ", ".join(parts))
+
+    if base and "td" in results:
+        td, other = get("td", "srank"), get(base, "srank")
+        fallen, ranks = td < 0.85 * other, f"srank ends at {td:.0f} for td and {other:.0f} for {base}"
+        say("with bootstrapping on unseen actions the rank falls", fallen, ranks)
+        ratio, rise = (
+            get("td", "feature_dot") / max(get(base, "feature_dot"), 1e-30),
+            gain("td", "feature_dot"),
+        )
+        dots = f"in the second half td's dot product changes by {rise:+.0%}"
+        twice = f"it ends at {ratio:.1f} times that of {base}"
+        steady = f"which changes by {gain(base, 'feature_dot'):+.0%}"
+        say("with bootstrapping the dot products rise", ratio > 2 and rise > 0.1, dots, twice, steady)
+        moved = gain("td", "q_mean")
+        settled = f"its mean Q by {moved:+.0%}"
+        say("the dot products rise while Q has settled", abs(moved) < 0.1 and rise > 0.1, dots, settled)
+        if get("td", "q_error") is not None:
+            worse = get("td", "q_error") / max(get(base, "q_error"), 1e-30)
+            say(
+                "errors grow as the rank falls",
+                worse > 1.1 and fallen,
+                ranks,
+                f"td's error is {worse:.2f} times",
+            )
+    for target in ("oracle", "mc"):
+        if target in results:
+            kept = gain(target, "srank", "quarter")
+            text = f"its srank changes by {kept:+.0%} after the first quarter"
+            say(f"with {target} targets the rank does not fall", kept > -0.05, text)
+    if "moving" in results:
+        own, other = get("td", "srank"), get("moving", "srank")
+        text = f"srank ends at {other:.0f} with td's target and {own:.0f} with its own"
+        say("a moving target alone does not lower the rank", other > own / 0.85, text)
+    for target, cure in [(t, c) for t in results for c in results[t] if c.startswith("dr3")]:
+        dot, was = get(target, "feature_dot", "final", cure), get(target, "feature_dot")
+        rank, rank_was = get(target, "srank", "final", cure), get(target, "srank")
+        q, q_was = get(target, "q_mean", "final", cure), get(target, "q_mean")
+        moved = (q - q_was) / max(abs(q_was), 1e-30)
+        texts = f"dot product {was:.3g} -> {dot:.3g}", f"mean Q changes by {moved:+.0%}"
+        goal = get(base, "feature_dot") if base else was
+        say(
+            f"{cure} on {target} lowers the dot products and leaves Q alone",
+            dot <= min(goal, 0.9 * was) and abs(moved) < 0.1,
+            *texts,
+        )
+        say(
+            f"{cure} on {target} rescues the rank",
+            rank > 1.05 * rank_was,
+            f"srank {rank_was:.0f} -> {rank:.0f}",
+        )
+    return out
+
+
+PANELS = {
+    "feature_dot": "dot product of phi and phi'",
+    "feature_cos": "cosine of phi and phi'",
+    "srank": "srank of phi",
+    "q_mean": "mean Q (dotted: truth)",
+    "q_error": "error to truth / its variance",
+    "td_error": "TD error / target's variance",
+}
+STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"),
+          ("#E69F00", "--"), ("#56B4E9", "-."), ("#666666", ":")]  # fmt: skip
+
+
+def draw(learner: Learner, steps: list, history: list, path: Path):
+    """The panels, a line for each target and cure: mean over seeds, band of its 95 % interval."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no figure")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+    kinds = list(dict.fromkeys((m.target, m.label) for m in learner.members))
+    for axis, (metric, title) in zip(axes.flat, PANELS.items()):
+        for (target, label), (colour, style) in zip(kinds, STYLES * 9):
+            mine = learner.chosen(target=target, label=label)
+            if metric not in history[-1][mine[0]]:
+                continue
+            values = np.array([[moment[i][metric] for i in mine] for moment in history])
+            mean, half = values.mean(1), np.array([interval(v) for v in values])
+            axis.plot(
+                steps, mean, style, color=colour, label=target + (f" {label}" if label != "none" else "")
+            )
+            axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
+            if metric == "q_mean" and "truth" in history[-1][mine[0]]:
+                axis.axhline(history[-1][mine[0]]["truth"], color="grey", linestyle=":", linewidth=1)
+        axis.set_title(title, fontsize=10)
+        if metric in ("feature_dot", "q_error", "td_error"):
+            axis.set_yscale("log")
+    for axis in axes[1]:
+        axis.set_xlabel("updates")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(results: dict) -> str:
+    names = (
+        "feature_dot",
+        "feature_cos",
+        "srank",
+        "dormant",
+        "q_mean",
+        "q_error",
+        "td_error",
+        "greedy_return",
+    )
+    names = [
+        n for n in names if any(n in metrics for cures in results.values() for metrics in cures.values())
+    ]
+    lines = ["target cure".ljust(22) + "".join(n.rjust(20) for n in names)]
+    for target, cures in results.items():
+        for cure, metrics in cures.items():
+            cells = [metrics[n] if n in metrics else None for n in names]
+            text = [f"{c['final']:.3g} +- {c['final_interval']:.2g}" if c else "" for c in cells]
+            lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(20) for x in text))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- training
+def memory(problem: Problem, members: int, args: Args) -> int:
+    """Bytes: weights four times (target, gradient, two moments of Adam), activations of ten next actions, in
+    an update or on the 2,048 rows of a measurement."""
+    inputs = problem.obs.shape[1] + problem.act.shape[1]
+    weights = args.width * (inputs + args.width * (args.depth - 1))
+    return 4 * members * (4 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
+
+
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    args = args if args.problem == "continuous" else replace(args, env_id=args.problem)
+    device, saved = set_up(args), find_checkpoint(args)
+    problem = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem](
+        args, device
+    )
+    reserve(memory(problem, len(all_members(args)), args), "networks and one update, roughly", device)
+    learner, step, steps, history, info = Learner(problem, args, device), 0, [], [], {}
+    digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in problem[:7])).hexdigest()
+    if saved and saved["info"].get("data_sha256") != digest:
+        fail(f"--resume {args.resume}: that run was trained on other data")
+    if saved:
+        learner.restore(saved["learner"])
+        step, steps, history = saved["step"], saved["steps"], saved["history"]
+        restore_random_state(saved["random"])
+    counts = {"transitions": len(problem.rew), "members": len(learner.members)}
+    run = Run(args, counts | {"data_sha256": digest}, saved)
+    print(f"{len(problem.rew):,} transitions, {len(learner.members)} networks")
+
+    def check_members():
+        losses = zip(learner.members, info.get("loss", ()))
+        named = {f"the loss of {m.target} {m.label}, seed {m.seed},": x for m, x in losses}
+        check_finite(step, named | dict(learner.net.named_parameters()))
+
+    def save():
+        check_members()
+        state = {"learner": learner.checkpoint(), "step": step, "steps": steps, "history": history}
+        run.save("checkpoint.pt", state | {"random": random_state()})
+
+    progress = Progress("training", args.num_updates, step)
+    with StopSignal() as stop:
+        while step < args.num_updates and not stop.signum:
+            step += 1
+            info = learner.update(step)
+            every = lambda n: n > 0 and step % n == 0  # noqa: B023
+            moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)  # of the claims
+            if every(args.diagnostics_frequency) or step in moments:
+                check_members()
+                with progress.paused():
+                    steps, history = [*steps, step], [*history, diagnose(learner, args, step)]
+                    for m, one in zip(learner.members, history[-1]):
+                        run.scalars(
+                            {f"diagnostics/{m.target}/{m.label}/{m.seed}/{k}": v for k, v in one.items()},
+                            step,
+                        )
+                    run.scalars({"charts/updates_per_second": progress.rate(step)}, step)
+            if every(args.checkpoint_frequency) and step < args.num_updates:
+                save()
+            progress.show(step, {"loss": info["loss"].mean()})
+        save()
+        if stop.signum:
+            run.stopped(stop.signum)
+    rate, results = progress.rate(step), collect_results(learner, steps, history, args)
+    verdicts = claims(results)
+    draw(learner, steps, history, run.dir / "figure.png")
+    paragraph = "\n".join(f"- {name}: {word}. {text}" for name, (word, text) in verdicts.items())
+    print(table(results) + "\n\n" + paragraph)
+    summary = {"num_updates": step, "updates_per_second": rate, "results": results}
+    return run.finish(summary | {"claims": {k: list(v) for k, v in verdicts.items()}})
+
+
+# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
+    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
+    """
+    s = torch.linalg.svdvals(phi.float()).double()
+
+    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
+        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+
+    p = s / s.sum().clamp(min=1e-30)
+    sigma = s / len(phi) ** 0.5
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
+    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+
+
+def alignment(phi, phi_next, weight) -> dict:
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
+    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
+    cos = dot / (norm * norm_next).clamp(min=1e-30)
+    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
+    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+
+
+def dormant(activations: list) -> torch.Tensor:
+    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
+    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+    means = [h.abs().mean(0) for h in activations]
+    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
+
+
+@contextmanager
+def strict_fp32():
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+# === end shared ===
+
+
+# === shared: run (canonical copy: cql_continuous.py) ===
+FORMAT = 1  # of checkpoints
+MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
+eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+
+
+def fail(message: str, status: int = 2):
+    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+
+
+def need(package: str):
+    """An optional package, imported where it is needed, or one line that says what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"{package} is not installed: pip install {package}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_limits(args, limits: dict):
+    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    for name, value in asdict(args).items():
+        least, most = limits.get(name, (0, 1e18))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+
+
+def only_if(args, condition, otherwise: str, *names: str):
+    """Refuse arguments that are not at their default while the condition under which they act is false."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args), name) and not condition:
+            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
+
+
+def set_up(args) -> torch.device:
+    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.precision == "tf32" and device.type == "cpu":
+        fail("--precision tf32 needs a GPU")
+    if args.precision == "bf16" and device.type == "cpu":
+        x, seconds = torch.ones(512, 512), []
+        for y in (x, x.bfloat16()):
+            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
+        if seconds[1] > seconds[0]:
+            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
+    return device
+
+
+def reserve(size: int, what: str, device):
+    """Print how many bytes are about to be taken; refuse what the device has not."""
+    free = size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif os.path.exists("/proc/meminfo"):
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    if size > free:
+        fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
+
+    def __enter__(self):
+        self.signum, self.usual = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, self.usual[signum])
+
+    def __exit__(self, *_):
+        for s, handler in self.usual.items():
+            signal.signal(s, handler)
+
+
+class Progress:
+    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
+
+    def __init__(self, label: str, total: int, start: int = 0):
+        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
+        self.begin, self.shown = time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self, really: bool = True):
+        if really and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        paused = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - paused
+
+    def rate(self, step: int) -> float:
+        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
+
+    def show(self, step: int, values: dict):
+        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
+            return  # before any float(value): reading a loss waits for the GPU
+        self.shown, rate = time.perf_counter(), self.rate(step)
+        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
+        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
+        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
+        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
+        print(f"{carriage}{line}, {text}", end=newline, flush=True)
+
+
+def check_finite(step: int, tensors: dict):
+    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
+    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
+    if not all(fine):
+        name = list(tensors)[fine.index(False)]
+        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+
+
+@contextmanager
+def write_beside(path: Path):
+    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
+            os.replace(temporary, path) if p == path.parent else None
+            descriptor = os.open(p, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+
+
+def restore_random_state(saved: dict):
+    torch.set_rng_state(saved["cpu"])
+    if len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
+    script = Path(__file__).stem
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
+            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
+    except Exception as e:  # torch.load raises a dozen kinds of it
+        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
+    return saved | {"folder": path.parent}
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume == "auto":
+        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+            try:
+                header = json.loads((path.parent / "args.json").read_text())
+                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                    return load_checkpoint(path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # not a run's folder, or not one of ours
+        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+        return None
+    if args.resume is None:
+        return None
+    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    if not path.is_file():
+        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    saved = load_checkpoint(path)
+    if "random" not in saved:
+        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
+    for k, v in given.items():
+        if saved["args"].get(k) != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    return saved
+
+
+def command(args, folder: Path | None = None) -> str:
+    """The command line that gives these arguments, and goes on from `folder`."""
+    words = ["python", Path(__file__).name]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, bool) and value != f.default:
+            words.append(flag(f.name) if value else flag("no_" + f.name))
+        elif value != f.default and f.name != "resume":
+            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+
+
+class Run:
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+
+    def __init__(self, args, info: dict, saved: dict | None):
+        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
+        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        self.header = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "command": command(args),
+            "device": device,
+            "info": info,
+        }
+        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        if args.track:
+            wandb = need("wandb")
+        self.dir = saved["folder"] if saved else self.new_folder()
+        if args.track:
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
+        self.csv = open(self.dir / "metrics.csv", "a")
+        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
+        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
+        if not saved:
+            self.csv.write("step,tag,value\n")
+            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+        print(f"run folder: {self.dir}")
+
+    def new_folder(self) -> Path:
+        args = self.args
+        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
+        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            try:
+                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
+                return Path(self.args.run_dir) / (name + suffix)
+            except FileExistsError:
+                continue
+            except OSError as e:
+                fail(f"--run-dir {self.args.run_dir}: {e}")
+
+    def scalars(self, values: dict, step: int):
+        for tag, value in values.items():
+            if value is not None:
+                value = float(value)
+                self.csv.write(f"{step},{tag},{value!r}\n")
+                self.writer.add_scalar(tag, value, step)
+        try:
+            self.csv.flush()
+        except OSError as e:
+            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
+
+    def save(self, name: str, state: dict):
+        os.fsync(self.csv.fileno())
+        state |= {
+            "script": Path(__file__).stem,
+            "format": FORMAT,
+            "args": self.header["args"],
+            "info": self.info,
+        }
+        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
+        try:
+            with write_beside(self.dir / name) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as e:
+            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+
+    def stopped(self, signum: int):
+        self.close()
+        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
+        raise SystemExit(128 + signum)
+
+    def finish(self, summary: dict) -> dict:
+        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        with write_beside(self.dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2))
+        self.close()
+        return summary
+
+    def close(self):
+        self.csv.close()
+        self.writer.close()
+
+
+# === end shared ===
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

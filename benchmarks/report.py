@@ -1,9 +1,13 @@
 """Reads finished runs: a CSV with one row a run, a table of means over seeds, and a figure of their curves.
 
   python benchmarks/report.py runs/* --csv benchmarks/raw/offline.csv --figure offline.png
+  python benchmarks/report.py runs/* --at 10000      # as things stood at that update or step
+  python benchmarks/report.py runs/*alpha* --sweep   # a sweep of --cql-alpha: which value to take
 
 Runs with the same environment and experiment name (--exp-name) are one group; a curve is its mean, the band
-runs from its lowest to its highest seed.
+runs from its lowest to its highest seed. In the table a value is the mean over seeds +- standard deviation;
+`learned - achieved`, the mean of Q(s0, pi) less the discounted return that followed, comes with its 95 %
+interval (Student's t).
 """
 
 import argparse
@@ -13,9 +17,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-COLUMNS = """script env_id exp_name seed num_updates batch_size dataset_return_mean bc_return_mean
+COLUMNS = """script env_id exp_name seed num_updates batch_size cql_alpha dataset_return_mean bc_return_mean
 final_return_mean final_return_std selected_return_mean selected_step collector_return_mean normalized_score
-overestimation q_max q_bound td_error td_error_holdout cql_gap srank feature_dot verdict
+overestimation q_max q_bound td_error td_error_holdout cql_gap q_minus_return srank feature_dot verdict
 updates_per_second global_step updates steps_per_second v_s0 kl wall_seconds dataset_sha256 device""".split()
 PANELS = {
     "eval/episodic_return": "return",
@@ -35,12 +39,13 @@ STYLES = [
 ]
 
 
-def read_run(folder: Path) -> tuple[dict, dict]:
-    """One run as (row of COLUMNS, tag -> list of (step, value))."""
+def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
+    """One run as (row of COLUMNS, tag -> list of (step, value)), up to step `at`."""
     curves = defaultdict(list)
     with open(folder / "metrics.csv") as f:
         for r in csv.DictReader(f):
-            curves[r["tag"]].append((int(r["step"]), float(r["value"])))
+            if at is None or int(r["step"]) <= at:
+                curves[r["tag"]].append((int(r["step"]), float(r["value"])))
     header = json.loads((folder / "args.json").read_text())
     row = header["args"] | {"script": header["script"]}
     summary = folder / "summary.json"
@@ -48,29 +53,89 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     row |= {
         k.removeprefix("diagnostics/"): v[-1][1] for k, v in curves.items() if k.startswith("diagnostics/")
     }
+    if at is not None:  # the summary speaks of the end
+        row |= {k: None for k in row if k.startswith(("selected_", "verdict", "normalized"))}
+        row["final_return_mean"] = (
+            curves["eval/episodic_return"][-1][1] if curves["eval/episodic_return"] else None
+        )
     return {k: row.get(k) for k in COLUMNS}, curves
 
 
-def table(rows: list[dict]) -> str:
-    """Mean +- standard deviation over seeds of the final and the selected return, and what Q said of it."""
-    groups = defaultdict(list)
-    for r in rows:
-        groups[r["env_id"], r["exp_name"]].append(r)
+T_QUANTILE = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 0.975, of 1, 2, ... degrees of freedom
 
-    def cell(values) -> str:
-        values = [v for v in values if v is not None]
-        if not values:
-            return ""
-        spread = f" +- {statistics.stdev(values):.3g}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.4g}{spread}"
 
-    keys = ("final_return_mean", "selected_return_mean", "overestimation", "q_max", "td_error")
-    lines = [["environment", "run", "seeds", *keys, "verdicts"]]
-    for (env, name), group in groups.items():
-        verdicts = ", ".join(sorted({str(r["verdict"]) for r in group}))
-        lines.append([env, name, len(group), *(cell(r[k] for r in group) for k in keys), verdicts])
+def interval(values: list[float]) -> str:
+    """Mean and its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else ""
+    mean, n = statistics.mean(values), len(values)
+    half = (T_QUANTILE[n - 2] if n <= 10 else 1.96) * statistics.stdev(values) / n**0.5
+    return f"{mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]"
+
+
+def spread(values: list[float]) -> str:
+    """Mean +- standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else ""
+    return f"{statistics.mean(values):.4g} +- {statistics.stdev(values):.3g}"
+
+
+def markdown(lines: list[list]) -> str:
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def grouped(rows: list[dict], *keys: str) -> dict:
+    groups = defaultdict(list)
+    for r in rows:
+        groups[tuple(r[k] for k in keys)].append(r)
+    return groups
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each environment and experiment name: returns, what Q said of them, verdicts."""
+    heads = {
+        "final_return_mean": "final",
+        "selected_return_mean": "selected",
+        "overestimation": "learned - achieved",
+        "q_max": "q_max",
+        "td_error": "td_error",
+    }
+    lines = [["environment", "run", "seeds", *heads.values(), "verdicts"]]
+    for (env, name), group in grouped(rows, "env_id", "exp_name").items():
+        cells = []
+        for key in heads:
+            values = [r[key] for r in group if r[key] is not None]
+            cells.append((interval if key == "overestimation" else spread)(values))
+        verdicts = ", ".join(sorted({str(r["verdict"]) for r in group if r["verdict"]}))
+        lines.append([env, name, len(group), *cells, verdicts])
+    return markdown(lines)
+
+
+def sweep(rows: list[dict]) -> str:
+    """Which --cql-alpha to take: the TD error and the conservative term should both be small.
+
+    Both are ranked over the sweep, and the value whose worse rank is best is recommended: ranks need no
+    exchange rate between the two. Of values that tie the larger one, the more cautious. If the TD error
+    never falls below a tenth of the target's variance, no alpha fits both, and a larger model is due.
+    """
+    lines, found = [["cql_alpha", "seeds", "td_error", "cql_gap", "q - return", "final return"]], []
+    for (alpha,), group in sorted(grouped(rows, "cql_alpha").items()):
+        means = [statistics.mean(r[k] for r in group) for k in ("td_error", "cql_gap")]
+        found.append((alpha, *means))
+        known = [r["q_minus_return"] for r in group if r["q_minus_return"] is not None]
+        returns = [r["final_return_mean"] for r in group if r["final_return_mean"] is not None]
+        cells = [spread([r[k] for r in group]) for k in ("td_error", "cql_gap")]
+        lines.append([f"{alpha:g}", len(group), *cells, spread(known), spread(returns)])
+    ranks = [sorted(row[i] for row in found) for i in (1, 2)]
+    worse = lambda row: max(ranks[0].index(row[1]), ranks[1].index(row[2]))
+    best = min(found, key=lambda row: (worse(row), -row[0]))
+    advice = (
+        f"take --cql-alpha {best[0]:g}: TD error {best[1]:.3g} of the target's variance, gap {best[2]:.3g}"
+    )
+    if min(row[1] for row in found) > 0.1:
+        advice = "no alpha brings the TD error below a tenth of the target's variance: try a larger model"
+    return f"{markdown(lines)}\n\n{advice}"
 
 
 def draw(runs: list[tuple[dict, dict]], path: str):
@@ -109,8 +174,10 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--csv")
     parser.add_argument("--figure")
+    parser.add_argument("--at", type=int, help="cut every curve at this update or step")
+    parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
-    runs = [read_run(folder) for folder in args.runs if (folder / "metrics.csv").exists()]
+    runs = [read_run(folder, args.at) for folder in args.runs if (folder / "metrics.csv").exists()]
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:
@@ -119,7 +186,9 @@ def main():
             writer.writerows(row for row, _ in runs)
     if args.figure:
         draw(runs, args.figure)
-    print(table([row for row, _ in runs]))
+    if not runs:
+        parser.error("none of these folders holds a metrics.csv")
+    print((sweep if args.sweep else table)([row for row, _ in runs]))
 
 
 if __name__ == "__main__":

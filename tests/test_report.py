@@ -1,0 +1,89 @@
+"""benchmarks/report.py on planted runs."""
+
+import json
+import math
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report  # noqa: E402
+
+
+@pytest.fixture
+def plant(tmp_path):
+    def plant(name, seed, curves, **args):
+        folder = tmp_path / f"{name}_{seed}"
+        folder.mkdir()
+        rows = [f"{step},{tag},{value!r}\n" for tag, points in curves.items() for step, value in points]
+        (folder / "metrics.csv").write_text("step,tag,value\n" + "".join(rows))
+        header = {"script": "cql_continuous", "args": {"env_id": "E", "exp_name": name, "seed": seed} | args}
+        (folder / "args.json").write_text(json.dumps(header))
+        (folder / "summary.json").write_text(
+            json.dumps({"final_return_mean": 10.0 * seed, "verdict": "fine"})
+        )
+        return folder
+
+    return plant
+
+
+def curves(td=0.01, gap=0.0, late=7.0):
+    diagnostics = {"td_error": td, "cql_gap": gap, "overestimation": late, "q_minus_return": 0.0}
+    out = {f"diagnostics/{k}": [(100, 1.0), (200, v)] for k, v in diagnostics.items()}
+    return out | {"eval/episodic_return": [(100, 3.0), (200, 4.0)]}
+
+
+def test_the_interval_is_students():
+    values = [1.0, 2.0, 6.0]
+    half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)
+    mean, low, high = (float(x.strip("[],")) for x in report.interval(values).split())
+    assert mean == 3.0 and abs(low - (3 - half)) < 0.01 and abs(high - (3 + half)) < 0.01
+    assert report.interval([5.0]) == "5" and report.interval([]) == ""
+
+
+def test_curves_are_cut_at_a_step(plant):
+    folder = plant("a", 1, curves(late=7.0))
+    row, _ = report.read_run(folder)
+    assert (row["final_return_mean"], row["overestimation"], row["verdict"]) == (10.0, 7.0, "fine")
+    row, cut = report.read_run(folder, at=100)
+    assert (row["final_return_mean"], row["overestimation"], row["verdict"]) == (3.0, 1.0, None)
+    assert all(step <= 100 for points in cut.values() for step, _ in points)
+
+
+def test_a_table_groups_seeds(plant):
+    rows = [report.read_run(plant("a", s, curves(late=float(s))))[0] for s in (1, 2, 3)]
+    rows.append(report.read_run(plant("b", 1, curves()))[0])
+    lines = report.table(rows).splitlines()
+    assert len(lines) == 4 and "| a | 3 | 20 +- 10 |" in lines[2] and "| b | 1 | 10 |" in lines[3]
+    assert "2 [-0.48" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        ({0.5: (0.01, -0.1), 5: (0.02, -3.0), 50: (0.5, -9.0)}, "--cql-alpha 5"),  # both in the middle
+        ({0.5: (0.01, -0.1), 5: (0.02, -3.0)}, "--cql-alpha 5"),  # a tie: the cautious one
+        ({0.5: (0.9, -0.1), 5: (0.8, -0.2)}, "larger model"),
+    ],
+)
+def test_the_rule_for_a_sweep_of_alpha(plant, points, expected):
+    rows = [
+        report.read_run(plant(f"alpha{alpha}", 1, curves(td, gap), cql_alpha=alpha))[0]
+        for alpha, (td, gap) in points.items()
+    ]
+    assert expected in report.sweep(rows)
+
+
+def test_the_command(plant, monkeypatch, capsys, tmp_path):
+    folder = plant("a", 1, curves())
+    out = [str(tmp_path / "rows.csv"), str(tmp_path / "figure.png")]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--csv", out[0], "--figure", out[1]])
+    report.main()
+    assert "| E | a | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 2
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as e:
+        report.main()
+    assert e.value.code == 2

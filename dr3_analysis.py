@@ -17,7 +17,8 @@ regulariser, in supervised learning sum phi.phi, with bootstrapping
 
   R(phi) = sum phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a')       (reg_sl and reg_td below, as means)
 
-whose second term rewards alignment. DR3 takes it away: loss + c mean phi(s,a).phi(s',a'). Cures, tried on
+whose second term rewards alignment (reg_sl_full, reg_td_full: with grad Q by all weights in place of phi).
+DR3 takes it away: loss + c mean phi(s,a).phi(s',a'). Cures, tried on
 --cure-target, each with its number:
 
   dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
@@ -461,11 +462,14 @@ class Members(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
         self.switches = {name: bool((getattr(self, name) > 0).any()) for name in ("unit", "layer", "dropout")}
 
-    def features(self, x, members=slice(None), hidden: bool = False):
-        """phi, (k, B, width), of inputs (k, B, in) for these k members; `hidden`: of all hidden layers."""
+    def features(self, x, members=slice(None), hidden: bool = False, record: list | None = None):
+        """phi, (k, B, width), of inputs (k, B, in) for these k members; `hidden`: of all hidden layers.
+        `record` receives each layer's input and sum, (k, B, in) and (k, B, width)."""
         out = []
         for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(b[members], x, W[members])
+            a, x = x, torch.baddbmm(b[members], x, W[members])
+            if record is not None:
+                record.append((a, x))
             if self.switches["layer"]:
                 x = torch.where(self.layer[members] > 0, F.layer_norm(x, x.shape[-1:]), x)
             x = F.relu(x)
@@ -483,6 +487,26 @@ class Members(nn.Module):
 
     def forward(self, x, members=slice(None)):
         return self.q(self.features(x, members), members)
+
+
+def gradient_dots(net: Members, x, x_next):
+    """grad Q(x).grad Q(x) and grad Q(x).grad Q(x'), gradients by all weights and biases: (n, B) each.
+
+    A layer s = W a + b has grad_W Q = g a^T and grad_b Q = g, g = dQ/ds. Two such have the dot product
+    (a.a' + 1)(g.g'), so none is ever formed. In the last layer g = 1: there it is phi.phi' + 1.
+    """
+    passes = []
+    for inputs in (x, x_next):
+        record = []
+        with torch.enable_grad():
+            phi = net.features(inputs, record=record)
+            gradients = torch.autograd.grad(net.q(phi).sum(), [s for _, s in record])
+        layers = [(a, g) for (a, _), g in zip(record, gradients)]
+        passes.append([*layers, (phi, torch.ones_like(phi[..., :1]))])
+    dots = lambda one, other: sum(
+        ((a * b).sum(-1) + 1) * (g * h).sum(-1) for (a, g), (b, h) in zip(one, other)
+    )
+    return dots(passes[0], passes[0]).detach(), dots(*passes).detach()
 
 
 class Member(NamedTuple):
@@ -642,8 +666,9 @@ class Learner(nn.Module):
 
 # ------------------------------------------------------------------------------------------ measuring
 def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
-    """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, both forms of
-    the regulariser, mean Q and, where the truth is known, the error to it."""
+    """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, the regulariser
+    with the features and (on 256 rows) with the gradients of all weights in place of phi, mean Q and, where
+    the truth is known, the error to it."""
     p, net = learner.problem, learner.net
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(p.rew.device)
     rows, g = rows.expand(len(learner.members), -1), torch.Generator(p.rew.device).manual_seed(0)
@@ -658,6 +683,10 @@ def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
         phi_next = net.features(torch.cat([p.next_obs[rows], next_act], -1))
         q, bootstraps = net.q(hidden[-1]), 1 - p.done[rows[0]]
         check_finite(step, {"Q": q, "phi": hidden[-1], "phi'": phi_next, "the target": y})  # svdvals raises
+        x, x_next = (
+            torch.cat([o[rows], a], -1)[:, :256] for o, a in ((p.obs, p.act[rows]), (p.next_obs, next_act))
+        )
+        full_own, full_next = gradient_dots(net, x, x_next)
         everything = p.everything and torch.cat(p.everything, -1).expand(len(rows), -1, -1)
         table = net(everything) if everything is not None else None
         for i, m in enumerate(learner.members):
@@ -668,6 +697,8 @@ def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
             one["reg_sl"] = (phi**2).sum(-1).mean()
             dot = (phi * phi_next[i]).sum(-1) * bootstraps
             one["reg_td"] = one["reg_sl"] - args.gamma * dot.mean()
+            one["reg_sl_full"] = full_own[i].mean()
+            one["reg_td_full"] = one["reg_sl_full"] - args.gamma * (full_next[i] * bootstraps[:256]).mean()
             truth = p.truth[m.target][rows[0]] if p.truth else p.mc[rows[0]] if m.target != "q" else None
             if truth is not None:
                 one |= {

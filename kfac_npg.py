@@ -29,21 +29,23 @@ policy are no layer: their Fisher matrix is 2 I, exactly.
   d^T F d       quadratic()                       scalar, exact, by one forward-mode product
   A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
 
-K-FAC; TRPO (arXiv 1502.05477); exact, for small networks; an advantage actor-critic; MuJoCo:
+K-FAC; TRPO (arXiv 1502.05477); exact, for small networks; an advantage actor-critic; K-FAC's direction
+beside the exact one (`diagnostics/fisher_cosine_kfac`, for at most 2,000 parameters); MuJoCo:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
   python kfac_npg.py --solver exact --width 16
   python kfac_npg.py --solver none --num-envs 8 --num-steps 16 --learning-rate 1e-3
+  python kfac_npg.py --width 16
   python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \\
       --normalize
 
-While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near `kl_predicted`, which is
---max-kl (far above: a smaller --max-kl); `kl_kfac`, what the factors alone predict, shows what the two
-approximations miss. Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new
-episodes start.
+While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near --max-kl (far above: a
+smaller --max-kl). `kl_predicted` is --max-kl by construction when no line search acts; the informative
+pair is `kl` and `kl_kfac`: what the factors alone predict shows what the two approximations miss.
+Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 
 Known limits: observation vectors and MLPs. Left out on purpose: convolutions (KFC), momentum, EKFAC, several
-epochs on a batch (ppo.py).
+epochs on a batch (ppo.py). Numbers in brackets in the shared block: see ppo.py.
 """
 
 import ctypes
@@ -105,11 +107,11 @@ class Args:
     eval_episodes: int = 10
     """episodes of each evaluation (0: no evaluation)"""
     log_frequency: int = 5_000
-    """environment steps between logged losses and checks for non-finite numbers"""
+    """environment steps between logged losses"""
     diagnostics_frequency: int = 50_000
     """environment steps between feature and curvature diagnostics (0: none)"""
     precision: Literal["fp32", "tf32"] = "fp32"
-    """tf32: matrix products on a GPU, never in the factors"""
+    """tf32: matrix products of the networks on a GPU, never in the factors"""
 
     # --- length and data
     total_timesteps: int = 200_000
@@ -133,7 +135,7 @@ class Args:
     max_kl: float = 0.01
     """delta, trust region of a policy step (ACKTR: 0.001 to 0.002; TRPO: 0.01)"""
     line_search: bool = False
-    """halve the step until the surrogate improves and the KL holds (TRPO)"""
+    """shorten the step until the surrogate improves and the KL holds (TRPO)"""
     damping: float = 0.01
     """l; of cg and exact F + l I (TRPO: 0.1)"""
     learning_rate: float = 3e-4
@@ -176,7 +178,8 @@ LIMITS = {
 }  # least, most
 LIMITS |= {"stats_decay": (0, 0.99999)} | dict.fromkeys(["damping", "critic_damping"], (0, 1e12))
 LIMITS |= dict.fromkeys(["max_kl", "learning_rate", "critic_lr"], (1e-12, 1e12))
-LIMITS |= dict.fromkeys(["num_envs", "num_steps", "width", "refresh", "cg_steps", "critic_updates"], (1, 1e6))
+LIMITS |= dict.fromkeys(["num_envs", "width", "refresh", "cg_steps", "critic_updates"], (1, 1e6))
+LIMITS |= {"num_steps": (4, 1e6), "seed": (0, 1e6)}  # one-step episodes: every second row is a reset
 LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
 
 
@@ -293,17 +296,19 @@ def head_tangent(agent: Agent, obs, d: list):
 
 def quadratic(agent: Agent, obs, d: list):
     """d^T F d, exactly, over all layers at once: E_s[t^T F_head t] + 2 |d_log_std|^2."""
-    with torch.no_grad():
+    with strict_fp32():
         head, t = head_tangent(agent, obs, d)
         return (t * metric(agent, head, t)).sum(-1).mean() + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
 
 
 def fisher_product(agent: Agent, obs, d: list) -> list:
     """F d: forward through the network, the metric at its head, and back."""
-    with torch.no_grad():
+    with strict_fp32():
         head, t = head_tangent(agent, obs, d)
         weight = metric(agent, head, t) / len(obs)
-    back = torch.autograd.grad((agent.actor(obs) * weight).sum(), list(agent.actor.parameters()))
+        with torch.enable_grad():
+            weighted = (agent.actor(obs) * weight).sum()
+        back = torch.autograd.grad(weighted, list(agent.actor.parameters()))
     return [*back] + ([] if agent.discrete else [2 * d[-1]])
 
 
@@ -311,7 +316,7 @@ def dense_fisher(agent: Agent, obs):
     """F (n, n) of all policy parameters from the Jacobian of each state's head. For small networks."""
     params = dict(agent.actor.named_parameters())
     one = lambda p, x: torch.func.functional_call(agent.actor, p, (x,))
-    with torch.no_grad():
+    with strict_fp32():
         jacobian = torch.func.vmap(torch.func.jacrev(one), (None, 0))(params, obs)
         J = torch.cat([j.flatten(2) for j in jacobian.values()], 2)  # (B, outputs, n)
         head = agent.actor(obs)
@@ -335,11 +340,13 @@ def unflat(v, like: list) -> list:
 def conjugate_gradients(product, g: list, steps: int) -> list:
     """Approximates d with product(d) = g, from d = 0."""
     d, r, p = torch.zeros_like(flat(g)), flat(g), flat(g)
-    rr = r @ r
+    rr = start = r @ r
     for _ in range(steps):
-        if rr < 1e-20:
+        if rr < 1e-12 * start:
             break
         q = flat(product(unflat(p, g)))
+        if p @ q <= 0:  # not positive definite in floating point, or g = 0
+            break
         alpha = rr / (p @ q)
         d, r = d + alpha * p, r - alpha * q
         new = r @ r
@@ -365,9 +372,9 @@ class KFAC(nn.Module):
         """A = E[a a^T] and S = E[g g^T] from a recorded pass, g = grad_s of each row's own term of `scalar`.
 
         `scalar` is a sum over rows, not a mean: so g has no 1 / B."""
-        gradients = torch.autograd.grad(scalar, [s for _, s in record])
         out = {}
-        with torch.no_grad():
+        with strict_fp32():
+            gradients = torch.autograd.grad(scalar, [s for _, s in record])
             for i, ((a, _), g) in enumerate(zip(record, gradients)):
                 a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
                 out[f"A{i}"], out[f"S{i}"] = a.T @ a / len(a), g.T @ g / len(g)
@@ -403,19 +410,21 @@ class KFAC(nn.Module):
     def solve(self, gradients: list) -> list:
         """S^-1 [G_W G_b] A^-1 for each layer; gradients W, b, W, b, ..."""
         out = []
-        for i in range(self.depth):
-            G = torch.cat([gradients[2 * i], gradients[2 * i + 1][:, None]], 1)  # (out, in + 1)
-            d = torch.cholesky_solve(G, getattr(self, f"LS{i}"))
-            d = torch.cholesky_solve(d.T, getattr(self, f"LA{i}")).T
-            out += [d[:, :-1], d[:, -1]]
+        with strict_fp32():
+            for i in range(self.depth):
+                G = torch.cat([gradients[2 * i], gradients[2 * i + 1][:, None]], 1)  # (out, in + 1)
+                d = torch.cholesky_solve(G, getattr(self, f"LS{i}"))
+                d = torch.cholesky_solve(d.T, getattr(self, f"LA{i}")).T
+                out += [d[:, :-1], d[:, -1]]
         return out
 
     def quadratic(self, d: list):
         """d^T (S (x) A) d = sum over layers of tr(D^T S D A): what the factors, undamped, say of d^T F d."""
         total = 0.0
-        for i in range(self.depth):
-            D = torch.cat([d[2 * i], d[2 * i + 1][:, None]], 1)
-            total = total + (D * (getattr(self, f"S{i}") @ D @ getattr(self, f"A{i}"))).sum()
+        with strict_fp32():
+            for i in range(self.depth):
+                D = torch.cat([d[2 * i], d[2 * i + 1][:, None]], 1)
+                total = total + (D * (getattr(self, f"S{i}") @ D @ getattr(self, f"A{i}"))).sum()
         return total
 
     def condition(self) -> float:
@@ -468,7 +477,8 @@ class Learner(nn.Module):
         info = self.policy_step(batch)
         for _ in range(self.args.critic_updates):
             info["value_loss"] = self.critic_step(batch)
-        info["explained_variance"] = 1 - (batch.target - before).var() / batch.target.var()
+        unexplained = (batch.target - before).var() / batch.target.var().clamp(min=1e-8)
+        info["explained_variance"] = 1 - unexplained
         return {k: torch.as_tensor(v, device=self.device).detach() for k, v in info.items()}
 
     @torch.no_grad()
@@ -500,20 +510,14 @@ class Learner(nn.Module):
             return info | {"kl": agent.kl(head, log_std, agent.actor(batch.obs)).mean()}
         d = self.natural(batch, g)
         dFd = quadratic(agent, batch.obs, d)
-        scale = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
-        info |= {
-            "step_scale": scale,
-            "kl_predicted": 0.5 * scale**2 * dFd,
-            "gain_predicted": scale * flat(g) @ flat(d),
-        }
-        if args.solver == "kfac":
-            own = self.policy_factors.quadratic(d) + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
-            info |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
+        full = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
         old = [p.detach().clone() for p in params]
-        for halvings in range(10 if args.line_search else 1):
+        # The full step lands just above or below max_kl, so that one step back is common.
+        for backtracks in range(15 if args.line_search else 1):
+            scale = full * 0.8**backtracks
             with torch.no_grad():
                 for p, p_old, x in zip(params, old, d):
-                    p.copy_(p_old + scale * 0.5**halvings * x)
+                    p.copy_(p_old + scale * x)
                 kl = agent.kl(head, log_std, agent.actor(batch.obs)).mean()
                 gain = surrogate(agent, batch, args) - value
             if not args.line_search or (kl <= args.max_kl and gain > 0):
@@ -522,8 +526,14 @@ class Learner(nn.Module):
             with torch.no_grad():
                 for p, p_old in zip(params, old):
                     p.copy_(p_old)
-            kl, gain = kl * 0, gain * 0
-        return info | {"kl": kl, "gain": gain, "halvings": halvings}
+            scale, kl, gain = (torch.zeros_like(x) for x in (scale, kl, gain))
+        info |= {"step_scale": scale, "backtracks": backtracks}
+        info |= {"kl": kl, "kl_predicted": 0.5 * scale**2 * dFd}
+        info |= {"gain": gain, "gain_predicted": scale * flat(g) @ flat(d)}
+        if args.solver == "kfac":
+            own = self.policy_factors.quadratic(d) + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
+            info |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
+        return info
 
     def natural(self, batch: Batch, g: list) -> list:
         """d = F^-1 g by the solver asked for."""
@@ -625,6 +635,8 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
+    if saved and (done := finished(saved, args)):
+        return done
     envs = make_train_envs(args)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
@@ -634,10 +646,14 @@ def train(args: Args) -> dict:
         * (envs.single_observation_space.shape[0] + 4 * args.width * args.depth)
     )
     reserve(16 * rows, "rollout and update, roughly", device)
+    if args.solver == "exact":  # Jacobians and their products with the metric; F and its factors
+        agent = learner.agent
+        n, outputs = len(flat(agent.policy_parameters())), agent.actor.layers[-1].out_features
+        size = 4 * (2 * args.num_envs * args.num_steps * outputs * n + 4 * n**2)
+        reserve(size, "exact Fisher matrix, roughly", device)
     player, step, episodes, returns, info = Player(envs, args.seed), 0, [], np.full(1, math.nan), {}
     if saved:
-        step, episodes, returns, info = (saved[k] for k in ("step", "episodes", "returns", "info"))
-        returns = np.array(returns)
+        step, episodes, returns = saved["step"], saved["episodes"], np.array(saved["returns"])
         learner.restore(saved["learner"])
         player.restore(saved["player"], args.seed + step)
         restore_random_state(saved["random"])
@@ -648,25 +664,22 @@ def train(args: Args) -> dict:
     def save():
         check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        run.save(
-            "checkpoint.pt",
-            state | {"step": step, "episodes": episodes, "returns": returns.tolist(), "info": info},
-        )
+        state |= {"step": step, "episodes": episodes, "returns": returns.tolist()}
+        run.save("checkpoint.pt", state)
 
     progress = Progress("training", args.total_timesteps, step)
     with StopSignal() as stop:
         while step < args.total_timesteps and not stop.signum:
             rollout, ended = player.collect(learner, args)
             info = learner.update(rollout)
+            before, step = step, step + int(rollout.valid.sum())
+            check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
             if args.normalize:
                 learner.obs_stats.update(rollout.raw_obs)
-            before, step = step, step + int(rollout.valid.sum())
 
             every = lambda n: n > 0 and step // n > before // n  # noqa: B023
             diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
-            if diagnosing or scoring or logging:
-                check_finite(step, info | dict(learner.named_parameters()))
             episodes = [*episodes, *ended][-100:]
             if ended:
                 score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
@@ -776,6 +789,7 @@ class Player:
         rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
         columns, raw = [], []
         for t in range(T):
+            must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             obs = learner.standardised(self.obs)
             head, value = learner.agent(obs)
             act = learner.agent.sample(head)
@@ -794,10 +808,12 @@ class Player:
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
+        must_be_finite(self.obs, "an observation", args)
+        must_be_finite(rew, "a reward", args)
         obs = learner.standardised(self.obs)
         columns = [torch.stack(x) for x in zip(*columns)]
         values = torch.cat([columns[3], learner.agent(obs)[1][None]])
-        if self.obs.dtype == np.uint8:
+        if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
             rew = self.scaled(rew, flags[1], flags[2], learner, args)
@@ -819,20 +835,27 @@ class Player:
         return {k: torch.from_numpy(getattr(self, k).copy()) for k in names} | {"envs": env_states(self.envs)}
 
     def restore(self, saved: dict, seed: int):
-        self.discounted = saved["discounted"].numpy()
         if saved["envs"] is None:
             print("these environments cannot be restored exactly: new episodes start")
             self.obs, _ = self.envs.reset(seed=seed)
             return
-        for k in ("obs", "over", "returns", "lengths"):
+        for k in ("obs", "over", "returns", "lengths", "discounted"):
             setattr(self, k, saved[k].numpy())
         restore_envs(self.envs, saved["envs"], self.over)
 
 
+def must_be_finite(x: np.ndarray, what: str, args):
+    """Stop with status 3 if an environment hands out a NaN or an infinity."""
+    if not np.isfinite(x).all():
+        fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
+
+
 def to_env(act, space) -> np.ndarray:
-    """[C5] Actions as the environment takes them: a Box's are clipped here, the sample stays as it was."""
+    """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
+    its first; the sample stays as it was."""
     act = act.cpu().numpy()
-    return np.clip(act, space.low, space.high) if isinstance(space, gym.spaces.Box) else act
+    box = isinstance(space, gym.spaces.Box)
+    return np.clip(act, space.low, space.high) if box else act + space.start
 
 
 @torch.no_grad()
@@ -854,6 +877,16 @@ def evaluate(learner, envs, args: Args) -> np.ndarray:
         alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
     learner.train()
     return returns
+
+
+def finished(saved: dict, args) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {"global_step": None}
+    if saved["step"] < args.total_timesteps or summary["global_step"] != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a larger --total-timesteps goes on")
+    return summary
 
 
 def diagnose(learner, rollout: Rollout) -> dict:
@@ -994,13 +1027,15 @@ def dormant(activations: list) -> torch.Tensor:
 @contextmanager
 def strict_fp32():
     """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    before = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # === end shared ===
@@ -1182,6 +1217,7 @@ def find_checkpoint(args) -> dict | None:
     """What --resume names, refused if its arguments differ in one that changes the numbers."""
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
+        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
         for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
             try:
                 header = json.loads((path.parent / "args.json").read_text())
@@ -1213,7 +1249,7 @@ def command(args, folder: Path | None = None) -> str:
         if isinstance(value, bool) and value != f.default:
             words.append(flag(f.name) if value else flag("no_" + f.name))
         elif value != f.default and f.name != "resume":
-            words += [flag(f.name), str(value)]
+            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words + (["--resume", str(folder)] if folder else []))
 
 
@@ -1251,7 +1287,8 @@ class Run:
 
     def new_folder(self) -> Path:
         args = self.args
-        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
+        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
             try:
                 (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)

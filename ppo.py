@@ -35,7 +35,8 @@ CartPole as it stands; faster on CartPole; Acrobot; Pendulum; MuJoCo; Atari:
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
 While it trains, `charts/episodic_return` should rise; `losses/explained_variance` approach 1;
-`losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller --learning-rate).
+`losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller --learning-rate);
+both are means over all minibatches of the update (CleanRL logs the last).
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 
 Known limits: flat observation vectors or Atari frames, Box or Discrete actions. Left out on purpose:
@@ -101,7 +102,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of each evaluation (0: no evaluation)"""
     log_frequency: int = 5_000
-    """environment steps between logged losses and checks for non-finite numbers"""
+    """environment steps between logged losses"""
     diagnostics_frequency: int = 50_000
     """environment steps between feature diagnostics (0: none)"""
     compile: bool = False
@@ -177,7 +178,8 @@ LIMITS = {
 LIMITS |= {"depth": (1, 64), "clip_coef": (1e-9, 1e9)} | dict.fromkeys(
     ["learning_rate", "max_grad_norm"], (1e-12, 1e12)
 )
-LIMITS |= dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "update_epochs", "width"], (1, 1e6))
+LIMITS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "width"], (1, 1e6))
+LIMITS |= {"num_steps": (4, 1e6), "seed": (0, 1e6)}  # one-step episodes: every second row is a reset
 LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
 
 
@@ -193,8 +195,10 @@ def check(args: Args):
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and not atari:
         fail("--precision bf16 has no effect outside Atari")
-    if args.num_minibatches > args.num_envs * args.num_steps:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the rows of a batch")
+    if atari and not re.fullmatch(r"ALE/\w+-v5", args.env_id):
+        fail(f"--env-id {args.env_id}: expected ALE/ and a game's name and -v5, the one version here")
+    if (rows := args.num_envs * args.num_steps) < 2 * args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: expected two rows in each, a batch has {rows}")
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -330,7 +334,7 @@ class Learner(nn.Module):
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device [C6] [C7]."""
         obs = torch.as_tensor(obs, device=self.device)
-        if obs.dtype == torch.uint8:
+        if obs.ndim == 4:  # frames
             return obs
         obs = obs.float()
         return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
@@ -342,19 +346,21 @@ class Learner(nn.Module):
             if epoch == 0 or args.recompute_advantages:
                 batch = self.batch_of(rollout)
             n = len(batch.logp)
-            for rows in torch.randperm(n, device=self.device).tensor_split(args.num_minibatches):
+            parts = max(1, min(args.num_minibatches, n // 2))  # one row has no standard deviation
+            for rows in torch.randperm(n, device=self.device).tensor_split(parts):
                 loss, info = self.loss(self.agent, Batch(*(x[rows] for x in batch)), args)
                 self.optim.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm)  # [11]
                 self.optim.step()
                 infos.append(info)
-            kl = torch.stack([i["approx_kl"] for i in infos[-args.num_minibatches :]]).mean()
+            kl = torch.stack([i["approx_kl"] for i in infos[-parts:]]).mean()
             if args.target_kl is not None and kl > args.target_kl:
                 break
         out = {k: torch.stack([i[k] for i in infos]).mean() for k in infos[0]}
-        unexplained = (batch.target - batch.value).var() / batch.target.var()
-        return out | {"explained_variance": 1 - unexplained, "epochs": torch.tensor(epoch + 1.0)}
+        unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
+        out |= {"explained_variance": 1 - unexplained, "epochs": unexplained.new_tensor(epoch + 1.0)}
+        return out
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
@@ -391,7 +397,8 @@ class Learner(nn.Module):
 def atari(args: Args, n: int, training: bool):
     """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], a life as an episode [A3],
     fire on reset [A4], 84 x 84 gray [A5], four frames stacked [A7]; rewards are true here and
-    clipped in the rollout [A6]."""
+    clipped in the rollout [A6]. Fire follows a real reset only: after a lost life the policy must fire,
+    or it plays on to the usual cap of 108,000 frames, in evaluations too."""
     need("ale_py")
     game = re.sub(r"(?<!^)(?=[A-Z])", "_", args.env_id.removeprefix("ALE/").split("-")[0]).lower()
     try:
@@ -428,9 +435,8 @@ def make_eval_envs(args: Args):
 
 def reserve_rollout(envs, args: Args, device):
     """Says what a rollout takes: observations twice (its list and its stack), the rest is small."""
-    row = math.prod(envs.single_observation_space.shape) * (
-        1 if envs.single_observation_space.dtype == np.uint8 else 4
-    )
+    shape = envs.single_observation_space.shape
+    row = math.prod(shape) * (1 if len(shape) == 3 else 4)  # frames stay bytes
     reserve(2 * args.num_envs * (args.num_steps + 1) * (row + 64), "rollout, roughly", device)
 
 
@@ -439,14 +445,15 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
+    if saved and (done := finished(saved, args)):
+        return done
     envs = make_train_envs(args)
     eval_envs = make_eval_envs(args) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
     reserve_rollout(envs, args, device)
     player, step, episodes, returns, info = Player(envs, args.seed), 0, [], np.full(1, math.nan), {}
     if saved:
-        step, episodes, returns, info = (saved[k] for k in ("step", "episodes", "returns", "info"))
-        returns = np.array(returns)
+        step, episodes, returns = saved["step"], saved["episodes"], np.array(saved["returns"])
         learner.restore(saved["learner"])
         player.restore(saved["player"], args.seed + step)
         restore_random_state(saved["random"])
@@ -457,10 +464,8 @@ def train(args: Args) -> dict:
     def save():
         check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        run.save(
-            "checkpoint.pt",
-            state | {"step": step, "episodes": episodes, "returns": returns.tolist(), "info": info},
-        )
+        state |= {"step": step, "episodes": episodes, "returns": returns.tolist()}
+        run.save("checkpoint.pt", state)
 
     progress = Progress("training", args.total_timesteps, step)
     with StopSignal() as stop:
@@ -469,15 +474,14 @@ def train(args: Args) -> dict:
                 learner.optim.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.total_timesteps)
             rollout, ended = player.collect(learner, args)  # [1]
             info = learner.update(rollout)
+            before, step = step, step + int(rollout.valid.sum())
+            check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
             if args.normalize:
                 learner.obs_stats.update(rollout.raw_obs)
-            before, step = step, step + int(rollout.valid.sum())
 
             every = lambda n: n > 0 and step // n > before // n  # noqa: B023
             diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
-            if diagnosing or scoring or logging:
-                check_finite(step, info | dict(learner.named_parameters()))
             episodes = [*episodes, *ended][-100:]
             if ended:
                 score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
@@ -591,6 +595,7 @@ class Player:
         rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
         columns, raw = [], []
         for t in range(T):
+            must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             obs = learner.standardised(self.obs)
             head, value = learner.agent(obs)
             act = learner.agent.sample(head)
@@ -609,10 +614,12 @@ class Player:
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
+        must_be_finite(self.obs, "an observation", args)
+        must_be_finite(rew, "a reward", args)
         obs = learner.standardised(self.obs)
         columns = [torch.stack(x) for x in zip(*columns)]
         values = torch.cat([columns[3], learner.agent(obs)[1][None]])
-        if self.obs.dtype == np.uint8:
+        if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
             rew = self.scaled(rew, flags[1], flags[2], learner, args)
@@ -634,20 +641,27 @@ class Player:
         return {k: torch.from_numpy(getattr(self, k).copy()) for k in names} | {"envs": env_states(self.envs)}
 
     def restore(self, saved: dict, seed: int):
-        self.discounted = saved["discounted"].numpy()
         if saved["envs"] is None:
             print("these environments cannot be restored exactly: new episodes start")
             self.obs, _ = self.envs.reset(seed=seed)
             return
-        for k in ("obs", "over", "returns", "lengths"):
+        for k in ("obs", "over", "returns", "lengths", "discounted"):
             setattr(self, k, saved[k].numpy())
         restore_envs(self.envs, saved["envs"], self.over)
 
 
+def must_be_finite(x: np.ndarray, what: str, args):
+    """Stop with status 3 if an environment hands out a NaN or an infinity."""
+    if not np.isfinite(x).all():
+        fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
+
+
 def to_env(act, space) -> np.ndarray:
-    """[C5] Actions as the environment takes them: a Box's are clipped here, the sample stays as it was."""
+    """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
+    its first; the sample stays as it was."""
     act = act.cpu().numpy()
-    return np.clip(act, space.low, space.high) if isinstance(space, gym.spaces.Box) else act
+    box = isinstance(space, gym.spaces.Box)
+    return np.clip(act, space.low, space.high) if box else act + space.start
 
 
 @torch.no_grad()
@@ -669,6 +683,16 @@ def evaluate(learner, envs, args: Args) -> np.ndarray:
         alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
     learner.train()
     return returns
+
+
+def finished(saved: dict, args) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {"global_step": None}
+    if saved["step"] < args.total_timesteps or summary["global_step"] != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a larger --total-timesteps goes on")
+    return summary
 
 
 def diagnose(learner, rollout: Rollout) -> dict:
@@ -809,13 +833,15 @@ def dormant(activations: list) -> torch.Tensor:
 @contextmanager
 def strict_fp32():
     """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    before = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # === end shared ===
@@ -997,6 +1023,7 @@ def find_checkpoint(args) -> dict | None:
     """What --resume names, refused if its arguments differ in one that changes the numbers."""
     given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
     if args.resume == "auto":
+        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
         for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
             try:
                 header = json.loads((path.parent / "args.json").read_text())
@@ -1028,7 +1055,7 @@ def command(args, folder: Path | None = None) -> str:
         if isinstance(value, bool) and value != f.default:
             words.append(flag(f.name) if value else flag("no_" + f.name))
         elif value != f.default and f.name != "resume":
-            words += [flag(f.name), str(value)]
+            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words + (["--resume", str(folder)] if folder else []))
 
 
@@ -1066,7 +1093,8 @@ class Run:
 
     def new_folder(self) -> Path:
         args = self.args
-        name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
+        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
             try:
                 (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)

@@ -421,7 +421,7 @@ def train(args: Args) -> dict:
     if saved:
         step, updates, first_update = (saved[k] for k in ("step", "updates", "first_update"))
         episodes, returns = saved["episodes"], np.array(saved["returns"])
-        info = {k: v.to(device) for k, v in saved["info"].items()}
+        info = {k: v.to(device) for k, v in saved["losses"].items()}
     capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
     replay = Replay(capacity, obs_dim, act_dim, device)
     reserve(memory(args, obs_dim + act_dim), "networks and one update, roughly", device)
@@ -449,7 +449,7 @@ def train(args: Args) -> dict:
     def save():
         check_finite(updates, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        state |= {"step": step, "updates": updates, "first_update": first_update, "info": info}
+        state |= {"step": step, "updates": updates, "first_update": first_update, "losses": info}
         state |= {"episodes": episodes, "returns": returns.tolist()}
         run.save("checkpoint.pt", state | {"replay": replay.checkpoint() if args.checkpoint_replay else None})
 

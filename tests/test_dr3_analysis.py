@@ -755,6 +755,8 @@ def test_diagnostics_by_loops():
     n = len(learner.members)
     with torch.no_grad():
         y, a = learner.targets(rows.expand(n, 50), *[x.expand(n, 50, 10, 2) for x in draws])
+        here = torch.cat([p.obs, p.act], -1).expand(n, -1, -1)
+        own, cross = d.gradient_dots(learner.net, here, torch.cat([p.next_obs.expand(n, -1, -1), a], -1))
         for i, m in enumerate(learner.members):
             both = [torch.cat([p.obs, p.act], -1), torch.cat([p.next_obs, a[i]], -1)]
             (*layers, phi), (*_, phi_next) = (
@@ -783,6 +785,8 @@ def test_diagnostics_by_loops():
                 "td_error": np.mean(error) / np.var(y[i].double().numpy(), ddof=1),
                 "reg_sl": np.mean([norm(x) ** 2 for x in phi]),
                 "reg_td": np.mean([norm(x) ** 2 for x in phi]) - 0.9 * sum(dots) / 50,
+                "reg_sl_full": float(own[i].mean()),
+                "reg_td_full": float(own[i].mean()) - 0.9 * sum(float(cross[i, j]) for j in live) / 50,
                 "truth": truth.mean(),
                 "q_error": np.mean((q - truth) ** 2) / truth.var(ddof=1),
             }
@@ -790,6 +794,23 @@ def test_diagnostics_by_loops():
             assert abs(found[i]["sigma_min"] - s[-1] / math.sqrt(50)) < 1e-5
             for k, value in expected.items():
                 assert abs(found[i][k] - value) < 1e-4 * max(1, abs(value)), (m, k, found[i][k], value)
+
+
+def test_full_gradients_by_autograd_of_one_row(double):
+    learner = a_learner(targets=("td",), cures=("unit", "layer"), cure_target="td", depth=2)
+    g, net = torch.Generator().manual_seed(3), learner.net.eval()
+    n = len(learner.members)
+    x, x_next = (torch.randn(n, 4, 5, generator=g) for _ in range(2))
+    own, cross = d.gradient_dots(net, x, x_next)
+
+    def gradient(i, row):
+        q = net(row.expand(n, 1, -1))[i, 0]
+        return torch.cat([p[i].flatten() for p in torch.autograd.grad(q, list(net.parameters()))])
+
+    for i, b in itertools.product(range(n), range(4)):
+        mine, other = gradient(i, x[i, b]), gradient(i, x_next[i, b])
+        torch.testing.assert_close(own[i, b], mine @ mine)
+        torch.testing.assert_close(cross[i, b], mine @ other)
 
 
 def test_diagnostics_read_planted_spectra():
@@ -1278,7 +1299,7 @@ def test_what_a_run_leaves_behind(capsys):
     kinds = [(t, "none") for t in ALL] + [("td", c) for c in FULL["cures"]]
     assert [(t, c) for t in ALL for c in result["results"][t]] == sorted(kinds, key=lambda k: ALL.index(k[0]))
     names = "srank rank_pca effective_rank sigma_max sigma_min feature_dot feature_cos feature_norm dormant "
-    names += "q_mean q_error td_error truth reg_sl reg_td greedy_return"
+    names += "q_mean q_error td_error truth reg_sl reg_td reg_sl_full reg_td_full greedy_return"
     rows = {(step, tag): float(value) for step, tag, value in metrics(run)}
     assert len(rows) == len(metrics(run)) and {s for s, _ in rows} == {8, 12, 16, 24, 32, 40, 48}
     for target, cure in kinds:

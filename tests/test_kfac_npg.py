@@ -267,10 +267,73 @@ def test_conjugate_gradients_and_the_exact_solve_agree(space):
     g = [*torch.autograd.grad(k.surrogate(learner.agent, batch, args), params)]
     F = k.dense_fisher(learner.agent, batch.obs) + 0.1 * torch.eye(sum(p.numel() for p in params))
     expected = torch.linalg.solve(F, k.flat(g))
-    assert torch.allclose(k.flat(learner.natural(batch, g)), expected, rtol=1e-6, atol=1e-9)
+    error = k.flat(learner.natural(batch, g)) - expected  # residual 1e-6 |g|, F + 0.1 I at least 0.1
+    assert error.norm() <= 1e-6 * k.flat(g).norm() / 0.1
     assert torch.allclose(k.flat(learner.exact(batch, g)), expected)
     ten = k.flat(replace_solver(learner, cg_steps=10).natural(batch, g))
     assert (ten - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_conjugate_gradients_stop_relative_to_the_gradient(scale):
+    M, g, calls = torch.diag(torch.tensor([1.0, 2.0, 5.0])), torch.tensor([1.0, -1.0, 2.0]), []
+    product = lambda d: calls.append(1) or [M @ d[0]]
+    (d,) = k.conjugate_gradients(product, [scale * g], 10)
+    assert torch.allclose(d / scale, torch.linalg.solve(M, g), rtol=1e-5) and len(calls) == 3
+
+
+@pytest.mark.parametrize("last, g", [(-9.0, 1.0), (0.0, 0.0)])
+def test_conjugate_gradients_stop_where_there_is_no_curvature(last, g):
+    """A matrix that rounding made indefinite; a gradient of zeros."""
+    M = torch.diag(torch.tensor([1.0, 1.0, last]))
+    (d,) = k.conjugate_gradients(lambda d: [M @ d[0]], [g * torch.ones(3)], 10)
+    assert (d == 0).all()
+
+
+class Precisions(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes, for each matrix product and solve inside, the precision that it runs in."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "cholesky_solve"):
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@SPACES
+def test_no_tf32_in_the_factors(space):
+    """What --precision tf32 sets on a GPU is not in force where curvature is made or used."""
+    learner, _ = a_learner(space)
+    agent, factors, batch = learner.agent, learner.policy_factors, a_batch(learner.agent)
+    torch.set_float32_matmul_precision("high")
+    record = []
+    logp = agent.log_prob(agent.actor(batch.obs, record), batch.act).sum()
+    d = [torch.randn_like(p) for p in agent.policy_parameters()]
+    calls = {
+        "factors": lambda: factors.update(record, logp),
+        "solve": lambda: factors.solve(d),
+        "quadratic of the factors": lambda: factors.quadratic(d),
+        "quadratic": lambda: k.quadratic(agent, batch.obs, d),
+        "product": lambda: k.fisher_product(agent, batch.obs, d),
+        "dense": lambda: k.dense_fisher(agent, batch.obs),
+    }
+    for name, call in calls.items():
+        with Precisions() as noted:
+            call()
+        assert noted.seen and set(noted.seen) == {"highest"}, (name, noted.seen)
+        assert torch.get_float32_matmul_precision() == "high", name
+
+
+def test_explained_variance_is_finite_where_nothing_varies():
+    args = tiny()
+    envs = k.make_train_envs(args)
+    learner = k.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+    r, _ = k.Player(envs, 0).collect(learner, args)
+    info = learner.update(r._replace(rew=r.rew * 0, value=r.value * 0))
+    assert all(torch.isfinite(x) for x in info.values()), info
 
 
 def replace_solver(learner, **changes):
@@ -310,15 +373,38 @@ def test_the_log_deviations_step():
 
 
 def test_the_line_search_refuses_what_does_not_help():
-    """A step against the gradient: ten halvings, then the policy stays as it was."""
-    learner, _ = a_learner(BOX, solver="exact", line_search=True)
+    """A step against the gradient: 15 trials, then the policy stays as it was."""
+    learner, _ = a_learner(BOX, line_search=True)
     batch = a_batch(learner.agent)
+    learner.agent.kl = lambda head, log_std, new: torch.full((len(head),), math.inf)
     before = k.flat(learner.agent.policy_parameters()).detach().clone()
     natural = learner.natural
     learner.natural = lambda batch, g: [-x for x in natural(batch, g)]
     info = learner.policy_step(batch)
     assert torch.equal(k.flat(learner.agent.policy_parameters()).detach(), before)
-    assert info["gain"] == 0 and info["kl"] == 0 and info["halvings"] == 9
+    assert info["backtracks"] == 14
+    for name in ("step_scale", "gain", "gain_predicted", "kl", "kl_predicted", "kl_kfac"):
+        assert info[name] == 0, name
+
+
+def test_what_is_logged_is_of_the_step_that_was_taken():
+    learner, args = a_learner(BOX, line_search=True, max_kl=1e-3)
+    batch, agent = a_batch(learner.agent), learner.agent
+    params, kl, calls = agent.policy_parameters(), agent.kl, []
+    before = [p.detach().clone() for p in params]
+    g = [*torch.autograd.grad(k.surrogate(agent, batch, args), params)]
+    natural, taken = learner.natural, []
+    learner.natural = lambda batch, g: taken.extend(natural(batch, g)) or taken
+    agent.kl = lambda *a: kl(*a) + (len(calls) < 2) * (calls.append(1) or 1.0)  # two trials are too far
+    info = learner.policy_step(batch)
+    scale = info["step_scale"]
+    assert info["backtracks"] == 2 and 0 < info["kl"] <= args.max_kl
+    for p, old, x in zip(params, before, taken):
+        assert torch.allclose(p, old + scale * x)
+    assert torch.allclose(info["kl_predicted"], torch.tensor(args.max_kl * 0.8**4))
+    assert torch.allclose(info["gain_predicted"], scale * k.flat(g) @ k.flat(taken))
+    own = learner.policy_factors.quadratic(taken) + 2 * (taken[-1] ** 2).sum()
+    assert torch.allclose(info["kl_kfac"], 0.5 * scale**2 * own)
 
 
 def test_the_line_search_keeps_to_the_trust_region():
@@ -480,6 +566,41 @@ def test_diagnostics_logging_and_evaluation_change_nothing(solver):
     assert expected <= tags
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_non_finite_parameters_never_reach_the_sampler(env_id, monkeypatch, capsys):
+    update = k.Learner.update
+
+    def poisoned(self, rollout):
+        info = update(self, rollout)
+        self.agent.actor.layers[-1].bias.data[0] = math.nan
+        return info
+
+    monkeypatch.setattr(k.Learner, "update", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        k.train(tiny(env_id=env_id, log_frequency=10**6, eval_episodes=0, diagnostics_frequency=0))
+    assert stop.value.code == 3 and "actor.layers.2.bias is not finite" in capsys.readouterr().err
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(capsys):
+    first = k.train(tiny(depth=1, eval_episodes=0))
+    run = only_run(".")
+    files = lambda: {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.glob("*.*")}
+    before = files()
+    assert k.train(tiny(depth=1, eval_episodes=2, resume=str(run))) == first and files() == before
+    assert "complete" in capsys.readouterr().out
+    assert k.train(tiny(depth=1, total_timesteps=600, resume=str(run)))["global_step"] >= 600
+
+
+def test_the_dense_matrix_is_reserved_before_it_is_made(monkeypatch):
+    sizes, reserve = {}, k.reserve
+    monkeypatch.setattr(
+        k, "reserve", lambda n, what, device: sizes.update({what: n}) or reserve(n, what, device)
+    )
+    k.train(tiny(solver="exact", total_timesteps=80, eval_episodes=0))
+    n = (4 * 8 + 8) + (8 * 8 + 8) + (8 * 2 + 2)  # CartPole: 4 numbers, 2 actions; two hidden layers of 8
+    assert sizes["exact Fisher matrix, roughly"] == 4 * (2 * 80 * 2 * n + 4 * n * n)
+
+
 BAD = [
     (["--env", "NoSuch-v1"], "NoSuch"),
     (["--max-kl", "0"], "--max-kl"),
@@ -491,6 +612,9 @@ BAD = [
     (["--critic-lr", "0.1"], "--critic-lr"),
     (["--depth", "0", "--width", "8"], "--width"),
     (["--resume", "nowhere"], "nowhere"),
+    (["--num-steps", "3"], "--num-steps"),
+    (["--seed", "1000001"], "--seed"),
+    (["--solver", "exact", "--width", "512"], "exact Fisher matrix"),
 ]
 
 
@@ -519,6 +643,19 @@ def test_documented_commands_run(command):
     args = tyro.cli(k.Args, args=shlex.split(command)[2:])
     short = dict(total_timesteps=60, num_steps=16, eval_episodes=1, critic_updates=2)
     assert k.train(replace(args, **short))["global_step"] >= 60
+
+
+def test_a_documented_command_shows_the_cosine():
+    """--solver kfac, and a network small enough for the exact direction beside it."""
+    torch.set_default_dtype(torch.float32)
+    shown = 0
+    for command in documented_commands():
+        args = tyro.cli(k.Args, args=shlex.split(command)[2:])
+        envs = k.make_train_envs(args)
+        learner = k.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+        size = len(k.flat(learner.agent.policy_parameters()))
+        shown += args.solver == "kfac" and args.diagnostics_frequency > 0 and size <= 2000
+    assert shown
 
 
 def test_kfac_learns_cartpole():

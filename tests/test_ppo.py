@@ -65,9 +65,50 @@ class Target(gym.Env):
         return self.s, -float((action[0] - 0.7 * self.s[0]) ** 2), True, False, {}
 
 
-for name, kind in (("PPOCounting-v0", Counting), ("Target-v0", Target)):
+class Broken(gym.Env):
+    """`bad` is what it hands out at the tenth step: NaN or an infinity."""
+
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, what, bad):
+        self.what, self.bad = what, bad
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        now = self.bad if self.t == 10 else 0.0
+        obs = np.array([now if self.what == "observation" else self.t, 0], np.float32)
+        return obs, now if self.what == "reward" else 1.0, False, False, {}
+
+
+class Bytes(gym.Env):
+    """Observes two bytes, as a console's memory does; takes 3 or 4; the reward of 4 is 5."""
+
+    observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+    action_space = gym.spaces.Discrete(2, start=3)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.array([200, 100], np.uint8), {}
+
+    def step(self, action):
+        assert action in (3, 4), action
+        return np.array([100, 200], np.uint8), 5.0 * (action == 4), False, False, {}
+
+
+BROKEN = {
+    f"Broken-{what}-{bad}-v0": (Broken, {"what": what, "bad": bad})
+    for what in ("reward", "observation")
+    for bad in (math.nan, math.inf)
+}
+MADE = {"PPOCounting-v0": (Counting, {}), "Target-v0": (Target, {}), "Bytes-v0": (Bytes, {})} | BROKEN
+for name, (kind, options) in MADE.items():
     if name not in gym.registry:
-        gym.register(name, entry_point=kind, max_episode_steps=100)
+        gym.register(name, entry_point=kind, max_episode_steps=100, kwargs=options)
 
 
 # ---------------------------------------------------------------------------------------- mathematics
@@ -326,6 +367,33 @@ def test_every_valid_row_is_used_once_an_epoch(monkeypatch):
     assert not torch.equal(seen[0], seen[4])
 
 
+@pytest.mark.parametrize("steps, parts", [(4, 2), (40, 8)])
+def test_no_minibatch_has_fewer_than_two_rows(steps, parts):
+    """Episodes of one step: every second row is a reset, so that 2 x 4 rows hold 4 of experience."""
+    args = tiny(env_id="Target-v0", num_steps=steps, num_minibatches=8, update_epochs=1)
+    envs = ppo.make_train_envs(args)
+    learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+    r, _ = ppo.Player(envs, 0).collect(learner, args)
+    sizes, loss = [], learner.loss
+    learner.loss = lambda agent, batch, args: sizes.append(len(batch.logp)) or loss(agent, batch, args)
+    info = learner.update(r)
+    assert len(sizes) == parts and min(sizes) >= 2 and sum(sizes) == steps
+    assert all(torch.isfinite(x).all() for x in [*info.values(), *learner.parameters()])
+
+
+def test_explained_variance_is_finite_where_nothing_varies():
+    learner, r, _, _ = collected()
+    r = r._replace(rew=r.rew * 0, value=r.value * 0)
+    assert torch.isfinite(learner.update(r)["explained_variance"])
+
+
+def test_what_is_logged_lies_on_the_learners_device():
+    learner, r, _, _ = collected()
+    with torch.device("meta"):  # a tensor made without a device lands here
+        info = learner.update(r)
+    assert {x.device for x in info.values()} == {CPU}
+
+
 def test_early_stop_recomputed_advantages_and_the_clipped_gradient(monkeypatch):
     learner, r, _, _ = collected(update_epochs=5, target_kl=1e-9)
     assert learner.update(r)["epochs"] == 1
@@ -364,6 +432,33 @@ def test_the_learning_rate_falls_to_zero():
     rates = [(s, float(v)) for s, tag, v in metrics(only_run(".")) if tag == "charts/learning_rate"]
     steps = [0] + [s for s, _ in rates]
     assert all(abs(rate - 2.5e-4 * (1 - s / 400)) < 1e-12 for s, (_, rate) in zip(steps, rates))
+
+
+# ---------------------------------------------------------------------------------- spaces, precision
+@pytest.mark.parametrize("normalize", [False, True])
+def test_bytes_are_a_vector_and_a_discrete_space_may_start_anywhere(normalize):
+    """A vector of uint8 is no frame: its rewards are not clipped, and --normalize acts on it."""
+    args = tiny(env_id="Bytes-v0", normalize=normalize)
+    envs = ppo.make_train_envs(args)
+    learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+    r, _ = ppo.Player(envs, 0).collect(learner, args)
+    assert r.obs.dtype == torch.float32 and set(r.act.unique().tolist()) == {0, 1}
+    if normalize:
+        learner.obs_stats.update(r.raw_obs)
+        assert abs(learner.standardised(np.array([[200, 100]], np.uint8))).max() < 10
+    else:
+        assert torch.equal(r.rew, 5.0 * (r.act == 1))
+    assert torch.isfinite(learner.update(r)["policy_loss"])
+    assert ppo.acting(learner, r.obs[0].numpy(), envs.single_action_space).min() >= 3
+
+
+def test_strict_fp32_is_strict_and_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    with ppo.strict_fp32():
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert not torch.is_grad_enabled()
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
 
 
 # ---------------------------------------------------------------------------------------------- Atari
@@ -465,6 +560,75 @@ def test_non_finite_numbers_stop_the_run_before_a_checkpoint(monkeypatch, capsys
     assert torch.load(only_run(".") / "checkpoint.pt", weights_only=True)["step"] < 300
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Target-v0"])
+def test_non_finite_parameters_never_reach_the_sampler(env_id, monkeypatch, capsys):
+    update = ppo.Learner.update
+
+    def poisoned(self, rollout):
+        info = update(self, rollout)
+        self.agent.actor[-1].bias.data[0] = math.nan
+        return info
+
+    monkeypatch.setattr(ppo.Learner, "update", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        ppo.train(tiny(env_id=env_id, log_frequency=10**6, eval_episodes=0, diagnostics_frequency=0))
+    assert stop.value.code == 3 and "agent.actor.4.bias is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("env_id", BROKEN)
+def test_non_finite_numbers_of_the_environment_are_named(env_id, normalize, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ppo.train(tiny(env_id=env_id, normalize=normalize, eval_episodes=0))
+    err = capsys.readouterr().err
+    assert stop.value.code == 3 and env_id in err and f"{env_id.split('-')[1]} is not finite" in err
+    assert not (only_run(".") / "checkpoint.pt").exists()
+
+
+def files(run: Path) -> dict:
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir() if p.is_file()}
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(capsys):
+    """Even by a command that would evaluate what was not evaluated before."""
+    first = ppo.train(tiny(eval_episodes=0))
+    run = only_run(".")
+    before = files(run)
+    again = ppo.train(tiny(eval_episodes=2, resume=str(run)))
+    assert again == first and again["steps_per_second"] > 0 and files(run) == before
+    assert "complete" in (out := capsys.readouterr().out) and "--total-timesteps" in out
+    longer = ppo.train(tiny(total_timesteps=600, resume=str(run)))
+    assert longer["global_step"] >= 600 and math.isfinite(longer["final_return_mean"])
+
+
+def test_a_summary_from_before_a_run_was_made_longer_is_not_taken_for_its_own():
+    ppo.train(tiny())
+    run = only_run(".")
+    old = (run / "summary.json").read_bytes()
+    step = ppo.train(tiny(total_timesteps=600, resume=str(run)))["global_step"]
+    (run / "summary.json").write_bytes(old)  # as if killed just before the last line
+    assert ppo.train(tiny(total_timesteps=600, resume=str(run)))["global_step"] == step
+    assert summary(run)["global_step"] == step
+
+
+def test_where_new_episodes_start_no_discounted_return_goes_on(capsys):
+    learner, _, _, args = collected(normalize=True)
+    player = ppo.Player(ppo.make_train_envs(args), 0)
+    player.collect(learner, args)
+    saved, fresh = player.checkpoint(), ppo.Player(ppo.make_train_envs(args), 0)
+    assert saved["envs"] is None and (saved["discounted"] > 0).any()
+    fresh.restore(saved, 7)
+    assert (fresh.discounted == 0).all() and "new episodes" in capsys.readouterr().out
+    args = replace(args, env_id="CartPole-v1")
+    envs = ppo.make_train_envs(args)
+    learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+    player = ppo.Player(envs, 0)
+    player.collect(learner, args)
+    fresh = ppo.Player(ppo.make_train_envs(args), 0)
+    fresh.restore(player.checkpoint(), 7)
+    assert (fresh.discounted == player.discounted).all() and (fresh.discounted > 0).any()
+
+
 BAD = [
     (["--env", "NoSuch-v1"], "NoSuch"),
     (["--env", "ALE/NoSuch-v5"], "NoSuch"),
@@ -472,7 +636,11 @@ BAD = [
     (["--gamma", "1"], "--gamma"),
     (["--gae-lambda", "nan"], "--gae-lambda"),
     (["--num-steps", "0"], "--num-steps"),
-    (["--num-minibatches", "1000"], "--num-minibatches"),
+    (["--num-steps", "3"], "--num-steps"),
+    (["--num-minibatches", "257"], "--num-minibatches"),
+    (["--seed", "1000001"], "--seed"),
+    (["--env", "ALE/Pong-v4"], "-v5"),
+    (["--env", "ALE/Pong"], "-v5"),
     (["--sticky", "0.5"], "--sticky"),
     (["--ent-coef", "0", "--entropy", "return"], "--entropy"),
     (["--env", "ALE/Pong-v5", "--normalize"], "--normalize"),

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's SAC and TD3 at the sizes and settings of sac.py and td3.py, in its own environment.
+"""Stable-Baselines3's SAC, TD3 and PPO at the sizes and settings of the scripts here, in its own environment.
 
   python -m venv sb3
   sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2 "gymnasium[mujoco,classic-control]"
@@ -26,6 +26,8 @@ def make(algo: str, env, seed: int, learning_starts: int):
     """Two hidden layers of 256 ReLU, batch 256, one update a step, learning rates 3e-4."""
     common = dict(policy="MlpPolicy", env=env, seed=seed, learning_starts=learning_starts, device="cpu")
     common |= dict(policy_kwargs=dict(net_arch=[256, 256]), learning_rate=3e-4, batch_size=256)
+    if algo == "ppo":  # its defaults: 2,048 steps, batches of 64, 10 epochs, two layers of 64
+        return sb3.PPO("MlpPolicy", env, seed=seed, device="cpu")
     common |= dict(train_freq=1, gradient_steps=1)
     if algo == "sac":
         return sb3.SAC(**common)
@@ -76,7 +78,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("algo", choices=["sac", "td3"])
+    parser.add_argument("algo", choices=["sac", "td3", "ppo"])
     parser.add_argument("mode", choices=["train", "speed"])
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=1)
@@ -92,8 +94,9 @@ def main():
         model = make(args.algo, env, args.seed, args.learning_starts)
         model.learn(args.steps, callback=Evaluate(args))
     else:
-        starts, clock = 300, Clock(500)
-        make(args.algo, env, args.seed, starts).learn(args.steps + 500, callback=clock)
+        begin = 2048 if args.algo == "ppo" else 500  # after the first rollout; after the random steps
+        clock = Clock(begin + 1)
+        make(args.algo, env, args.seed, 300).learn(args.steps + begin, callback=clock)
         print("steps per second", args.steps / (time.perf_counter() - clock.begin))
 
 

@@ -2,13 +2,18 @@
 
   python benchmarks/speed.py cql --peer-python peer/bin/python     # that environment: see peer_d3rlpy.py
   python benchmarks/speed.py online --peer-python sb3/bin/python   # see peer_sb3.py
+  python benchmarks/speed.py ppo --peer-python sb3/bin/python
+  python benchmarks/speed.py atari --peer-python peer/bin/python
 
 cql: updates per second at HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers
 of 256, three sets of 10 sampled actions, random data. The limit: the time of the matrix products that an
 update cannot do without, at its shapes: forward, weight gradient, input gradient.
 online: steps per second of the whole loop of sac.py and td3.py on HalfCheetah-v5, environment included, one
 environment, one update a step, two hidden layers of 256, batch 256; the peer is Stable-Baselines3.
-One row a round goes to benchmarks/raw/speed_{cql,online}.csv.
+ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10 epochs, two hidden layers of 64.
+atari: updates per second of cql_atari.py and of d3rlpy's DiscreteCQL, the Nature network without padding,
+200 quantiles, batch 32, double Q, 1 step, random frames of 6 actions.
+One row a round goes to benchmarks/raw/speed_{cql,online,ppo,atari}.csv.
 """
 
 import argparse
@@ -20,11 +25,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import cql_atari as atari  # noqa: E402
 import cql_continuous as cql  # noqa: E402
+import ppo  # noqa: E402
 import sac  # noqa: E402
 import td3  # noqa: E402
 
@@ -80,14 +88,40 @@ def ours(precision: str, updates: int, device) -> float:
     return run(updates)
 
 
-def whole_loop(script, steps: int) -> float:
-    """Steps per second of train() itself, the first 500 steps left out."""
+def pixels(updates: int, device) -> float:
+    """Updates of cql_atari.py on random frames, sampling and stacking included."""
+    args = atari.Args(width=32, n_step=1, head="qr", batch_size=32)
+    atari.check(args)
+    atari.set_up(args)
+    n, draw = 5_000, np.random.default_rng(0)
+    columns = dict(act=draw.integers(6, size=n), rew=draw.normal(size=n).astype(np.float32))
+    columns |= dict(terminal=np.zeros(n, bool), real=np.ones(n, bool), age=np.full(n, 3, np.uint8))
+    columns["train"] = np.arange(3, n - 1)
+    frames = draw.integers(256, size=(n, 84, 84), dtype=np.uint8)
+    data = atari.Data(frames, columns, args, device)
+    learner = atari.Learner((4, 84, 84), [6], args, device)
+    update = atari.GraphedUpdate(lambda: learner.update([data.sample(32)]), device.type == "cuda")
+
+    def run(count):
+        begin = time.perf_counter()
+        for _ in range(count):
+            update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return count / (time.perf_counter() - begin)
+
+    run(6)
+    return run(updates)
+
+
+def whole_loop(script, start: int, steps: int, **settings) -> float:
+    """Steps per second of train() itself, the first `start` steps left out."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = dict(eval_episodes=0, diagnostics_frequency=0, checkpoint_frequency=0, log_frequency=1000)
-        common = dict(env_id="HalfCheetah-v5", learning_starts=300, run_dir=folder) | quiet
-        script.train(script.Args(total_timesteps=500, **common))
+        common = dict(env_id="HalfCheetah-v5", run_dir=folder) | quiet | settings
+        script.train(script.Args(total_timesteps=start, **common))
         (run,) = Path(folder).iterdir()
-        args = script.Args(total_timesteps=500 + steps, resume=str(run), **common)
+        args = script.Args(total_timesteps=start + steps, resume=str(run), **common)
         return script.train(args)["steps_per_second"]
 
 
@@ -101,16 +135,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["cql", "online"])
+    parser.add_argument("what", choices=["cql", "online", "ppo", "atari"])
     parser.add_argument("--peer-python", help="python of the peer's environment")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, help="updates or steps a round (default 40, online 2,000)")
+    parser.add_argument(
+        "--updates", type=int, help="updates or steps a round (default 40, online 2,000, ppo 20,480)"
+    )
     parser.add_argument("--bf16", action="store_true", help="cql: bf16 too (slow without AMX, AVX512-BF16)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cpu, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else name
-    n, rows = args.updates or (40 if args.what == "cql" else 2000), []
+    n, rows = args.updates or {"online": 2_000, "ppo": 20_480}.get(args.what, 40), []
     for _ in range(args.rounds):
         row = {"device": name}
         if args.what == "cql":
@@ -121,10 +157,19 @@ def main():
                 row["limit_fp32"] = matmul_limit(torch.float32)
             if args.peer_python:
                 row["d3rlpy"] = peer(args.peer_python, "peer_d3rlpy.py", "speed", "--updates", n)
+        elif args.what == "atari":
+            row["ours"] = pixels(n, device)
+            if args.peer_python:
+                row["d3rlpy"] = peer(args.peer_python, "peer_d3rlpy.py", "speed-atari", "--updates", n)
+        elif args.what == "ppo":
+            sizes = dict(num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10)
+            row["ppo"] = whole_loop(ppo, 2048, n, **sizes)
+            if args.peer_python:
+                row["sb3_ppo"] = peer(args.peer_python, "peer_sb3.py", "ppo", "speed", "--steps", n)
         else:
             for script in (sac, td3):
                 algo = script.__name__
-                row[algo] = whole_loop(script, n)
+                row[algo] = whole_loop(script, 500, n, learning_starts=300)
                 if args.peer_python:
                     row[f"sb3_{algo}"] = peer(args.peer_python, "peer_sb3.py", algo, "speed", "--steps", n)
         rows.append(row)

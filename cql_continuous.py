@@ -146,8 +146,8 @@ class Args:
     """learning rate of the critics"""
     alpha: float | None = None
     """entropy temperature; not given: tuned to an entropy of -dim(A)"""
-    backup: Literal["sac", "max", "sarsa"] = "sac"
-    """a' of the target: a sample of pi; the best of --cql-samples of them; the data's own next action"""
+    backup: Literal["sac", "mean", "max", "sarsa"] = "sac"
+    """a' of the target: a sample of pi; its mean, as d3rlpy; the best of N samples; the data's own"""
     backup_entropy: bool = False
     """subtract alpha log pi(a'|s') in the target (SAC's soft backup)"""
     critic_updates: int = 1
@@ -337,9 +337,12 @@ class Batch(NamedTuple):
 
 def backup(actor, target, log_alpha, batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i max_a' Q_i(s', a'), (B,)."""
-    m = {"sac": 1, "max": args.cql_samples, "sarsa": 0}[args.backup]
-    next_act = batch.next_act[:, None]
-    if m:
+    if args.backup == "sarsa":
+        next_act = batch.next_act[:, None]
+    elif args.backup == "mean":
+        next_act = torch.tanh(actor(batch.next_obs)[0])[:, None]
+    else:
+        m = args.cql_samples if args.backup == "max" else 1
         next_act, next_logp = actor.sample(batch.next_obs, m, generator)  # (B, m, act), (B, m)
     q = target(batch.next_obs, next_act)  # (n, B, m): the max of each critic, then the ensemble's min
     value = q.amax(-1).amin(0)

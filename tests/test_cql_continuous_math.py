@@ -269,15 +269,19 @@ def test_initial_weights_have_the_scale_of_separate_layers():
 def test_backups_by_hand():
     """y = r + gamma (1 - done) min_i max_a' Q_i(s', a') less the entropy term, for each kind of a'."""
     batch = random_batch()
-    for kind, n in (("sac", 1), ("max", 5), ("sarsa", 0)):
+    for kind, n in (("sac", 1), ("max", 5), ("sarsa", 0), ("mean", 0)):
         args = tiny(backup=kind, cql_samples=5, num_critics=3, backup_entropy=kind == "sac")
         nets = Learner(3, 2, args, CPU)
         torch.manual_seed(3)
         next_act, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
         torch.manual_seed(3)
         act, logp = (
-            nets.actor.sample(batch.next_obs, n) if n else (batch.next_act[:, None], torch.zeros(8, 1))
+            {"sarsa": batch.next_act, "mean": torch.tanh(nets.actor(batch.next_obs)[0])}.get(kind),
+            None,
         )
+        if n:
+            act, logp = nets.actor.sample(batch.next_obs, n)
+        act = act.view(8, -1, 2)
         for b in range(8):
             q = torch.stack(
                 [nets.target(batch.next_obs[b : b + 1], a[None])[:, 0] for a in act[b]]

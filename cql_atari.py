@@ -23,8 +23,8 @@ is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
 
 phi depends on the state alone, so that DR3 here is mean phi(s).phi(s') (the authors' Atari code takes its
 absolute value, which after a ReLU is the same, and like this keeps terminal states); the paper's phi(s,a)
-would need the action among the inputs
-(arXiv 2112.04716). --unit-norm divides phi by its norm (arXiv 2211.15144).
+would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its norm
+(arXiv 2211.15144).
 Several games share the encoder; each minibatch holds as many rows of one as of another.
 
 Quick, makes its own data; a serious run on 1 % of DQN Replay; naive Q-learning; two games; four processes:
@@ -43,8 +43,9 @@ The run ends with a verdict, the numbers that it rests on, and the flag to try n
 ROMs of 2019, rewards clipped); or a Minari id. --fraction 0.01 is 1 % of it: the first 10,000 rows of every
 checkpoint of a million (--subset prefix, as the authors' loader reads it), whole episodes drawn uniformly
 (uniform), or the oldest 1 % (first). Frames are kept once and stacked when sampled.
-With several processes the batch stays --batch-size: all draw the same rows, each works on its share, so that
-a run may resume with another number of them. Evaluation: sticky actions (0.25), no no-ops, no fire on reset.
+With several processes the batch stays --batch-size: all draw the same rows, each works on its share, so
+that a run may resume with another number of them (under torchrun; only --dropout's masks depend on it).
+Evaluation: sticky actions (0.25), no no-ops, no fire on reset.
 
 Known limits: discrete actions; image environments other than ALE's must give (H, W) uint8 frames.
 Left out on purpose: prioritised replay, continuous control from pixels.
@@ -68,7 +69,6 @@ import threading
 import time
 import timeit
 import zipfile
-import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -202,6 +202,8 @@ def check(args: Args):
     only_if(args, args.dataset, "without --dataset", "checkpoints", "fraction")
     only_if(args, args.fraction < 1, "with --fraction 1", "subset")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+    ale = any(name.startswith("ALE/") for name in args.env_id)
+    only_if(args, ale, "without an ALE game", "max_episode_steps")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} is not below --v-max {args.v_max}")
     if args.dataset and len(args.dataset) != len(args.env_id):
@@ -257,8 +259,8 @@ class Network(nn.Module):
             sizes = ((shape[0], w, 8, 4), (w, 2 * w, 4, 2), (2 * w, 2 * w, 3, 1))
             layers = [m for i, o, k, s in sizes for m in (nn.Conv2d(i, o, k, s), nn.ReLU())] + [nn.Flatten()]
         else:  # 84 -> 42, then 42, 21, 11, 6
-            if w % 4:
-                fail(f"--width {w}: --encoder resnet needs a multiple of 4, its number of groups")
+            if w % 4 or w < 8:  # torch 2.13 crashes in the backward pass on a CPU at width 4
+                fail(f"--width {w}: --encoder resnet needs a multiple of 4, its groups, from 8 on")
             layers, sizes = [nn.Conv2d(shape[0], w, 3, 2, 1), nn.ReLU()], (w, w, 2 * w, 4 * w, 4 * w)
             for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
                 layers += [Block(fan_in, fan_out, 2 if i else 1), Block(fan_out, fan_out, 1)]
@@ -418,12 +420,14 @@ class Learner(nn.Module):
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = torch.optim.Adam(self.net.parameters(), lr=args.lr, eps=0.01 / 32, **flags)
 
-    def update(self, batches: list[Batch]) -> dict:
+    def update(self, batches: list[Batch], alone: bool = False) -> dict:
+        """One gradient step; unless `alone`, together with the other processes."""
         mixture = torch.rand(self.net.K, device=self.net.z.device)
         loss, info = self.loss(self.net, self.target, batches, mixture / mixture.sum(), self.args)
         self.optim.zero_grad()
         loss.backward()
-        average_gradients(self.net.parameters())
+        if not alone:
+            average_gradients(self.net.parameters())
         self.optim.step()
         return info
 
@@ -465,7 +469,7 @@ def join(args: Args):
     gpu = args.cuda and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     if rank:
         sys.stdout = open(os.devnull, "w")
 
@@ -545,10 +549,9 @@ class Data:
             going = going & ~over & self.real[at]
         return Batch(self.stack(rows), self.act[rows], rew, self.stack(at), self.gammas[steps] * ~over)
 
-    def sample(self, n: int) -> Batch:
+    def sample(self, n: int, rank: int = 0, size: int = 1) -> Batch:
         """This process's share of n rows that all draw alike, so that their number changes no result."""
         rows = self.train[torch.randint(len(self.train), (n,), device=self.device)]
-        rank, size = processes()
         return self.batch(rows[rank::size])
 
 
@@ -566,6 +569,11 @@ def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
     bad = np.flatnonzero(~np.isfinite(rew))
     if len(bad):
         fail(f"{path}: row {bad[0]} has reward {rew[bad[0]]}, expected finite numbers")
+    bad = np.flatnonzero(real & ~terminal & np.append(raw["begins"][1:], True))
+    if len(bad):
+        fail(f"{path}: row {bad[0]} has no next state, its episode ends there without being over")
+    if frames.dtype != np.uint8 and not np.isfinite(frames).all():
+        fail(f"{path}: the observation of row {np.argwhere(~np.isfinite(frames))[0][0]} is not finite")
     age = rows - np.maximum.accumulate(np.where(raw["begins"], rows, 0))
     episode = np.cumsum(raw["begins"]) - 1
     # the real rows alone: each piece is contiguous among them
@@ -622,25 +630,29 @@ def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
 
 def read_own(folder: Path, args: Args, device) -> dict:
     """What collect() and unpack() write: .npy files, mapped into memory or read."""
-    arrays = {}
+    arrays, kinds = {}, {"observations": "uf", "actions": "iu", "rewards": "iuf"}
     for name in ("observations", "actions", "rewards", "terminals", "real", "begins"):
         path = folder / f"{name}.npy"
         try:
-            arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
+            x = arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
+            dims = {"u": 3, "f": 2}.get(x.dtype.kind) if name == "observations" else 1
+            if x.ndim != dims or x.dtype.kind not in kinds.get(name, "biu"):
+                raise ValueError(f"shape {x.shape} of {x.dtype}")
+        except Exception as e:  # np.load raises half a dozen kinds of it
             fail(f"{path}: missing or damaged ({type(e).__name__}: {first_line(e)})")
         if len(arrays[name]) != len(arrays["observations"]):
             fail(f"{path}: {len(arrays[name])} rows, observations.npy has {len(arrays['observations'])}")
     try:
         made_by = json.loads((folder / "made_by.json").read_text())
-    except (OSError, ValueError) as e:
+        whole = np.array(made_by["whole"], bool)
+        if len(whole) != arrays["begins"].sum() or not arrays["begins"][0]:
+            raise ValueError(f"{len(whole)} episodes, begins.npy has {arrays['begins'].sum()}")
+    except (OSError, ValueError, LookupError, TypeError) as e:
         fail(f"{folder / 'made_by.json'}: missing or damaged ({first_line(e)})")
     frames = arrays["observations"]
     if args.storage != "mmap":
         reserve(frames.nbytes, "frames", device if args.storage == "device" else torch.device("cpu"))
         frames = np.array(frames)
-    if frames.dtype != np.uint8 and not np.isfinite(frames).all():
-        fail(f"{folder / 'observations.npy'}: row {np.argwhere(~np.isfinite(frames))[0][0]} is not finite")
     raw = {
         "frames": frames,
         "act": np.array(arrays["actions"]),
@@ -650,9 +662,6 @@ def read_own(folder: Path, args: Args, device) -> dict:
         k: np.array(arrays[n], bool)
         for k, n in (("terminal", "terminals"), ("real", "real"), ("begins", "begins"))
     }
-    whole = np.ones(int(raw["begins"].sum()), bool)
-    if made_by["whole"] is not None:
-        whole = np.array(made_by["whole"], bool)
     return raw | {"whole": whole, "note": "", "made_by": made_by["info"]}
 
 
@@ -671,7 +680,8 @@ def write_own(folder: Path, raw: dict, fill):
         (temporary / "made_by.json").write_text(json.dumps({"whole": whole, "info": raw.get("made_by", {})}))
         os.replace(temporary, folder)
     except OSError as e:
-        fail(f"{folder} could not be written ({e})")
+        if not folder.is_dir():  # else another run has just made the same set
+            fail(f"{folder} could not be written ({e})")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -687,18 +697,24 @@ def opened(path: Path):
             if by_column or dtype.hasobject:
                 raise ValueError("not a plain array")
             yield f, shape, dtype
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as e:
+    except Exception as e:  # gzip, zlib and numpy's header raise a dozen kinds of it
         fail(f"{path}: missing or damaged ({type(e).__name__}: {first_line(e)})")
 
 
 def fill_from(f, out):
     """Bytes of a stream into rows `out`, without a copy of the whole."""
-    view = memoryview(out).cast("B")
+    view = memoryview(out.reshape(-1).view(np.uint8))
     while len(view):
         n = f.readinto(view[: 1 << 24])
         if not n:
             raise EOFError("the file ends too early")
         view = view[n:]
+
+
+def finish(f):
+    """The stream ends here; only now has gzip compared its checksum."""
+    if f.read(1):
+        raise ValueError("longer than its header says")
 
 
 def read_column(folder: Path, name: str, number: int, kinds: str):
@@ -708,6 +724,7 @@ def read_column(folder: Path, name: str, number: int, kinds: str):
             raise ValueError(f"shape {shape} of {dtype}")
         out = np.empty(shape, dtype)
         fill_from(f, out)
+        finish(f)
     return out
 
 
@@ -717,12 +734,12 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
     Three rows of zeros stand before each episode. Nothing is a transition whose stack or next frame would
     reach across an episode's end, the write cursor (add_count) or the end of what is read.
     """
-    numbers = [re.fullmatch(r"\$store\$_observation_ckpt\.(\d+)\.gz", p.name) for p in folder.iterdir()]
-    numbers = sorted(int(m[1]) for m in numbers if m)
+    pattern = r"\$store\$_(?:observation|action|reward|terminal)_ckpt\.(\d+)\.gz"
+    numbers = sorted({int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))})
     missing = [n for n in args.checkpoints if n not in numbers]
     if missing:
         fail(f"{folder}: no checkpoint {missing[0]}, it has {numbers[0]} to {numbers[-1]}")
-    numbers = sorted(args.checkpoints) if args.checkpoints else numbers
+    numbers = sorted(set(args.checkpoints)) if args.checkpoints else numbers
     files, draw, notes = [], np.random.default_rng(args.seed), set()
     for n in numbers:
         columns = {
@@ -740,9 +757,15 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
         count_file = folder / f"add_count_ckpt.{n}.gz"
         if count_file.exists():
             with opened(count_file) as (f, _, dtype):
-                count = np.empty((), dtype)
-                fill_from(f, count.reshape(1))
-            size, cursor = (int(count), int(count)) if count < size else (size, int(count) % size)
+                if dtype.kind not in "iu":
+                    raise ValueError(f"{dtype}")
+                count = np.empty(1, dtype)
+                fill_from(f, count)
+                finish(f)
+                count = int(count[0])
+                if count < 0:
+                    raise ValueError(f"{count}")
+            size, cursor = (count, count) if count < size else (size, count % max(size, 1))
         else:
             notes.add("; no add_count: files are taken to be written from row 0 on")
         files.append({"path": path, "shape": shape, "size": size, "cursor": cursor} | columns)
@@ -754,14 +777,13 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
         if args.subset == "uniform" and args.fraction < 1:
             spans = [s for s in spans if draw.random() < args.fraction]
         else:
-            n = (
-                max(1, round(args.fraction * x["size"]))
-                if args.subset == "prefix"
-                else min(budget, x["size"])
-            )
-            spans = [(lo, min(hi, n)) for lo, hi in spans if lo < n]
+            first = args.subset == "first"
+            n = min(budget, x["size"]) if first else max(1, round(args.fraction * x["size"]))
+            oldest = x["cursor"] if first else 0
+            after = [n - (lo - oldest) % x["size"] for lo, _ in spans]  # rows of n from lo on
+            spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, after)]
             budget -= n
-        pieces += [(x, int(lo), int(hi)) for lo, hi in spans]
+        pieces += [(x, int(lo), int(hi)) for lo, hi in spans if hi - lo >= STACK]  # the others hold no stack
     if not pieces:
         fail(f"{folder}: --fraction {args.fraction} leaves nothing to read")
     lengths = np.array([hi - lo for _, lo, hi in pieces])
@@ -776,7 +798,7 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
     age = np.arange(after[-1]) - np.repeat(after[:-1], lengths)
     raw["real"] = age >= STACK - 1
     raw["real"][after[1:] - 1] &= raw["terminal"][after[1:] - 1]
-    begun = [lo > 0 and bool(x["terminal"][lo - 1]) for x, lo, _ in pieces]
+    begun = [lo not in (0, x["cursor"]) and bool(x["terminal"][lo - 1]) for x, lo, _ in pieces]
     raw["whole"] = np.array(begun) & raw["terminal"][after[1:] - 1]
 
     def fill(out):
@@ -789,10 +811,15 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
                         f.seek(position + lo * shape[1] * shape[2])
                     fill_from(f, out[at : at + hi - lo])
                     at, row = at + hi - lo, hi
+                if args.fraction == 1:
+                    f.seek(position + math.prod(shape))
+                    finish(f)
 
     shape = (int(after[-1]), *files[0]["shape"][1:])
     if args.storage == "mmap":  # unpacked once
-        key = hashlib.sha256(f"{folder.resolve()}{numbers}{args.fraction}{args.subset}{args.seed}".encode())
+        stamps = [p.stat().st_mtime_ns for p in sorted(folder.glob("*_ckpt.*.gz"))]
+        key = f"{folder.resolve()}{numbers}{stamps}{args.fraction}{args.subset}{args.seed}"
+        key = hashlib.sha256(key.encode())
         unpacked = Path("datasets") / f"unpacked_{key.hexdigest()[:16]}"
         if not unpacked.exists():
             print(f"unpacking {math.prod(shape) / 2**30:.1f} GiB of {folder} into {unpacked}")
@@ -811,6 +838,8 @@ def to_frames(obs, path):
         return obs.astype(np.float32)
     if obs.ndim == 4 and obs.shape[-1] == 3:  # luminance, as ALE's grey screen
         obs = obs @ np.array([0.299, 0.587, 0.114], np.float32)
+    elif obs.ndim == 4 and obs.shape[-1] == 1:
+        obs = obs[..., 0]
     elif obs.ndim == 4:
         obs = obs[:, -1]  # the latest of a stack
     if obs.ndim != 3:
@@ -849,13 +878,15 @@ def read_minari(name: str, args: Args, device) -> dict:
 def load(name: str, args: Args, envs, device) -> Data:
     """The game's data from a folder of ours, a DQN Replay folder or a Minari set."""
     path = Path(name)
+    replay = any(path.glob("$store$_*_ckpt.*.gz"))
+    only_if(args, replay, f"with {name}, no DQN Replay folder", "checkpoints", "fraction")
     if not path.is_dir() and args.storage == "mmap":
         fail(f"--storage mmap reads folders, {name} is none")
     if not path.is_dir():
         raw = read_minari(name, args, device)
     elif (path / "made_by.json").exists() or (path / "observations.npy").exists():
         raw = read_own(path, args, device)
-    elif any(path.glob("$store$_observation_ckpt.*.gz")):
+    elif replay:
         raw = read_dqn_replay(path, args, device)
     else:
         fail(f"{path}: neither a set of this script nor a DQN Replay folder ($store$_observation_ckpt.N.gz)")
@@ -886,8 +917,9 @@ class Envs:
         space, obs = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
-        frames = len(self.frame_shape) == 2 and obs.dtype == np.uint8
-        if not isinstance(obs, gym.spaces.Box) or not (frames or len(self.frame_shape) == 1):
+        ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
+        frames = len(self.frame_shape or ()) == 2 and obs.dtype == np.uint8
+        if not ndim or not (frames or len(self.frame_shape) == 1):
             fail(f"--env-id {env_id}: observations are {obs}, expected vectors or (H, W) uint8 frames")
         self.actions = int(space.n)
         self.shape = (STACK, *self.frame_shape) if frames else self.frame_shape
@@ -948,8 +980,13 @@ def collect(env_id: str, args: Args, device) -> Path:
 
     The learner is this script's own, without CQL and DR3: epsilon from 1 to 0.05 over the first half, an
     update every 4 rows after the first 1,000."""
-    who = f"random{args.collect_repeat:g}" if args.collect == "random" else f"dqn-{args.head}{args.width}"
-    folder = Path("datasets") / f"{env_id.replace('/', '_')}_{who}_{args.collect_steps}_seed{args.seed}_v1"
+    names = ["max_episode_steps", "collect_repeat"]
+    if args.collect == "dqn":
+        names += """head v_min v_max gamma n_step double lr target_frequency encoder width batch_size
+        clip_rewards precision""".split()
+    key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()[:8]
+    name = f"{env_id.replace('/', '_')}_{args.collect}_{args.collect_steps}_seed{args.seed}_{key}"
+    folder = Path("datasets") / name
     if folder.exists():
         print(f"no --dataset: using {folder}, made by an earlier run")
         return folder
@@ -1004,7 +1041,7 @@ def collect(env_id: str, args: Args, device) -> Path:
                 count += len(known)
                 replay.train = usable[:count]
                 for _ in range(PLAYERS // 4 if seen > 1_000 else 0):
-                    learner.update([replay.sample(args.batch_size)])
+                    learner.update([replay.sample(args.batch_size)], alone=True)
                     updates += 1
                     if updates % args.target_frequency == 0:
                         learner.refresh_target()
@@ -1070,8 +1107,9 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
     moments, pieces, activity = [], [], []
 
     def probe(rows):
-        n = 2048 // len(games)
-        return rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:n]).to(rows.device)]
+        n = min(2048 // len(games), len(rows))
+        chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
+        return rows[torch.from_numpy(chosen).to(rows.device)]
 
     def judge(g, data, rows, suffix=""):
         """One game's TD error, and its Q against the data's returns; also Q and features."""
@@ -1123,7 +1161,7 @@ def advice(args: Args) -> dict:
     return {
         "divergence": f"--cql-alpha {max(1, 2 * args.cql_alpha):g} or --unit-norm",
         "overfitting": "--dropout 0.1 or a smaller --width",
-        "alpha too large": f"--cql-alpha {args.cql_alpha / 5:g}",
+        "alpha too large": f"--cql-alpha {args.cql_alpha / 2:g}",
         "underfitting": f"{wider} or --encoder resnet, then --dr3-coef 0.1",
     }
 
@@ -1151,14 +1189,13 @@ def train(args: Args) -> dict:
     envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
     if len({e.shape for e in envs}) > 1:
         fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")
-    paths = args.dataset
-    if not paths:
-        if not first:
-            agree(0)  # the first process collects, the others wait
-        paths = [str(collect(name, args, device)) for name in args.env_id]
-        if first:
-            agree(0)
+    makes = not args.dataset or args.storage == "mmap"
+    if makes and not first:
+        agree(0)  # the first process collects or unpacks, the others wait
+    paths = args.dataset or [str(collect(name, args, device)) for name in args.env_id]
     games = [load(path, args, e, device) for path, e in zip(paths, envs)]
+    if makes and first:
+        agree(0)
     digest = "+".join(data.info["dataset_sha256"] for data in games)
     if saved and saved["info"]["dataset_sha256"] != digest:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']['dataset']}")
@@ -1175,6 +1212,8 @@ def train(args: Args) -> dict:
         step, history = saved["step"], saved["history"]
         returns = [np.array(x) for x in saved["returns"]]
         restore_random_state(saved["random"])
+        if device.type == "cuda" and processes()[1] > 1:  # all processes draw alike
+            torch.cuda.set_rng_state(saved["random"]["cuda"][0])
     facts = {"dataset": " ".join(paths), "dataset_sha256": digest}
     for key in ("dataset_return_mean", "collector_return_mean"):
         values = [data.info[key] for data in games if key in data.info]
@@ -1182,16 +1221,17 @@ def train(args: Args) -> dict:
     run = Run(args, facts, saved) if first else None
     share = args.batch_size // len(games)
     graphs = args.cudagraphs and device.type == "cuda" and processes()[1] == 1
+    draw = lambda: [data.sample(share, *processes()) for data in games]
     if args.storage == "device":
-        update = GraphedUpdate(lambda: learner.update([data.sample(share) for data in games]), graphs)
+        update = GraphedUpdate(lambda: learner.update(draw()), graphs)
     else:  # a graph cannot fetch: it reads what is put into these tensors
         rows = torch.zeros(share // processes()[1], dtype=torch.int64, device=device)
         staged = [data.batch(data.train[rows]) for data in games]
         replayed = GraphedUpdate(lambda: learner.update(staged), graphs)
 
         def update():
-            for old, data in zip(staged, games):
-                for x, y in zip(old, data.sample(share)):
+            for old, new in zip(staged, draw()):
+                for x, y in zip(old, new):
                     x.copy_(y)
             return replayed()
 

@@ -1017,7 +1017,7 @@ def advice(args: Args) -> dict:
         "divergence": f"--cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
         "sarsa fails": "--num-updates, --tau, --critic-width, --gamma",
         "overfitting": "--dropout 0.1, --vib-coef 0.01 or a smaller net",
-        "alpha too large": f"--cql-alpha {args.cql_alpha / 5}",
+        "alpha too large": f"--cql-alpha {args.cql_alpha / 2:g}",
         "underfitting": f"{larger} or --residual, then --dr3-coef 0.01",
     }
 

@@ -47,7 +47,9 @@ With several processes the batch stays --batch-size: all draw the same rows, eac
 that a run may resume with another number of them (under torchrun; only --dropout's masks depend on it).
 Evaluation: sticky actions (0.25), no no-ops, no fire on reset.
 
-Known limits: discrete actions; image environments other than ALE's must give (H, W) uint8 frames.
+Known limits: the bare run is no good example yet: its policy beats its data tenfold, but takes one action
+whatever it sees, with features of rank 1, and its verdict says so. Discrete actions; image environments
+other than ALE's must give (H, W) uint8 frames.
 Left out on purpose: prioritised replay, continuous control from pixels.
 """
 
@@ -335,15 +337,12 @@ def project(z, p, rew, discount):
 
 
 def quantile_huber(theta, y):
-    """Huber quantile loss (kappa 1) of theta (B, K) to samples y (B, M), (B,): sum over K, mean over M
-    (arXiv 1710.10044)."""
+    """Huber quantile loss (kappa 1) of theta (B, K) to samples y (B, M), a number a row: the sum over K of
+    the mean over M (arXiv 1710.10044)."""
     u = y[:, None, :] - theta[:, :, None]
     tau = (torch.arange(theta.shape[1], device=theta.device) + 0.5)[:, None] / theta.shape[1]
-    return (
-        ((tau - (u < 0).float()).abs() * F.smooth_l1_loss(u, torch.zeros_like(u), reduction="none"))
-        .mean(2)
-        .sum(1)
-    )
+    huber = F.smooth_l1_loss(u, torch.zeros_like(u), reduction="none")
+    return ((tau - (u < 0).float()).abs() * huber).mean(2).sum(1)
 
 
 def td_loss(net, out, out_next, best, batch: Batch, mixture, args: Args):
@@ -357,11 +356,9 @@ def td_loss(net, out, out_next, best, batch: Batch, mixture, args: Args):
     if args.head == "rem":
         chosen, following = ((x * mixture).sum(-1, keepdim=True) for x in (chosen, following))
     y = batch.rew[:, None] + batch.discount[:, None] * following
-    return (
-        quantile_huber(chosen, y)
-        if args.head == "qr"
-        else F.smooth_l1_loss(chosen, y, reduction="none")[:, 0]
-    )
+    if args.head == "qr":
+        return quantile_huber(chosen, y)
+    return F.smooth_l1_loss(chosen, y, reduction="none")[:, 0]
 
 
 def cql_term(q, act):

@@ -31,5 +31,6 @@ for seed in ${1:-1}; do
   three="$run --env HalfCheetah-v5 --seed $seed --dataset datasets/halfcheetah_3.hdf5 --num-updates 10_000"
   three="$three --batch-size 64 --holdout 0.34 --eval-frequency 2_000"
   $three --exp-name three_episodes
+  $three --exp-name three_episodes_alpha2.5 --cql-alpha 2.5
   $three --exp-name three_episodes_alpha1 --cql-alpha 1
 done

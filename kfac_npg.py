@@ -236,6 +236,10 @@ class Agent(nn.Module):
         """head (B, outputs) and V(s) (B,)."""
         return self.actor(obs), self.critic(obs)[:, 0]
 
+    def policy(self, obs):
+        """head alone, for a step of the environments."""
+        return self.actor(obs)
+
     def policy_parameters(self) -> list:
         """W and b of each layer in turn, then log_std if there is one."""
         return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
@@ -768,6 +772,12 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     return advantage
 
 
+def over_rows(agent, obs) -> tuple:
+    """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
+    pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
+    return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
+
+
 class Player:
     """Steps the environments, T at a time."""
 
@@ -787,13 +797,12 @@ class Player:
         meanwhile, so that the policy that played is the policy that is updated."""
         T, N, device, ended = args.num_steps, self.n, learner.device, []
         rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
-        columns, raw = [], []
+        seen, raw = [], []
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             obs = learner.standardised(self.obs)
-            head, value = learner.agent(obs)
-            act = learner.agent.sample(head)
-            columns.append((obs, act, learner.agent.log_prob(head, act), value))
+            act = learner.agent.sample(learner.agent.policy(obs))
+            seen.append((obs, act))
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
             valid = ~self.over
@@ -811,15 +820,17 @@ class Player:
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
         obs = learner.standardised(self.obs)
-        columns = [torch.stack(x) for x in zip(*columns)]
-        values = torch.cat([columns[3], learner.agent(obs)[1][None]])
+        seen, act = (torch.stack(x) for x in zip(*seen))
+        seen = torch.cat([seen, obs[None]])
+        head, value = over_rows(learner.agent, seen)  # once a rollout is cheaper than once a step
+        logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
             rew = self.scaled(rew, flags[1], flags[2], learner, args)
         tensors = [torch.from_numpy(x).to(device) for x in (rew, *flags)]
-        observed, raw = torch.cat([columns[0], obs[None]]), torch.cat(raw) if raw else None
-        return Rollout(observed, *columns[1:3], values, *tensors[:3], tensors[3] > 0, raw), ended
+        raw = torch.cat(raw) if raw else None
+        return Rollout(seen, act, logp, value, *tensors[:3], tensors[3] > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
@@ -861,7 +872,7 @@ def to_env(act, space) -> np.ndarray:
 @torch.no_grad()
 def acting(learner, obs, space) -> np.ndarray:
     """The policy's mode, for evaluation."""
-    head, _ = learner.agent(learner.standardised(obs))
+    head = learner.agent.policy(learner.standardised(obs))
     return to_env(learner.agent.mode(head), space)
 
 

@@ -238,25 +238,32 @@ class Agent(nn.Module):
             self.actor, self.critic = layer(512, outputs, 0.01, args), layer(512, 1, 1.0, args)
             self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         else:  # [13] separate networks
-            self.encoder = nn.Identity()
             self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
             self.critic = mlp(obs_space.shape[0], 1, 1.0, args)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
 
+    def encode(self, obs):
+        """What policy and value read: frames through the shared network, vectors as they are; (B, D)."""
+        if not self.image:
+            return obs
+        x = obs.float().div(255).contiguous(memory_format=torch.channels_last)  # [A9]
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
+            return self.encoder(x).float()
+
     def forward(self, obs):
         """head (B, outputs) and V(s) (B,)."""
-        if self.image:
-            x = obs.float().div(255).contiguous(memory_format=torch.channels_last)  # [A9]
-            with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
-                obs = self.encoder(x)
-            obs = obs.float()
-        return self.actor(obs), self.critic(obs)[:, 0]
+        x = self.encode(obs)
+        return self.actor(x), self.critic(x)[:, 0]
+
+    def policy(self, obs):
+        """head alone, for a step of the environments."""
+        return self.actor(self.encode(obs))
 
     def features(self, obs):
         """What the last linear layers of policy and value read, each (B, D), for the diagnostics."""
         if self.image:
-            phi = self.encoder(obs.float().div(255))
+            phi = self.encode(obs)
             return phi, phi
         return self.actor[:-1](obs), self.critic[:-1](obs)
 
@@ -309,11 +316,12 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
         error = torch.max(error, (near - batch.target) ** 2)
     value_loss, entropy = 0.5 * error.mean(), agent.entropy(head).mean()
     bonus = args.ent_coef if args.entropy == "bonus" else 0.0
-    info = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    info |= {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
-    info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
     loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10]
-    return loss, {k: v.detach() for k, v in info.items()}
+    with torch.no_grad():
+        info = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+        info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    parts = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    return loss, info | {k: v.detach() for k, v in parts.items()}
 
 
 class Learner(nn.Module):
@@ -347,11 +355,12 @@ class Learner(nn.Module):
                 batch = self.batch_of(rollout)
             n = len(batch.logp)
             parts = max(1, min(args.num_minibatches, n // 2))  # one row has no standard deviation
-            for rows in torch.randperm(n, device=self.device).tensor_split(parts):
-                loss, info = self.loss(self.agent, Batch(*(x[rows] for x in batch)), args)
+            order = torch.randperm(n, device=self.device)
+            for part in zip(*(x[order].tensor_split(parts) for x in batch)):
+                loss, info = self.loss(self.agent, Batch(*part), args)
                 self.optim.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm)  # [11]
+                nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm, foreach=True)  # [11]
                 self.optim.step()
                 infos.append(info)
             kl = torch.stack([i["approx_kl"] for i in infos[-parts:]]).mean()
@@ -367,7 +376,7 @@ class Learner(nn.Module):
         """Advantages and the flat batch of valid rows; reset rows are no experience."""
         args, value = self.args, rollout.value
         if args.recompute_advantages:  # a critic's pass over (T + 1) x N rows
-            value = self.agent(rollout.obs.flatten(0, 1))[1].view(value.shape)
+            value = over_rows(self.agent, rollout.obs)[1]
         end = rollout.terminated if args.bootstrap_truncation else rollout.over
         rew = rollout.rew
         if args.entropy == "return":
@@ -434,10 +443,11 @@ def make_eval_envs(args: Args):
 
 
 def reserve_rollout(envs, args: Args, device):
-    """Says what a rollout takes: observations twice (its list and its stack), the rest is small."""
+    """Says what a rollout takes: observations three times (its stack, the valid rows, the same shuffled);
+    the rest is small."""
     shape = envs.single_observation_space.shape
     row = math.prod(shape) * (1 if len(shape) == 3 else 4)  # frames stay bytes
-    reserve(2 * args.num_envs * (args.num_steps + 1) * (row + 64), "rollout, roughly", device)
+    reserve(3 * args.num_envs * (args.num_steps + 1) * (row + 64), "rollout, roughly", device)
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -574,6 +584,12 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     return advantage
 
 
+def over_rows(agent, obs) -> tuple:
+    """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
+    pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
+    return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
+
+
 class Player:
     """Steps the environments, T at a time."""
 
@@ -593,13 +609,12 @@ class Player:
         meanwhile, so that the policy that played is the policy that is updated."""
         T, N, device, ended = args.num_steps, self.n, learner.device, []
         rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
-        columns, raw = [], []
+        seen, raw = [], []
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             obs = learner.standardised(self.obs)
-            head, value = learner.agent(obs)
-            act = learner.agent.sample(head)
-            columns.append((obs, act, learner.agent.log_prob(head, act), value))
+            act = learner.agent.sample(learner.agent.policy(obs))
+            seen.append((obs, act))
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
             valid = ~self.over
@@ -617,15 +632,17 @@ class Player:
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
         obs = learner.standardised(self.obs)
-        columns = [torch.stack(x) for x in zip(*columns)]
-        values = torch.cat([columns[3], learner.agent(obs)[1][None]])
+        seen, act = (torch.stack(x) for x in zip(*seen))
+        seen = torch.cat([seen, obs[None]])
+        head, value = over_rows(learner.agent, seen)  # once a rollout is cheaper than once a step
+        logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
             rew = self.scaled(rew, flags[1], flags[2], learner, args)
         tensors = [torch.from_numpy(x).to(device) for x in (rew, *flags)]
-        observed, raw = torch.cat([columns[0], obs[None]]), torch.cat(raw) if raw else None
-        return Rollout(observed, *columns[1:3], values, *tensors[:3], tensors[3] > 0, raw), ended
+        raw = torch.cat(raw) if raw else None
+        return Rollout(seen, act, logp, value, *tensors[:3], tensors[3] > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
@@ -667,7 +684,7 @@ def to_env(act, space) -> np.ndarray:
 @torch.no_grad()
 def acting(learner, obs, space) -> np.ndarray:
     """The policy's mode, for evaluation."""
-    head, _ = learner.agent(learner.standardised(obs))
+    head = learner.agent.policy(learner.standardised(obs))
     return to_env(learner.agent.mode(head), space)
 
 

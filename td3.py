@@ -205,9 +205,12 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        weight, bias = self.weight, self.bias
+        if len(x) < len(weight):  # the first of the n alone
+            weight, bias = weight[: len(x)], bias[: len(x)]
+        if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class Critic(nn.Module):
@@ -220,19 +223,19 @@ class Critic(nn.Module):
         self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
         self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
 
-    def hidden(self, obs, act):
+    def hidden(self, obs, act, n: int | None = None):
         """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""
-        h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
+        h = torch.cat([obs, act], dim=-1).expand(n or self.n, -1, -1)
         activations = []
         for layer in self.layers:
             h = F.relu(layer(h), inplace=True)
             activations.append(h)
         return activations
 
-    def forward(self, obs, act, bf16: bool = False):
-        """Q(s,a) of each critic, (n, B); bf16 concerns the hidden layers."""
+    def forward(self, obs, act, bf16: bool = False, n: int | None = None):
+        """Q(s,a) of each critic, or of the first n, (n, B); bf16 concerns the hidden layers."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
-            phi = self.hidden(obs, act)[-1]
+            phi = self.hidden(obs, act, n)[-1]
         return self.head(phi.float()).squeeze(-1)
 
 
@@ -268,7 +271,7 @@ def critic_loss(learner, batch: Batch, args: Args):
 
 def actor_loss(learner, batch: Batch, args: Args):
     """E[-Q_1(s, pi(s))], the deterministic policy gradient."""
-    q = learner.critic(batch.obs, learner.actor(batch.obs), args.precision == "bf16")[0]
+    q = learner.critic(batch.obs, learner.actor(batch.obs), args.precision == "bf16", n=1)
     loss = -q.mean()
     return loss, {"actor_loss": loss.detach()}
 

@@ -468,6 +468,7 @@ def test_atari_frames_rewards_and_lives():
     envs = ppo.make_train_envs(args)
     learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
     learner.agent.forward = lambda obs: (torch.zeros(len(obs), 4), torch.zeros(len(obs)))
+    learner.agent.policy = lambda obs: torch.zeros(len(obs), 4)
     rollout, ended = ppo.Player(envs, 0).collect(learner, args)
     assert rollout.obs.dtype == torch.uint8 and rollout.obs.shape == (601, 2, 4, 84, 84)
     assert set(rollout.rew.unique().tolist()) <= {0.0, 1.0}

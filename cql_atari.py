@@ -291,7 +291,7 @@ class Network(nn.Module):
     def features(self, obs, record: list | None = None):
         """phi(s), (B, D). `record` receives the activations of the layers before it, units last."""
         if self.image:
-            x = (obs.float() / 255).contiguous(memory_format=torch.channels_last)
+            x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
         else:
             x = (obs - self.mean) / self.std
         half = self.args.precision == "bf16" and self.training and torch.is_grad_enabled()
@@ -339,10 +339,10 @@ def project(z, p, rew, discount):
 def quantile_huber(theta, y):
     """Huber quantile loss (kappa 1) of theta (B, K) to samples y (B, M), a number a row: the sum over K of
     the mean over M (arXiv 1710.10044)."""
-    u = y[:, None, :] - theta[:, :, None]
+    theta, y = torch.broadcast_tensors(theta[:, :, None], y[:, None, :])  # (B, K, M)
     tau = (torch.arange(theta.shape[1], device=theta.device) + 0.5)[:, None] / theta.shape[1]
-    huber = F.smooth_l1_loss(u, torch.zeros_like(u), reduction="none")
-    return ((tau - (u < 0).float()).abs() * huber).mean(2).sum(1)
+    weight = torch.where(y < theta, 1 - tau, tau)
+    return (weight * F.smooth_l1_loss(theta, y, reduction="none")).mean(2).sum(1)
 
 
 def td_loss(net, out, out_next, best, batch: Batch, mixture, args: Args):

@@ -247,7 +247,7 @@ class Agent(nn.Module):
         """What policy and value read: frames through the shared network, vectors as they are; (B, D)."""
         if not self.image:
             return obs
-        x = obs.float().div(255).contiguous(memory_format=torch.channels_last)  # [A9]
+        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)  # [A9]
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
             return self.encoder(x).float()
 

@@ -3,6 +3,7 @@
   python benchmarks/report.py runs/* --csv benchmarks/raw/offline.csv --figure offline.png
   python benchmarks/report.py runs/* --at 10000      # as things stood at that update or step
   python benchmarks/report.py runs/*alpha* --sweep   # a sweep of --cql-alpha: which value to take
+  python benchmarks/report.py runs/* --curves benchmarks/raw/online.csv   # what figures.py draws from
 
 Runs with the same environment and experiment name (--exp-name) are one group; a curve is its mean, the band
 runs from its lowest to its highest seed. In the table a value is the mean over seeds +- standard deviation;
@@ -29,6 +30,7 @@ PANELS = {
     "diagnostics/srank": "srank of the features",
     "diagnostics/feature_dot": "feature dot product",
 }
+CURVES = [*PANELS, "diagnostics/q_max", "diagnostics/q_bound", "diagnostics/feature_norm", "charts/SPS"]
 STYLES = [
     ("#0072B2", "-"),
     ("#D55E00", "--"),
@@ -167,6 +169,17 @@ def draw(runs: list[tuple[dict, dict]], path: str):
     figure.savefig(path, dpi=110)
 
 
+def write_curves(runs: list[tuple[dict, dict]], path: str):
+    """env_id, exp_name, seed, step, tag, value: a row for each point of CURVES."""
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["env_id", "exp_name", "seed", "step", "tag", "value"])
+        for row, curves in runs:
+            for tag in CURVES:
+                for step, value in curves[tag]:
+                    writer.writerow([row["env_id"], row["exp_name"], row["seed"], step, tag, f"{value:.6g}"])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,6 +187,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--csv")
     parser.add_argument("--figure")
+    parser.add_argument("--curves", help="a CSV of the curves that figures.py draws")
     parser.add_argument("--at", type=int, help="cut every curve at this update or step")
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
@@ -184,6 +198,8 @@ def main():
             writer = csv.DictWriter(f, COLUMNS)
             writer.writeheader()
             writer.writerows(row for row, _ in runs)
+    if args.curves:
+        write_curves(runs, args.curves)
     if args.figure:
         draw(runs, args.figure)
     if not runs:

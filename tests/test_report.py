@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import figures  # noqa: E402
 import report  # noqa: E402
 
 
@@ -87,3 +88,33 @@ def test_the_command(plant, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as e:
         report.main()
     assert e.value.code == 2
+
+
+def test_the_interquartile_mean():
+    assert figures.iqm([5.0]) == 5.0
+    assert figures.iqm([1.0, 2.0, 6.0]) == pytest.approx((0.25 * 1 + 1.0 * 2 + 0.25 * 6) / 1.5)
+    assert figures.iqm([100.0, 1.0, 2.0, -50.0]) == 1.5  # the outer two are cut
+    assert figures.iqm(range(8)) == 3.5
+
+
+def test_the_bootstrap_resamples_within_each_environment():
+    assert figures.bootstrap([[3.0, 3.0, 3.0]]) == (3.0, 3.0)
+    low, high = figures.bootstrap([[0.0, 1.0, 2.0, 3.0]])
+    assert 0.0 <= low < 1.0 and 2.0 < high <= 3.0
+    # each environment is constant, so resampling within it changes nothing; across them it would
+    assert figures.bootstrap([[0.0] * 4, [10.0] * 4]) == (5.0, 5.0)
+
+
+def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
+    runs = [report.read_run(plant("a", seed, curves())) for seed in (1, 2)]
+    (tmp_path / "raw").mkdir()
+    report.write_curves(runs, tmp_path / "raw" / "x.csv")
+    (tmp_path / "raw" / "sb3.csv").write_text("sb3,sac,E,1,100,7.5,0.1,3.0\n")
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    rows = figures.read("x.csv") + figures.read("sb3.csv")
+    assert figures.curves(rows, "E", "a", figures.RETURN) == {
+        100: {"1": 3.0, "2": 3.0},
+        200: {"1": 4.0, "2": 4.0},
+    }
+    assert figures.curves(rows, "E", "SB3 sac", figures.RETURN) == {100: {"1": 7.5}}
+    assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"

@@ -1,0 +1,242 @@
+"""Draws the README's figures from the numbers in benchmarks/raw, and prints the tables beside them.
+
+  python benchmarks/figures.py                 # all whose numbers are there
+  python benchmarks/figures.py online triad
+
+The numbers come from `report.py runs/* --curves benchmarks/raw/NAME.csv` after the script that is named
+beside each figure below, and from the peers' scripts. A curve is the mean over seeds, its band runs from the
+lowest to the highest seed. In tables: interquartile mean over seeds [95 % bootstrap interval, resampled
+within each environment] (Agarwal et al., arXiv 2108.13264), then the seeds themselves.
+"""
+
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RETURN = "eval/episodic_return"
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999"]
+LINES = ["-", "--", "-.", ":"]
+
+
+def iqm(values) -> float:
+    """Mean of the middle half: a quarter of the values is cut at each end, edge values count in part."""
+    x, n = np.sort(np.asarray(values, float)), len(values)
+    weight = np.clip(np.minimum(np.arange(1, n + 1), 0.75 * n) - np.maximum(np.arange(n), 0.25 * n), 0, 1)
+    return float((x * weight).sum() / weight.sum())
+
+
+def bootstrap(strata: list[list[float]], repeats: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the iqm of all values, each stratum (environment) resampled within itself."""
+    draw = np.random.default_rng(0)
+    samples = np.concatenate([draw.choice(s, (repeats, len(s))) for s in strata], axis=1)
+    return tuple(float(q) for q in np.quantile([iqm(s) for s in samples], (0.025, 0.975)))
+
+
+def read(name: str) -> list[dict]:
+    """Rows of a CSV of report.py --curves, or of peer_sb3.py brought to the same form."""
+    with open(HERE / "raw" / name) as f:
+        if name == "sb3.csv":
+            return [
+                dict(env_id=env, exp_name=f"SB3 {algo}", seed=seed, step=step, tag=RETURN, value=mean)
+                for _, algo, env, seed, step, mean, *_ in csv.reader(f)
+            ]
+        return list(csv.DictReader(f))
+
+
+def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:
+    """step -> {seed: value}"""
+    out = defaultdict(dict)
+    for r in rows:
+        if (r["env_id"], r["exp_name"], r["tag"]) == (env, name, tag):
+            out[int(r["step"])][r["seed"]] = float(r["value"])
+    return out
+
+
+def plot(axis, rows, env: str, names: dict, tag: str = RETURN, scale=None):
+    """A line with its band for each of `names` (exp_name -> label); scale(name): units of x a step."""
+    for i, (name, label) in enumerate(names.items()):
+        points = curves(rows, env, name, tag)
+        n = max((len(v) for v in points.values()), default=0)
+        steps = [s for s in sorted(points) if len(points[s]) == n]
+        if not steps:
+            continue
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4]}
+        x = np.array(steps) * (scale(name) if scale else 1)
+        values = [list(points[s].values()) for s in steps]
+        axis.plot(x, [statistics.mean(v) for v in values], label=f"{label} ({n})", **style)
+        low, high = ([f(v) for v in values] for f in (min, max))
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def table(rows, env: str, names: dict, at: int | None = None, tag: str = RETURN) -> str:
+    """A markdown line a name: iqm, interval, seeds; at the last step, or at `at`."""
+    lines = []
+    for name, label in names.items():
+        points = curves(rows, env, name, tag)
+        if not points or (at and at not in points):
+            continue
+        values = list(points[at or max(points)].values())
+        low, high = bootstrap([values])
+        seeds = ", ".join(f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values)
+        lines.append(f"| {env} | {label} | {iqm(values):,.1f} [{low:,.1f}, {high:,.1f}] | {seeds} |")
+    return "\n".join(lines)
+
+
+def save(figure, name: str):
+    figure.tight_layout()
+    figure.savefig(HERE / "figures" / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def online():
+    """online.sh"""
+    rows = read("online.csv") + read("sb3.csv")
+    found = {(r["env_id"], r["exp_name"].removesuffix("_online")) for r in rows}
+    pairs = sorted((env, algo) for env, algo in found if algo in ("sac", "td3"))
+    figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.5), squeeze=False)
+    for axis, (env, algo) in zip(axes.flat, pairs):
+        names = {f"{algo}_online": f"{algo}.py", f"SB3 {algo}": f"Stable-Baselines3's {algo.upper()}"}
+        plot(axis, rows, env, names)
+        axis.set(title=env, xlabel="environment steps", ylabel="return")
+        axis.legend(fontsize=8, frameon=False)
+        print(table(rows, env, names))
+    save(figure, "online")
+
+
+def updates_per_step():
+    """updates_per_step.sh"""
+    rows, env = read("updates_per_step.csv"), "Hopper-v5"
+    names = {"sac_utd1": "SAC, 1 update a step", "sac_utd4": "SAC, 4", "sac_utd16": "SAC, 16"}
+    names |= {"droq_utd16": "DroQ, 16", "redq_utd16": "REDQ, 16"}
+    panels = {RETURN: "return", "diagnostics/srank": "srank of the features"}
+    panels |= {"diagnostics/td_error": "TD error / variance of target"}
+    panels |= {"diagnostics/overestimation": "overestimation"}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5))
+    for axis, (tag, title) in zip(axes, panels.items()):
+        plot(axis, rows, env, names, tag)
+        axis.set(title=title, xlabel="environment steps")
+        print(f"{title}\n{table(rows, env, names, tag=tag)}")
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=8, frameon=False)
+    save(figure, "updates_per_step")
+
+
+def triad():
+    """triad.sh: the first step at which a run's Q passes its bound, and the growth of its features by then."""
+    rows, env, utds, shares = read("triad.csv"), "Hopper-v5", (1, 4, 16), {}
+    print("| target network | updates a step | Q beyond its bound | first seen at step | growth of |phi| |")
+    for target in ("target", "no_target"):
+        for utd in utds:
+            name = f"{target}_utd{utd}"
+            q, bound, norm = (
+                curves(rows, env, name, f"diagnostics/{k}") for k in ("q_max", "q_bound", "feature_norm")
+            )
+            seeds = sorted({seed for v in q.values() for seed in v})
+            first = {s: next((t for t in sorted(q) if q[t][s] > bound[t][s]), None) for s in seeds}
+            passed = [s for s in seeds if first[s]]
+            shares[target, utd] = len(passed) / max(1, len(seeds))
+            steps = sorted(first[s] for s in passed)
+            growth = [norm[first[s]][s] / norm[min(norm)][s] for s in passed]
+            late = f"{steps[0]:,} to {steps[-1]:,}" if steps else ""
+            times = f"{statistics.median(growth):.1f}" if growth else ""
+            print(f"| {target} | {utd} | {len(passed)} of {len(seeds)} | {late} | {times} |")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for i, target in enumerate(("target", "no_target")):
+        x = np.arange(3) + 0.4 * i - 0.2
+        label = "target network (tau 0.005)" if target == "target" else "none (tau 1)"
+        axes[0].bar(x, [100 * shares[target, u] for u in utds], 0.38, color=COLOURS[i], label=label)
+    axes[0].set(xlabel="updates a step", ylabel="% of runs beyond the bound")
+    axes[0].set_xticks(range(3), utds)
+    axes[0].legend(fontsize=8, frameon=False)
+    names = {f"{t}_utd{u}": f"{t.replace('_', ' ')}, {u}" for t in ("target", "no_target") for u in utds}
+    plot(axes[1], rows, env, names, "diagnostics/q_max")
+    axes[1].set(yscale="symlog", xlabel="environment steps", ylabel="largest Q")
+    axes[1].legend(fontsize=7, frameon=False)
+    save(figure, "triad")
+
+
+def policy_gradients():
+    """policy_gradients.sh: return by steps and by wall time."""
+    rows = read("policy_gradients.csv") + read("sb3.csv")
+    names = {"ppo": "ppo.py", "npg_kfac": "K-FAC", "npg_trpo": "TRPO", "npg_none": "plain gradient"}
+    names |= {"SB3 ppo": "SB3's PPO"}
+    envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})
+
+    def seconds(env, name):
+        rates = curves(rows, env, name, "charts/SPS")
+        return 1 / statistics.median(rates[max(rates)].values()) if rates else np.nan
+
+    figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.5), squeeze=False)
+    for (above, below), env in zip(axes.T, envs):
+        plot(above, rows, env, names)
+        plot(below, rows, env, names, scale=partial(seconds, env))
+        above.set(title=env, xlabel="environment steps", ylabel="return")
+        below.set(xlabel="seconds of one thread", ylabel="return")
+        print(table(rows, env, names))
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    save(figure, "policy_gradients")
+
+
+def gae_lambda():
+    """gae_lambda.sh"""
+    rows = read("gae_lambda.csv")
+    names = {f"lambda_{x}": f"lambda = {x}" for x in ("0", "0.5", "0.9", "0.95", "1")}
+    envs = list(dict.fromkeys(r["env_id"] for r in rows))
+    figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.5), squeeze=False)
+    for axis, env in zip(axes.flat, envs):
+        plot(axis, rows, env, names)
+        axis.set(title=env, xlabel="environment steps", ylabel="return")
+        axis.legend(fontsize=8, frameon=False)
+        print(table(rows, env, names))
+    save(figure, "gae_lambda")
+
+
+def kfac_cost():
+    """kfac_cost.py"""
+    with open(HERE / "raw" / "kfac_cost.csv") as f:
+        rows = list(csv.DictReader(f))
+    figure, axis = plt.subplots(figsize=(5, 3.5))
+    for i, solver in enumerate(dict.fromkeys(r["solver"] for r in rows)):
+        by_width = defaultdict(list)
+        for r in rows:
+            if r["solver"] == solver:
+                by_width[int(r["width"])].append(1000 * float(r["seconds"]))
+        medians = {w: statistics.median(v) for w, v in by_width.items()}
+        style = {"color": COLOURS[i], "linestyle": LINES[i], "marker": "o"}
+        axis.plot(medians.keys(), medians.values(), label=solver, **style)
+        print(f"| {solver} | " + " | ".join(f"{w}: {v:.3g} ms" for w, v in medians.items()) + " |")
+    axis.set(xscale="log", yscale="log", xlabel="width of the two hidden layers", ylabel="ms a policy update")
+    axis.set_xticks(sorted(by_width), [str(w) for w in sorted(by_width)])
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, "kfac_cost")
+
+
+FIGURES = {f.__name__: f for f in (online, updates_per_step, triad, policy_gradients, gae_lambda, kfac_cost)}
+
+
+def main():
+    for name in sys.argv[1:] or FIGURES:
+        if name not in FIGURES:
+            sys.exit(f"{name}: expected some of {', '.join(FIGURES)}")
+        print(f"\n{name}")
+        try:
+            FIGURES[name]()
+        except FileNotFoundError as e:
+            if sys.argv[1:]:
+                sys.exit(f"{e.filename} is missing: {FIGURES[name].__doc__.splitlines()[0]} makes it")
+            print(f"  {e.filename} is missing")
+
+
+if __name__ == "__main__":
+    main()

@@ -133,7 +133,7 @@ def updates_per_step():
 
 
 def triad():
-    """triad.sh: the first step at which a run's Q passes its bound, and the growth of its features by then."""
+    """triad.sh: when a run's Q first passes its bound, and how far its features have grown by then."""
     rows, env, utds, shares = read("triad.csv"), "Hopper-v5", (1, 4, 16), {}
     print("| target network | updates a step | Q beyond its bound | first seen at step | growth of |phi| |")
     for target in ("target", "no_target"):

@@ -1,12 +1,12 @@
-"""Conservative Q-learning (CQL) for discrete actions, pixels or vectors: offline RL that explains itself.
+r"""Conservative Q-learning (CQL) for discrete actions, pixels or vectors: offline RL that explains itself.
 
 Kumar, Zhou, Tucker, Levine, arXiv 2006.04779. Q-learning asks for the best action, also where the data D
 never tried it, and finds the most overestimated one. Over finitely many actions the log-sum-exp is exact:
 
   min_Q  alpha E_s[ log sum_a exp Q(s,a) - Q(s, a_data) ]  +  E_D[ TD error ]                      (Eq. 4)
 
-alpha's factor is a cross-entropy with Q as logits: behaviour cloning's loss beside Q-learning's. What a value
-is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
+What alpha multiplies is a cross-entropy with Q as logits: behaviour cloning's loss beside Q-learning's. What
+a value is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
 
   c51  51 atoms z in [v_min, v_max], cross-entropy to the projected r + gamma^n z'      arXiv 1707.06887
   qr   200 quantiles, Huber quantile loss                                               arXiv 1710.10044
@@ -15,24 +15,33 @@ is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
 
   symbol           in the code                          shape
   s, a             batch.obs .act                       (B, 4, 84, 84) uint8 or (B, d); (B,)
-  r, s', gamma^n   batch.rew .next_obs .discount        n-step return (B,); ...; (B,), 0 where s' is terminal
+  R                batch.rew                            (B,), r_0 + gamma r_1 + ..., at most n rewards
+  s'               batch.next_obs                       as s, m <= n steps later
+  gamma^m          batch.discount                       (B,), 0 where the episode terminated
   phi(s)           net.features(obs)                    (B, D), what the last linear layer reads
   logits, atoms    net.heads[g](phi)                    (B, A, K), each game g has its own actions A
   Q(s,a)           net.q(out)                           (B, A)
   alpha            --cql-alpha                          authors, QR head: 4 at 1 % of DQN Replay, 1 at 10 %
 
-phi depends on the state alone, so that DR3 here is mean phi(s).phi(s') (the authors' Atari code takes its
-absolute value, which after a ReLU is the same, and like this keeps terminal states); the paper's phi(s,a)
-would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its norm
-(arXiv 2211.15144).
+phi depends on the state alone, so that DR3 here is the mean of phi(s).phi(s') over rows that bootstrap (the
+authors' Atari code takes its absolute value, which after a ReLU is the same, and keeps terminal rows); the
+paper's phi(s,a) would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its
+norm (arXiv 2211.15144). With --n-step above 1 the rewards of the data's own actions count as if the greedy
+policy had taken them: faster, and biased.
 Several games share the encoder; each minibatch holds as many rows of one as of another.
 
-Quick, makes its own data; a serious run on 1 % of DQN Replay; naive Q-learning; two games; four processes:
+Where to read: networks, q_loss and td_loss are the algorithm; Data stacks frames; train() is the loop. The
+readers of files and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
+
+Quick, on data that it makes itself; the same without conservatism:
   python cql_atari.py
-  python cql_atari.py --env ALE/Breakout-v5 --dataset Breakout/1/replay_logs --fraction 0.01 --width 32 \\
-      --cql-alpha 4 --n-step 1 --lr 5e-5 --target-frequency 2_000 --num-updates 6_250_000
   python cql_atari.py --cql-alpha 0
-  python cql_atari.py --env ALE/Pong-v5 ALE/Breakout-v5 --collect-steps 20_000 --encoder resnet
+A serious run on 1 % of DQN Replay:
+  python cql_atari.py --env ALE/Breakout-v5 --dataset Breakout/1/replay_logs --fraction 0.01 --width 32 \
+      --cql-alpha 4 --n-step 1 --learning-rate 5e-5 --target-network-frequency 2_000 \
+      --num-updates 6_250_000
+Two games; four processes; two machines (this line on each, with its own node_rank):
+  python cql_atari.py --env ALE/Pong-v5 ALE/Breakout-v5 --encoder resnet
   torchrun --nproc_per_node=4 cql_atari.py --batch-size 128
   torchrun --nnodes=2 --node_rank=0 --master_addr=host --nproc_per_node=8 cql_atari.py --batch-size 512
 
@@ -167,9 +176,9 @@ class Args:
     """steps of reward before the bootstrap (authors: 1)"""
     double: bool = True
     """the online network chooses a', the target network values it (authors: off)"""
-    lr: float = 5e-4
-    """of Adam, whose epsilon is 0.01 / 32 (authors: 5e-5)"""
-    target_frequency: int = 100
+    learning_rate: float = 5e-4
+    """learning rate of Adam, whose epsilon is 0.01 / 32 (authors: 5e-5)"""
+    target_network_frequency: int = 100
     """updates between copies into the target network (authors: 2_000)"""
 
     # --- CQL and representation
@@ -188,10 +197,10 @@ class Args:
 
 
 LIMITS = {"gamma": (0, 0.99999), "holdout": (0, 0.9), "dropout": (0, 0.99), "collect_repeat": (0, 0.99)}
-LIMITS |= {"fraction": (1e-9, 1), "n_step": (1, 100), "lr": (1e-12, 1e3), "width": (1, 4096)}
+LIMITS |= {"fraction": (1e-9, 1), "n_step": (1, 100), "learning_rate": (1e-12, 1e3)}
 LIMITS |= dict.fromkeys(["v_min", "v_max"], (-1e18, 1e18)) | {"seed": (0, 1e6), "collect_steps": (100, 1e12)}
-LIMITS |= dict.fromkeys(["batch_size", "num_updates", "target_frequency", "log_frequency"], (1, 1e12))
-LIMITS |= {"max_episode_steps": (1, 1e9)}
+LIMITS |= {"width": (1, 4096), "max_episode_steps": (1, 1e9), "target_network_frequency": (1, 1e12)}
+LIMITS |= dict.fromkeys(["batch_size", "num_updates", "log_frequency"], (1, 1e12))
 
 
 def check(args: Args):
@@ -210,6 +219,9 @@ def check(args: Args):
         fail(f"--v-min {args.v_min} is not below --v-max {args.v_max}")
     if args.dataset and len(args.dataset) != len(args.env_id):
         fail(f"--dataset names {len(args.dataset)} sets, --env-id {len(args.env_id)} environments")
+    for name in args.env_id:
+        if name.startswith("ALE/") and not re.fullmatch(r"ALE/\w+-v5", name):
+            fail(f"--env-id {name}: expected ALE/ and a game's name and -v5, the one version here")
     if len(set(args.env_id)) < len(args.env_id) or not args.env_id:
         fail(f"--env-id {' '.join(args.env_id) or '(none)'}: expected one environment or several different")
     parts = len(args.env_id) * processes()[1]
@@ -226,9 +238,8 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
         self.norm1, self.norm2 = nn.GroupNorm(4, fan_out), nn.GroupNorm(4, fan_out)
-        self.skip = (
-            nn.Conv2d(fan_in, fan_out, 1, stride) if (fan_in, stride) != (fan_out, 1) else nn.Identity()
-        )
+        same = (fan_in, stride) == (fan_out, 1)
+        self.skip = nn.Identity() if same else nn.Conv2d(fan_in, fan_out, 1, stride)
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -278,11 +289,12 @@ class Network(nn.Module):
             layers += [nn.Linear(maps.shape[1], D), nn.ReLU()]
         self.encoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.K = {"c51": 51, "qr": 200, "dqn": 1, "rem": 200}[args.head]
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(D, A * self.K), nn.Unflatten(1, (A, self.K))) for A in actions
-        )
+        head = lambda A: nn.Sequential(nn.Linear(D, A * self.K), nn.Unflatten(1, (A, self.K)))
+        self.heads = nn.ModuleList(head(A) for A in actions)
         self.register_buffer("z", torch.linspace(args.v_min, args.v_max, 51))
-        if args.head == "c51":  # start near 0: a uniform start takes hundreds of target updates to contract
+        if (
+            args.head == "c51"
+        ):  # start as a peak at 0: from a uniform start Q takes hundreds of copies to settle
             for head, A in zip(self.heads, actions):
                 head[0].bias.data -= (self.z.abs() / (self.z[1] - self.z[0])).repeat(A)
         self.register_buffer("mean", torch.zeros(shape if not self.image else ()))
@@ -372,7 +384,7 @@ def q_loss(net, target, batches: list[Batch], mixture, args: Args):
     sizes, phi = [len(b.act) for b in batches], net.features(obs)
     with torch.no_grad():
         phi_target = target.features(next_obs).split(sizes)
-    if args.double or args.dr3_coef > 0:
+    if args.double or args.dr3_coef > 0:  # phi(s') of the online network: double Q's chooser, DR3's partner
         with torch.set_grad_enabled(args.dr3_coef > 0):  # gradient through both sides
             phi_next = net.features(next_obs)
     td, conservative, q_data = [], [], []
@@ -390,7 +402,8 @@ def q_loss(net, target, batches: list[Batch], mixture, args: Args):
     loss = td + args.cql_alpha * conservative
     info = {"td_loss": td, "cql_loss": conservative, "q_values": q_data}
     if args.dr3_coef > 0:
-        info["dr3_loss"] = (phi * phi_next).sum(-1).mean()
+        bootstraps = (torch.cat([b.discount for b in batches]) > 0).float()
+        info["dr3_loss"] = ((phi * phi_next).sum(-1) * bootstraps).mean()
         loss = loss + args.dr3_coef * info["dr3_loss"]
     return loss, {k: v.detach() for k, v in (info | {"loss": loss}).items()}
 
@@ -415,7 +428,7 @@ class Learner(nn.Module):
             torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         self.loss = torch.compile(q_loss) if args.compile else q_loss
         flags = {"fused": True, "capturable": device.type == "cuda"}
-        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.lr, eps=0.01 / 32, **flags)
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, eps=0.01 / 32, **flags)
 
     def update(self, batches: list[Batch], alone: bool = False) -> dict:
         """One gradient step; unless `alone`, together with the other processes."""
@@ -447,9 +460,7 @@ class Learner(nn.Module):
 
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
-        flags = {k: self.optim.param_groups[0][k] for k in ("fused", "capturable")}
-        self.optim.load_state_dict(saved["optim"])
-        self.optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+        load_optimizer(self.optim, saved["optim"])
 
 
 # ------------------------------------------------------------------------------------ several processes
@@ -593,18 +604,11 @@ def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
     if held_rows.all():
         fail(f"{path}: nothing to train on, all {len(at)} transitions are held out")
     digest = hashlib.sha256()
-    for array in (
-        raw["act"],
-        rew,
-        terminal,
-        real,
-        raw["begins"],
-        frames[0],
-        frames[len(frames) // 2],
-        frames[-1],
-    ):
+    some = (frames[0], frames[len(frames) // 2], frames[-1])
+    for array in (raw["act"], rew, terminal, real, raw["begins"], *some):
         digest.update(np.ascontiguousarray(array))
-    mean = float(returns[whole].mean()) if whole.any() else float(returns.mean())
+    returns = returns[whole] if whole.any() else returns
+    mean = float(returns.mean())
     to_go = np.full(len(real), np.nan, np.float32)
     to_go[at] = g
     columns = {"act": raw["act"].astype(np.int64), "rew": rew, "terminal": terminal, "real": real}
@@ -650,15 +654,10 @@ def read_own(folder: Path, args: Args, device) -> dict:
     if args.storage != "mmap":
         reserve(frames.nbytes, "frames", device if args.storage == "device" else torch.device("cpu"))
         frames = np.array(frames)
-    raw = {
-        "frames": frames,
-        "act": np.array(arrays["actions"]),
-        "rew": np.array(arrays["rewards"], np.float32),
-    }
-    raw |= {
-        k: np.array(arrays[n], bool)
-        for k, n in (("terminal", "terminals"), ("real", "real"), ("begins", "begins"))
-    }
+    raw = {"frames": frames, "act": np.array(arrays["actions"])}
+    raw["rew"] = np.array(arrays["rewards"], np.float32)
+    names = {"terminal": "terminals", "real": "real", "begins": "begins"}
+    raw |= {k: np.array(arrays[name], bool) for k, name in names.items()}
     return raw | {"whole": whole, "note": "", "made_by": made_by["info"]}
 
 
@@ -669,10 +668,15 @@ def write_own(folder: Path, raw: dict, fill):
         temporary.mkdir(parents=True)
         shape, dtype = raw["frames"]
         fill(np.lib.format.open_memmap(temporary / "observations.npy", "w+", dtype, shape))
-        for key, name in (("act", "actions"), ("rew", "rewards"), ("terminal", "terminals")):
+        names = {
+            "act": "actions",
+            "rew": "rewards",
+            "terminal": "terminals",
+            "real": "real",
+            "begins": "begins",
+        }
+        for key, name in names.items():
             np.save(temporary / f"{name}.npy", raw[key])
-        for name in ("real", "begins"):
-            np.save(temporary / f"{name}.npy", raw[name])
         whole = raw["whole"].tolist()
         (temporary / "made_by.json").write_text(json.dumps({"whole": whole, "info": raw.get("made_by", {})}))
         os.replace(temporary, folder)
@@ -912,6 +916,8 @@ class Envs:
         except Exception as e:  # registration, missing packages or ROMs, a namespace's own errors
             fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
         space, obs = self.envs.single_action_space, self.envs.single_observation_space
+        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
+            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
         ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
@@ -979,17 +985,16 @@ def collect(env_id: str, args: Args, device) -> Path:
     update every 4 rows after the first 1,000."""
     names = ["max_episode_steps", "collect_repeat"]
     if args.collect == "dqn":
-        names += """head v_min v_max gamma n_step double lr target_frequency encoder width batch_size
-        clip_rewards precision""".split()
+        names += """head v_min v_max gamma n_step double learning_rate target_network_frequency encoder width
+        batch_size clip_rewards precision""".split()
     key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()[:8]
     name = f"{env_id.replace('/', '_')}_{args.collect}_{args.collect_steps}_seed{args.seed}_{key}"
     folder = Path("datasets") / name
     if folder.exists():
         print(f"no --dataset: using {folder}, made by an earlier run")
         return folder
-    print(
-        f"no --dataset: collecting {args.collect_steps:,} steps of {env_id} ({args.collect}), into {folder}"
-    )
+    what = f"{args.collect_steps:,} steps of {env_id} ({args.collect})"
+    print(f"no --dataset: collecting {what}, into {folder}")
     envs, T = Envs(env_id, PLAYERS, args), math.ceil(args.collect_steps / PLAYERS)
     rows, shape = PLAYERS * T, envs.frame_shape
     kind = np.uint8 if len(shape) == 2 else np.float32
@@ -1003,10 +1008,10 @@ def collect(env_id: str, args: Args, device) -> Path:
         replay = Data(frames, {k: v.copy() for k, v in raw.items()}, online, device)
         usable, count, updates = torch.zeros(rows, dtype=torch.int64, device=device), 0, 0
     obs, draw, act = envs.reset(args.seed), np.random.default_rng(args.seed), 0
-    age, running, finished = np.full(PLAYERS, -1), np.zeros(PLAYERS), [math.nan]
+    age, running, ended = np.full(PLAYERS, -1), np.zeros(PLAYERS), [math.nan]
     progress = Progress("collecting", rows)
     with StopSignal() as stop:
-        for t in range(T):
+        for t in range(T):  # after an end: envs.over, the row holds the last frame, the action only resets
             at, seen = np.arange(PLAYERS) * T + t, (t + 1) * PLAYERS
             anew, chance = draw.integers(envs.actions, size=PLAYERS), draw.random(PLAYERS)
             if learning:
@@ -1023,7 +1028,7 @@ def collect(env_id: str, args: Args, device) -> Path:
             row |= {"rew": rew, "terminal": terminated & row["real"]}
             running += rew
             for i in np.flatnonzero(terminated | truncated):
-                finished.append(running[i])
+                ended.append(running[i])
                 running[i] = 0.0
             for k, v in row.items():
                 raw[k][at] = v
@@ -1032,20 +1037,20 @@ def collect(env_id: str, args: Args, device) -> Path:
                 for k, v in row.items():
                     column = getattr(replay, k)
                     column[torch.from_numpy(at).to(device)] = torch.from_numpy(np.asarray(v)).to(column)
-                known = at[:0] if t < args.n_step else at - args.n_step  # their n steps lie behind us
-                known = torch.from_numpy(known[raw["real"][known]])
-                usable[count : count + len(known)] = known.to(device)
-                count += len(known)
+                complete = at[:0] if t < args.n_step else at - args.n_step  # their n steps lie behind us
+                complete = torch.from_numpy(complete[raw["real"][complete]])
+                usable[count : count + len(complete)] = complete.to(device)
+                count += len(complete)
                 replay.train = usable[:count]
                 for _ in range(PLAYERS // 4 if seen > 1_000 else 0):
                     learner.update([replay.sample(args.batch_size)], alone=True)
                     updates += 1
-                    if updates % args.target_frequency == 0:
+                    if updates % args.target_network_frequency == 0:
                         learner.refresh_target()
             if stop.signum:
                 print("\nstopped while collecting: nothing is kept, the same command starts again")
                 raise SystemExit(128 + stop.signum)
-            progress.show(seen, {"return": np.nanmean(finished[-20:]) if len(finished) > 1 else math.nan})
+            progress.show(seen, {"return": np.nanmean(ended[-20:]) if len(ended) > 1 else math.nan})
     begins = np.flatnonzero(raw["begins"])
     last = np.append(begins[1:], rows) - 1
     raw["whole"] = last % T < T - 1  # pieces that the end of a stream did not cut
@@ -1094,7 +1099,7 @@ def normalized_score(env_id: str, value: float) -> float | None:
     return None if low is None else 100 * (value - low) / (high - low)
 
 
-# ------------------------------------------------------------------------------ explaining: the verdict
+# -------------------------------------------------------------------------- the numbers of one moment
 def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
     """The numbers of one moment, on fixed probes of at most 2,048 transitions of all games, fp32, eval mode.
 
@@ -1132,12 +1137,16 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
     net.eval()
     with strict_fp32():
         for g, data in enumerate(games):
+            kept = len(activity)
             held = judge(g, data, probe(data.holdout), "_holdout")[0] if len(data.holdout) else {}
-            activity.clear()
+            del activity[kept:]  # held-out rows do not count
             out, q, q_data, found = judge(g, data, probe(data.train))
             pieces += found
             out |= held | {"q_data": q_data.mean(), "q_pi": q.amax(1).mean(), "q_rand": q.mean()}
-            out |= {"q_max": q.max(), "v_s0": learner.q(data.stack(data.starts[:256]), g).amax(1).mean()}
+            out |= {
+                "q_max": q.max(),
+                "v_s0": learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean(),
+            }
             out["cql_gap"] = (torch.logsumexp(q, 1) - math.log(q.shape[1]) - q_data).mean()
             low, high = data.info["reward_min"], data.info["reward_max"]
             out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
@@ -1153,14 +1162,16 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
 
 
 def advice(args: Args) -> dict:
-    """The flags that a verdict recommends."""
-    wider = f"--width {max(32, 2 * args.width)}"
-    return {
-        "divergence": f"--cql-alpha {max(1, 2 * args.cql_alpha):g} or --unit-norm",
-        "overfitting": "--dropout 0.1 or a smaller --width",
-        "alpha too large": f"--cql-alpha {args.cql_alpha / 2:g}",
-        "underfitting": f"{wider} or --encoder resnet, then --dr3-coef 0.1",
+    """The flags that a verdict recommends; what is already on is not among them."""
+    flags = {
+        "divergence": [f"--cql-alpha {max(1, 2 * args.cql_alpha):g}", "--unit-norm"],
+        "overfitting": ["--dropout 0.1", "a smaller --width"],
+        "alpha too large": [f"--cql-alpha {args.cql_alpha / 2:g}"],
+        "underfitting": [f"--width {max(32, 2 * args.width)}", "--encoder resnet", "--dr3-coef 0.1"],
     }
+    on = {flag(k) for k in ("unit_norm", "dropout", "dr3_coef") if getattr(args, k)}
+    on |= {"--encoder"} if args.encoder == "resnet" else set()
+    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -1183,6 +1194,8 @@ def train(args: Args) -> dict:
     join(args)
     first = processes()[0] == 0
     device, saved = set_up(args), find_checkpoint(args)
+    if saved and (done := finished(saved, "num_updates", args.num_updates)):
+        return done
     envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
     if len({e.shape for e in envs}) > 1:
         fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")
@@ -1198,14 +1211,12 @@ def train(args: Args) -> dict:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']['dataset']}")
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
     learner = Learner(envs[0].shape, [e.actions for e in envs], args, device)
-    if games[0].back is None:
+    if not learner.net.image:
         learner.standardise(games)
     reserve(memory(args, learner.net, envs[0].shape), "networks and one update, roughly", device)
     step, history, returns, info = 0, [], [np.full(1, math.nan)] * len(games), {}
     if saved:
         learner.restore(saved["learner"])
-        if not all(p.isfinite().all() for p in learner.parameters()):
-            fail(f"--resume {saved['folder']}: its checkpoint.pt holds numbers that are not finite")
         step, history = saved["step"], saved["history"]
         returns = [np.array(x) for x in saved["returns"]]
         restore_random_state(saved["random"])
@@ -1257,7 +1268,7 @@ def train(args: Args) -> dict:
         while step < args.num_updates and not signum:
             info = update()
             step += 1
-            if every(args.target_frequency):
+            if every(args.target_network_frequency):
                 learner.refresh_target()
             diagnosing = every(args.diagnostics_frequency)
             scoring = args.eval_episodes and (every(args.eval_frequency) or step == args.num_updates)
@@ -1428,8 +1439,9 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 def verdict(history: list[dict], args) -> tuple[str, str]:
     """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
 
-    Only from what an offline user sees, in dimensionless numbers (arXiv 2109.10813): means of the last
-    fifth of the run, Q in units of q_unit(). The script's advice(args) holds the flags.
+    Only from what an offline user sees (arXiv 2109.10813), means of the last fifth of the run: the TD error
+    in units of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages;
+    divergence is read off the last moment. The script's advice(args) holds the flags.
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
@@ -1440,6 +1452,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
+    conservative = args.cql_alpha > 0 and getattr(args, "cql_variant", "H") != "eq1"
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1448,16 +1461,14 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
     sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
     if fall > 0.1:
-        sign = (
-            f"the dataset's Q rose until update {top['step']:,} and has fallen by {fall:.2f} deviations since"
-        )
+        sign = f"the dataset's Q rose until update {top['step']:,} and fell by {fall:.2f} deviations since"
     rules = {
         "undefined": (
             not math.isfinite(td + gap),
             f"{numbers}: the target has no variance on the probe, look at the data",
         ),
-        "divergence": (
-            end["q_max"] > ceiling,
+        "divergence": (  # a conservative term may lift Q beyond the bound itself, at a gap below 0
+            end["q_max"] > ceiling and (gap > 0 or not conservative),
             f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
@@ -1474,7 +1485,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            gap < -5 and not off > -1,
+            conservative and gap < 0 and (off < -1 or end["q_max"] > ceiling),
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (
@@ -1493,9 +1504,10 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -1620,7 +1632,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1628,13 +1640,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1663,37 +1679,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1710,14 +1758,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1740,13 +1783,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1761,12 +1805,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

@@ -1,4 +1,4 @@
-"""Conservative Q-learning (CQL) for continuous actions: offline RL that explains itself.
+r"""Conservative Q-learning (CQL) for continuous actions: offline RL that explains itself.
 
 Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", arXiv 2006.04779,
 on top of soft actor-critic, arXiv 1812.05905. Q-learning from a fixed dataset D fails because the backup asks
@@ -10,34 +10,36 @@ at the actions of a distribution mu and up at those of the data:
   Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )              + 1/2 E_D (Q - B Q)^2
   Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                 + 1/2 E_D (Q - B Q)^2
 
-with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'). Two scales differ from the paper. As in its authors'
-code, the squared error has no 1/2, so that --cql-alpha 5 is alpha = 2.5 above. And the log-sum-exp, an
-integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so that a Q which
-ignores the action has a gap of 0. Constants leave the gradient alone but shift the Lagrange threshold:
---cql-target-gap is theirs - d log 2 - log(3N) for JaxCQL and CORL (0.8 on AntMaze, d = 8, N = 10, is -8.1
-here), and tau / w - d log 2 - log(3N) for the authors' code with its weight w (all for CQL(H), three sets).
-CQL(rho) is Eq. 3 with R(mu) = -KL(mu || rho); rho is p, by default the current policy.
+with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'), and CQL(rho) for R(mu) = -KL(mu || rho). Two scales
+differ from the paper: the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5 is
+alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d, is reported as the log of
+a *mean* (less d log 2), so that a Q which ignores the action has a gap of 0.
+
+Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The data readers
+and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
   Q_i(s,a)           critic(obs, act)                       (n, B), or (n, B, M) for M actions a state
   phi_i(s,a)         critic.features(obs, act)              (n, B, D), what the last linear layer reads
-  mu, rho, p         proposals()                            (B, M, act), densities (B, M)
+  mu, rho            proposals()                            (B, M, act), densities (B, M)
   y                  backup()                               (B,)
   pi(a|s)            actor                                  tanh of a Gaussian
   alpha              --cql-alpha, log_cql_alpha             scalar, the conservative weight
   (SAC's) alpha      --alpha, log_alpha                     scalar, the entropy temperature
   tau                --tau                                  Polyak rate of the target critic
 
-Quick, makes its own data; a serious run on a D4RL file; an ablation (naive offline SAC: watch q_max):
+Quick, on data that it makes itself; the same without conservatism (naive offline SAC: watch q_max):
   python cql_continuous.py
-  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 \\
-      --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
   python cql_continuous.py --cql-alpha 0
+A serious run on a D4RL file:
+  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 \
+      --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
 
-While it trains, `diagnostics/q_data` should settle and not fall; `diagnostics/cql_gap` be small, not hugely
-negative; `diagnostics/td_error_holdout` stay near `td_error`. The run ends with a verdict computed from
-these, the numbers that it rests on, and the flag to try next.
+While it trains, `diagnostics/q_data` should move from 0 to its level, up or down, and stay (a rise that is
+followed by a fall is overfitting); `diagnostics/cql_gap` be small, not hugely negative;
+`diagnostics/td_error_holdout` stay near `td_error`. The run ends with a verdict computed from these, the
+numbers that it rests on, and the flag to try next.
 
 Known limits: vector observations and box actions; the online phase resumes with a new episode (the offline
 phase resumes bitwise). Left out on purpose: policy constraints (BEAR, BRAC), pixels (cql_atari.py), the many
@@ -125,11 +127,11 @@ class Args:
     batch_size: int = 256
     """B, transitions in a minibatch"""
     holdout: float = 0.05
-    """share of episodes kept out of training, on which the TD error is measured (0 to compare with peers)"""
+    """share of episodes kept out of the losses, to measure the TD error on (0 when comparing with peers)"""
     collect_steps: int = 8_000
     """environment steps of the self-made replay (without --dataset)"""
     normalize_obs: bool = True
-    """standardise observations by the dataset's mean and deviation"""
+    """standardise observations by the mean and deviation of the whole dataset"""
     reward_scale: float = 1.0
     """rewards are multiplied by this, then shifted"""
     reward_shift: float = 0.0
@@ -147,7 +149,7 @@ class Args:
     alpha: float | None = None
     """entropy temperature; not given: tuned to an entropy of -dim(A)"""
     backup: Literal["sac", "mean", "max", "sarsa"] = "sac"
-    """a' of the target: a sample of pi; its mean, as d3rlpy; the best of N samples; the data's own"""
+    """a' of the target. sac: a sample of pi; mean: its mean; max: the best of N samples; sarsa: the data's"""
     backup_entropy: bool = False
     """subtract alpha log pi(a'|s') in the target (SAC's soft backup)"""
     critic_updates: int = 1
@@ -163,7 +165,7 @@ class Args:
     cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"
     """which objective: CQL(H), CQL(rho), Eq. 2 or Eq. 1"""
     cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
-    """p: Unif, pi(.|s), pi(.|s') apart; 1/2 pi + 1/2 Unif; or pi (default: three-sets for H, else policy)"""
+    """p. three-sets (H's default): Unif, pi(.|s), pi(.|s') apart; mixture: their half; policy (else): pi"""
     cql_samples: int = 4
     """N, sampled actions of each proposal set (authors: 10)"""
     cql_temperature: float = 1.0
@@ -171,7 +173,9 @@ class Args:
     cql_clip_diff: float | None = None
     """lower clip of the conservative term of one state (AntMaze: -200)"""
     cql_target_gap: float | None = None
-    """Lagrange threshold for losses/cql_loss; --cql-alpha is then only where the dual variable starts"""
+    """Lagrange threshold of losses/cql_loss; --cql-alpha is then where the multiplier starts. For CQL(H) with
+    three sets it is tau - d log 2 - log(3N) for JaxCQL's and CORL's tau (AntMaze's 0.8: -8.1), and
+    tau / w - d log 2 - log(3N) for the authors' tau and weight w"""
 
     # --- networks and representation
     num_critics: int = 2
@@ -213,6 +217,8 @@ def check(args: Args):
     check_limits(args, LIMITS)
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
+    sampled = args.cql_alpha > 0 or args.backup == "max"
+    only_if(args, sampled, f"with --cql-alpha 0 and --backup {args.backup}", "cql_samples")
     only_if(args, args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
     only_if(args, args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
     only_if(args, args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
@@ -224,8 +230,10 @@ def check(args: Args):
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and args.cql_alpha == 0:
         fail("--precision bf16 has no effect with --cql-alpha 0: it covers the sampled actions")
-    if args.cql_proposals is None:
-        args.cql_proposals = "three-sets" if args.cql_variant == "H" else "policy"
+
+
+def proposal_kind(args: Args) -> str:
+    return args.cql_proposals or ("three-sets" if args.cql_variant == "H" else "policy")
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -273,9 +281,13 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # x for fewer than n: the first layers alone
+        if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class Critic(nn.Module):
@@ -289,7 +301,7 @@ class Critic(nn.Module):
         if args.vib_coef > 0:
             self.bottleneck = StackedLinear(self.n, sizes[-1], 2 * args.vib_dim)
             sizes.append(args.vib_dim)
-        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
+        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts near 0
 
     def hidden(self, obs, act):
         """Activations of the hidden layers at rows (R, obs), (R, act): a list of (n, R, width)."""
@@ -336,7 +348,10 @@ class Batch(NamedTuple):
 
 
 def backup(actor, target, log_alpha, batch, args: Args, generator=None):
-    """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i max_a' Q_i(s', a'), (B,)."""
+    """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_i(s', a'), (B,).
+
+    With `max` each critic takes its own best of the samples, and a' is the best one of their minimum.
+    """
     if args.backup == "sarsa":
         next_act = batch.next_act[:, None]
     elif args.backup == "mean":
@@ -354,12 +369,11 @@ def backup(actor, target, log_alpha, batch, args: Args, generator=None):
 
 
 def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
-    """Actions at which Q is pushed down, with the density p each is drawn from, against the uniform one.
+    """Sampled actions (B, M, d) at which Q is pushed down, and their log p(a|s) - log Unif(a), (B, M).
 
-    Returns actions (B, M, d) and log p(a|s) - log Unif(a), (B, M). M is 3n for `three-sets`: the authors'
-    uniform, pi(.|s) and pi(.|s') (scored at s, with the density log pi(a'|s') that it was drawn from), each
-    sample weighted by its own density: unbounded weights, infinite variance for any tanh-Gaussian.
-    M is 2n for `mixture`, p = 1/2 pi + 1/2 Unif, where no weight exceeds 2; n for `policy`, p = pi.
+    policy: p = pi, M = n. mixture: p = 1/2 pi + 1/2 Unif, M = 2n; no importance weight exceeds 2.
+    three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s') (scored at s), each
+    weighted by the density it was drawn from; the weights have no bound, and infinite variance.
     """
     act, logp = actor.sample(obs, n, generator)
     log_unif = -act.shape[-1] * math.log(2)
@@ -386,7 +400,7 @@ def log_mean_exp(q, log_ratio, temperature: float = 1.0):
 
 
 def conservative_term(q, log_ratio, q_data, args: Args):
-    """What alpha multiplies in Eqs. 1, 2 and 4, for each state: q (n, B, M), q_data (n, B) -> (n, B)."""
+    """What alpha multiplies in Eqs. 1 to 4, for each state: q (n, B, M), q_data (n, B) -> (n, B)."""
     if args.cql_variant in ("eq1", "eq2"):
         pushed_down = q.mean(-1)
     else:
@@ -396,7 +410,7 @@ def conservative_term(q, log_ratio, q_data, args: Args):
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eq. 4)."""
+    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eqs. 1 to 4)."""
     with torch.no_grad():
         next_act, y = backup(learner.actor, learner.target, learner.log_alpha, batch, args)
     phi, kl = learner.critic.features(batch.obs, batch.act)
@@ -407,17 +421,17 @@ def critic_loss(learner, batch: Batch, args: Args):
     loss = td_loss.sum()
     if args.cql_alpha > 0:
         with torch.no_grad():
-            kind, n = args.cql_proposals, args.cql_samples
+            kind, n = proposal_kind(args), args.cql_samples
             act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, n)
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
         q = q.float()
-        gap = conservative_term(q, log_ratio, q_data, args)
-        info["cql_loss"] = gap.mean()
+        term = conservative_term(q, log_ratio, q_data, args)
+        info["cql_loss"] = term.mean()
         cql_alpha = args.cql_alpha
         if args.cql_target_gap is not None:
-            cql_alpha = info["cql_alpha"] = learner.log_cql_alpha.detach().exp().clamp(max=1e6)
-        loss = loss + cql_alpha * gap.mean(1).sum()
+            cql_alpha = info["cql_alpha"] = learner.log_cql_alpha.detach().exp()
+        loss = loss + cql_alpha * term.mean(1).sum()
         if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
             weight = torch.softmax((q / args.cql_temperature - log_ratio).detach(), -1)
             info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
@@ -450,15 +464,16 @@ def cloning_loss(learner, batch: Batch, args: Args):
 
 def dual_loss(log_x, slack):
     """Gradient descent on this raises x while slack > 0: x is the multiplier of the constraint slack <= 0."""
-    return -log_x.exp().clamp(max=1e6) * slack  # the authors' clamp
+    return -log_x.exp() * slack
 
 
-def memory(args: Args, inputs: int, width: int, depth: int, n: int) -> int:
-    """Bytes: weights four times (target, gradient, two moments of Adam), activations twice (gradients)."""
-    sets = {"three-sets": 3, "mixture": 2, "policy": 1}[args.cql_proposals] if args.cql_alpha else 0
+def memory(args: Args, inputs: int) -> int:
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
+    n, width, depth = args.num_critics, args.critic_width, args.critic_depth
+    sets = {"three-sets": 3, "mixture": 2, "policy": 1}[proposal_kind(args)] if args.cql_alpha else 0
     rows = args.batch_size * max(1 + sets * args.cql_samples, args.cql_samples * (args.backup == "max"))
     actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
-    return 16 * (actor + n * width * (inputs + width * depth)) + 8 * rows * n * (inputs + 2 * width * depth)
+    return 20 * (actor + n * width * (inputs + width * depth)) + 8 * rows * n * (inputs + 2 * width * depth)
 
 
 class Learner(nn.Module):
@@ -508,6 +523,7 @@ class Learner(nn.Module):
             if args.cql_target_gap is not None:
                 slack = q_info["cql_loss"] - args.cql_target_gap
                 self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, slack))
+                self.log_cql_alpha.data.clamp_(max=math.log(1e6))  # the authors' bound, but it can come back
             info |= q_info
         for _ in range(args.policy_updates):
             loss, pi_info = self.loss["cloning_loss" if cloning else "actor_loss"](self, sample(), args)
@@ -523,9 +539,7 @@ class Learner(nn.Module):
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
         for name, optim in self.optim.items():
-            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-            optim.load_state_dict(saved["optim"][name])
-            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+            load_optimizer(optim, saved["optim"][name])
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -545,9 +559,8 @@ class Data:
         self.next_act = self.act[1:]
 
     def batch(self, rows) -> Batch:
-        return Batch(
-            *(x[rows] for x in (self.obs, self.act, self.rew, self.next_obs, self.done, self.next_act))
-        )
+        columns = (self.obs, self.act, self.rew, self.next_obs, self.done, self.next_act)
+        return Batch(*(x[rows] for x in columns))
 
     def sample(self, n: int) -> Batch:
         return self.batch(self.train[torch.randint(len(self.train), (n,), device=self.train.device)])
@@ -588,10 +601,8 @@ def read_floats(h, out: np.ndarray, where: str):
     """An HDF5 array of any float type straight into float32 rows; NaN and infinity are refused."""
     if h.size:
         h.read_direct(out)
-    with np.errstate(invalid="ignore"):
-        finite = np.isfinite(
-            np.sum(out, dtype=np.float64)
-        )  # NaN and inf survive a sum: one pass, no temporary
+    with np.errstate(invalid="ignore"):  # NaN and inf survive a sum: one pass, no temporary
+        finite = np.isfinite(np.sum(out, dtype=np.float64))
     if not finite:
         row, *column = np.argwhere(~np.isfinite(out))[0]
         key = h.name.rsplit("/", 1)[-1]
@@ -658,15 +669,13 @@ def read_minari(f, path: Path, device) -> dict:
         expected = {k: (t + (k == "observations"), *([width[k]] if k in width else [])) for k in keys}
         if shapes != expected:
             key = next(k for k in keys if shapes[k] != expected[k])
-            fail(
-                f"{path}/{name}: '{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
-            )
+            wrong = f"'{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
+            fail(f"{path}/{name}: {wrong}")
     first = np.cumsum([0] + [len(h["observations"]) for h in episodes])
     n = int(first[-1])
     reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
-    raw = {
-        k: np.zeros((n, width[key]), np.float32) for k, key in (("obs", "observations"), ("act", "actions"))
-    }
+    raw = {"obs": np.zeros((n, width["observations"]), np.float32)}
+    raw |= {"act": np.zeros((n, width["actions"]), np.float32)}
     raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
     raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
     for name, h, i, j in zip(names, episodes, first, first[1:] - 1):  # rows i to j - 1 are transitions
@@ -724,10 +733,8 @@ def load(path: Path, args: Args, env, device) -> Data:
         held[order[: max(1, round(args.holdout * len(returns)))]] = True
     held = held[np.cumsum(start) - 1]
     if not (usable & ~held).any():
-        fail(
-            f"{path}: nothing to train on: of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are "
-            f"held out"
-        )
+        why = f"of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
+        fail(f"{path}: nothing to train on: {why}")
 
     # Actions to [-1, 1], rewards to their scale
     span = f"{act[real].min():.3g} to {act[real].max():.3g}"
@@ -744,11 +751,8 @@ def load(path: Path, args: Args, env, device) -> Data:
     g[~real | ~terminal[last] & (args.gamma ** (last - rows + np.float32(1)) > 0.01)] = np.nan
 
     n_end, kind = int(terminal.sum()), "action" if args.backup == "sarsa" else "observation"
-    info = made_by | {
-        "dataset": str(path),
-        "dataset_sha256": digest,
-        "dataset_return_mean": float(returns.mean()),
-    }
+    info = made_by | {"dataset": str(path), "dataset_sha256": digest}
+    info |= {"dataset_return_mean": float(returns.mean())}
     info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max()), "terminals": n_end}
     data = Data(
         device, info, obs=obs, act=act, rew=rew, next_obs=raw["next_obs"], done=terminal.astype(np.float32),
@@ -777,11 +781,7 @@ def make_env(env_id: str, needed: bool = True) -> gym.Env | None:
         print(f"{env_id} is not installed here: actions are taken to lie in [-1, 1]")
         return None
     box, obs = env.action_space, env.observation_space
-    if (
-        not isinstance(box, gym.spaces.Box)
-        or len(box.shape) != 1
-        or not np.isfinite([box.low, box.high]).all()
-    ):
+    if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box of one dimension")
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
@@ -891,9 +891,8 @@ def collect(args: Args, env: gym.Env, device) -> Path:
         print(f"no --dataset: using {path}, made by an earlier run")
         return path
     h5py = need("h5py")
-    print(
-        f"no --dataset: collecting {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}"
-    )
+    what = f"{args.collect_steps:,} steps of {args.env_id} by online SAC"
+    print(f"no --dataset: collecting {what}, into {path}")
     online = Args(env_id=args.env_id, seed=args.seed, cql_alpha=0.0, backup_entropy=True)
     online.policy_lr = online.q_lr = 3e-4
     learner = Learner(env.observation_space.shape[0], env.action_space.shape[0], online, device)
@@ -943,7 +942,7 @@ def normalized_score(env_id: str, value: float) -> float | None:
     return None if low is None else 100 * (value - low) / (high - low)
 
 
-# ------------------------------------------------------------------------------ explaining: the verdict
+# -------------------------------------------------------------------------- the numbers of one moment
 def diagnose(learner: Learner, data: Data, args: Args) -> dict:
     """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
 
@@ -978,25 +977,19 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
         next_act = judge(rows)
         if len(data.holdout):
             judge(probe(data.holdout), "_holdout")
-        q, uniform = (
-            q_of(batch.obs, batch.act),
-            torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1,
-        )
+        q = q_of(batch.obs, batch.act)
+        uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
         out |= {"q_data": q.mean(), "q_rand": q_of(batch.obs, uniform).mean()}
         out["q_pi"] = q_of(batch.obs, torch.tanh(actor(batch.obs)[0])).mean()
-        s0 = data.obs[data.starts[:2048]]
+        s0 = data.obs[probe(data.starts)]
         out["v_s0"] = q_of(s0, torch.tanh(actor(s0)[0])).mean()
-        obs, next_obs = (
-            batch.obs[:256],
-            batch.next_obs[:256],
-        )  # 2 x 32 actions in each: Jensen's bias is small
+        obs, next_obs = batch.obs[:256], batch.next_obs[:256]  # 64 actions each: Jensen's bias is small
         act, log_ratio = proposals(actor, obs, next_obs, "mixture", 32, draw)
         q_box = q_of(obs, act)
         out["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
         out["q_max"] = torch.maximum(q_box.max(), q.max())
-        phi, phi_next = (
-            critic.features(*x)[0][0] for x in ((batch.obs, batch.act), (batch.next_obs, next_act))
-        )
+        phi = critic.features(batch.obs, batch.act)[0][0]
+        phi_next = critic.features(batch.next_obs, next_act)[0][0]
         out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
         out["dormant"] = dormant([h[0] for h in critic.hidden(batch.obs, batch.act)])
     critic.train()
@@ -1011,15 +1004,24 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
 
 
 def advice(args: Args) -> dict:
-    """The flags that a verdict recommends."""
-    larger = f"--critic-width {max(256, 2 * args.critic_width)}, --critic-depth {args.critic_depth + 1}"
-    return {
-        "divergence": f"--cql-alpha {max(5, 2 * args.cql_alpha):g} or --layer-norm",
-        "sarsa fails": "--num-updates, --tau, --critic-width, --gamma",
-        "overfitting": "--dropout 0.1, --vib-coef 0.01 or a smaller net",
-        "alpha too large": f"--cql-alpha {args.cql_alpha / 2:g}",
-        "underfitting": f"{larger} or --residual, then --dr3-coef 0.01",
+    """The flags that a verdict recommends; what is already on is not among them."""
+    stronger, weaker = f"--cql-alpha {max(5, 2 * args.cql_alpha):g}", f"--cql-alpha {args.cql_alpha / 2:g}"
+    if args.cql_target_gap is not None:
+        stronger, weaker = "a lower --cql-target-gap", "a higher --cql-target-gap"
+    wider, smaller = (
+        f"--critic-width {x}" for x in (max(256, 2 * args.critic_width), args.critic_width // 4)
+    )
+    deeper = f"--critic-depth {args.critic_depth + 1}"
+    flags = {
+        "divergence": [stronger, "--layer-norm"],
+        "sarsa fails": [f"--num-updates {2 * args.num_updates}", wider, "a larger --tau"],
+        "overfitting": ["--dropout 0.1", "--vib-coef 0.01", smaller],
+        "alpha too large": [weaker],
+        "underfitting": [wider, deeper, "--residual", "--dr3-coef 0.01"],
     }
+    switches = ("layer_norm", "dropout", "vib_coef", "residual", "dr3_coef")
+    on = {flag(k) for k in switches if getattr(args, k) or (k == "residual" and args.critic_depth == 1)}
+    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -1027,14 +1029,17 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
+    total = args.num_updates + args.online_steps
+    if saved and (done := finished(saved, "num_updates", total)):
+        return done
     env = make_env(args.env_id, needed=not args.dataset or args.eval_episodes > 0 or args.online_steps > 0)
     envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     path = collect(args, env, device) if args.dataset is None else dataset_path(args.dataset)
     data = load(path, args, env, device)
     if saved and saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
         fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
-    sizes = (data.obs.shape[1] + data.act.shape[1], args.critic_width, args.critic_depth, args.num_critics)
-    reserve(memory(args, *sizes), "networks and one update, roughly", device)
+    size = memory(args, data.obs.shape[1] + data.act.shape[1])
+    reserve(size, "networks and one update, roughly", device)
     torch.manual_seed(args.seed)  # again: collecting has drawn from it
     learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
     if args.normalize_obs:
@@ -1043,19 +1048,16 @@ def train(args: Args) -> dict:
     step, history, bc_return, returns = 0, [], None, np.full(1, math.nan)
     if saved:
         learner.restore(saved["learner"])
-        if not all(p.isfinite().all() for p in learner.parameters()):
-            fail(f"--resume {saved['folder']}: its checkpoint.pt holds numbers that are not finite")
         step, history, bc_return = saved["step"], saved["history"], saved["bc_return"]
         returns = np.array(saved["returns"])
         before = saved["args"]["num_updates"]
         if step > before and (args.num_updates != before or args.online_steps < step - before):
-            fail(
-                f"--resume: online already, keep --num-updates {before}, --online-steps from {step - before}"
-            )
+            keep = f"--num-updates {before}, --online-steps from {step - before}"
+            fail(f"--resume: online already, keep {keep}")
         if step > before:
             player.restore(saved["player"])
         restore_random_state(saved["random"])
-    run, total, info = Run(args, data.info, saved), args.num_updates + args.online_steps, {}
+    run, info = Run(args, data.info, saved), {}
 
     def sample_both():
         n = round(args.offline_share * args.batch_size)
@@ -1120,10 +1122,11 @@ def train(args: Args) -> dict:
     name, sentence = verdict(history, args)
     summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
     summary["bc_return_mean"] = bc_return
-    known = (
-        (k, summary.get(f"{k}_return_mean")) for k in ("dataset", "bc", "selected", "final", "collector")
-    )
-    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known if v is not None))
+    names = ("dataset", "bc", "selected", "final", "collector")
+    known = {k: summary.get(f"{k}_return_mean") for k in names}
+    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known.items() if v is not None))
+    if summary.get("normalized_score") is not None:
+        print(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")
     print(f"verdict: {name}. {sentence}")
     return run.finish(summary)
 
@@ -1253,8 +1256,9 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 def verdict(history: list[dict], args) -> tuple[str, str]:
     """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
 
-    Only from what an offline user sees, in dimensionless numbers (arXiv 2109.10813): means of the last
-    fifth of the run, Q in units of q_unit(). The script's advice(args) holds the flags.
+    Only from what an offline user sees (arXiv 2109.10813), means of the last fifth of the run: the TD error
+    in units of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages;
+    divergence is read off the last moment. The script's advice(args) holds the flags.
     """
     if not history:
         return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
@@ -1265,6 +1269,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
+    conservative = args.cql_alpha > 0 and getattr(args, "cql_variant", "H") != "eq1"
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1273,16 +1278,14 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
     sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
     if fall > 0.1:
-        sign = (
-            f"the dataset's Q rose until update {top['step']:,} and has fallen by {fall:.2f} deviations since"
-        )
+        sign = f"the dataset's Q rose until update {top['step']:,} and fell by {fall:.2f} deviations since"
     rules = {
         "undefined": (
             not math.isfinite(td + gap),
             f"{numbers}: the target has no variance on the probe, look at the data",
         ),
-        "divergence": (
-            end["q_max"] > ceiling,
+        "divergence": (  # a conservative term may lift Q beyond the bound itself, at a gap below 0
+            end["q_max"] > ceiling and (gap > 0 or not conservative),
             f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
@@ -1299,7 +1302,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            gap < -5 and not off > -1,
+            conservative and gap < 0 and (off < -1 or end["q_max"] > ceiling),
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (
@@ -1318,9 +1321,10 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -1445,7 +1449,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1453,13 +1457,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1488,37 +1496,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1535,14 +1575,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1565,13 +1600,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1586,12 +1622,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

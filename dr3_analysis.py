@@ -1,4 +1,4 @@
-"""Why bootstrapping hurts deep Q-functions, and what helps: one network, the same batches, other targets.
+r"""Why bootstrapping hurts deep Q-functions, and what helps: one network, the same batches, other targets.
 
 Supervised learning and Q-learning fit the same network by the same optimiser; the target differs. Here it
 differs in one thing at a time, and the features phi(s,a), which the last linear layer reads, tell the story:
@@ -6,40 +6,46 @@ differs in one thing at a time, and the features phi(s,a), which the last linear
   mc      y = the return that followed                        supervised
   oracle  y = Q(s,a) by dynamic programming                   supervised, without noise (gridworld)
   sarsa   y = r + gamma Q'(s', a'),  a' the data's next       bootstrapped, on pairs that are trained on
-  td      y = r + gamma Q'(s', a'),  a' ~ behaviour, fresh    bootstrapped, on pairs that may never be
+  td      y = r + gamma Q'(s', a'),  a' ~ behaviour, fresh    bootstrapped, on pairs that may never be so
   td10    y = r + gamma mean of ten such Q'                   the same, without the noise of a single a'
   q       y = r + gamma max of Q'(s', a), ten uniform a       control (gridworld: all a)
-  moving  y by the td member of the next seed                 a moving target, not one's own bootstrap
+  moving  y of another seed's td network                      a moving target, but not by its own doing
 
-Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen actions the rank of phi falls and
-the dot products phi(s,a).phi(s',a') rise, even when Q has settled. The noise of gradient descent acts like a
-regulariser, in supervised learning sum phi.phi, with bootstrapping
+with Q' the target network. Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen actions
+the rank of phi falls below that of sarsa, and the dot products phi(s,a).phi(s',a') rise, even when Q has
+settled. Why: the noise of gradient descent acts like a regulariser of the features. In supervised learning it
+adds sum phi.phi, which keeps them small; with bootstrapping it adds
 
-  R(phi) = sum phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a')       (reg_sl and reg_td below, as means)
+  R(phi) = sum phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a')       (reg_sl and reg_td, as means over rows)
 
-whose second term rewards alignment (reg_sl_full, reg_td_full: with grad Q by all weights in place of phi).
-DR3 takes it away: loss + c mean phi(s,a).phi(s',a'). Cures, tried on
---cure-target, each with its number:
+whose second term rewards features that are alike on both sides of the backup (reg_sl_full, reg_td_full: with
+grad Q by all weights in place of phi). DR3 cancels that term: loss + c mean phi(s,a).phi(s',a').
+
+Cures, each a run of its own on --cure-target, c the weight of a term in the loss:
 
   dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
   sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's features (arXiv 2010.14498)
   unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
-  tau:t  wd:c  refit:k       target rate; weight decay; a new network every k updates, fitted to the last one
+  tau:t  l2:c  refit:k       target rate; |weights|^2; a new network every k updates, fitted to the last one
 
   symbol        in the code          shape
   Q(s,a)        net.q(phi)           (n, B), n members: targets and cures x seeds
   phi(s,a)      phi                  (n, B, width)
   y             targets()            (n, B)
 
-Quick; the serious run; errors to the truth, on a gridworld; your own data:
-  python dr3_analysis.py
-  python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \\
-      --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
-  python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
-  python dr3_analysis.py --problem dataset --dataset replay.hdf5 --targets mc sarsa td
+Where to read: Members, Learner.targets and Learner.loss are the algorithm; diagnose and claims look at it;
+train() is the loop. The blocks marked `shared`, which sibling scripts have too, can be skipped at first.
 
-All members train together as one batched network. The run ends with a figure, a table, and a paragraph that
-says which claims this run supports and by what numbers, also where an effect is absent.
+Quick; then the serious run:
+  python dr3_analysis.py
+  python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \
+      --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
+Errors to the truth, on a gridworld; your own data:
+  python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
+  python dr3_analysis.py --problem dataset --dataset replay.hdf5
+
+All members train together as one batched network. The run ends with a figure, a table, and a list that says
+which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
 
 Known limits: observation vectors; the rank needs more transitions than --width. Left out on purpose: pixels.
 """
@@ -106,11 +112,11 @@ class Args:
     problem: Literal["continuous", "gridworld", "dataset"] = "continuous"
     """an environment under a uniform policy; a gridworld solved exactly; a D4RL-layout file"""
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "HalfCheetah-v5"
-    """of --problem continuous (the other problems are filed under their own name)"""
+    """environment of --problem continuous (the other problems are filed under their own name)"""
     dataset: str | None = None
-    """of --problem dataset"""
+    """D4RL-layout HDF5 file of --problem dataset"""
     transitions: int = 2_000
-    """size of the data (of --problem dataset: its first rows; 0: all)"""
+    """size of the data (of --problem dataset its first rows, 0: all)"""
     grid: int = 8
     """side of the gridworld"""
     targets: tuple[Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"], ...] = ("mc", "sarsa", "td")
@@ -119,16 +125,16 @@ class Args:
     """cures on --cure-target, each a run of its own"""
     cure_target: Literal["mc", "sarsa", "td", "td10", "q"] = "td"
     """the target that the cures are tried on"""
-    seeds: int = 2
+    seeds: int = 3
     """networks of each kind; those of one seed share initial weights and batches"""
 
     # --- training
-    num_updates: int = 30_000
+    num_updates: int = 15_000
     """gradient steps (the serious run: 50_000)"""
     batch_size: int = 256
-    """B"""
-    lr: float = 3e-4
-    """of Adam"""
+    """B, transitions in a minibatch"""
+    learning_rate: float = 3e-4
+    """learning rate of Adam"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -139,27 +145,11 @@ class Args:
     """hidden layers"""
 
 
-LIMITS = {
-    "gamma": (0, 0.99999),
-    "tau": (1e-9, 1),
-    "lr": (1e-12, 1e12),
-    "grid": (3, 32),
-    "depth": (1, 64),
-    "seed": (0, 1e9),
-}  # least, most
+LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "grid": (3, 32), "depth": (1, 64)}  # least, most
+LIMITS |= {"learning_rate": (1e-12, 1e12), "seed": (0, 1e9)}
 LIMITS |= dict.fromkeys(["seeds", "width", "batch_size", "num_updates"], (1, 1e9))
-CURES = {
-    "dr3": 1,
-    "dr3abs": 1,
-    "dr3stop": 1,
-    "sl": 1,
-    "rank": 1,
-    "unit": 0,
-    "layer": 0,
-    "dropout": 1,
-    "tau": 1,
-}
-CURES |= {"wd": 1, "refit": 1}  # how many numbers each takes
+NUMBERED = ("dr3", "dr3abs", "dr3stop", "sl", "rank", "dropout", "tau", "l2", "refit")
+CURES = dict.fromkeys(NUMBERED, 1) | {"unit": 0, "layer": 0}  # how many numbers each takes
 
 
 def check(args: Args):
@@ -181,20 +171,15 @@ def check(args: Args):
         fail("--targets moving needs td, whose target it takes")
     if "moving" in args.targets and args.seeds < 2:
         fail("--targets moving needs --seeds 2 or more: it takes the target of another seed's td")
-    if (
-        len(set(args.targets)) < len(args.targets)
-        or len(set(args.cures)) < len(args.cures)
-        or not args.targets
-    ):
+    twice = any(len(set(x)) < len(x) for x in (args.targets, args.cures))
+    if twice or not args.targets:
         fail("--targets and --cures: expected different ones, and at least one target")
     for cure in args.cures:
         parse(cure)
         if cure.startswith("none"):
             fail(f"--cures {cure}: the target without a cure is always there")
     if args.cures and args.cure_target not in args.targets:
-        fail(
-            f"--cure-target {args.cure_target} is not among --targets, there would be nothing to compare with"
-        )
+        fail(f"--cure-target {args.cure_target}: not among --targets, nothing to compare the cures with")
 
 
 def parse(cure: str) -> tuple[str, float]:
@@ -206,13 +191,11 @@ def parse(cure: str) -> tuple[str, float]:
         value = math.nan
     if name != "none" and (name not in CURES or bool(number) != CURES[name] or not 0 <= value < math.inf):
         fail(f"--cures {cure}: expected one of {', '.join(k + ':NUMBER' * v for k, v in CURES.items())}")
-    most = {"dropout": 0.99, "tau": 1}.get(name, math.inf)
-    if name in ("dropout", "tau", "refit") and not (
-        0 < value <= most and (name != "refit" or value % 1 == 0)
-    ):
-        fail(
-            f"--cures {cure}: expected " + ("a whole number" if name == "refit" else f"0 < NUMBER <= {most}")
-        )
+    if name == "refit" and (value < 1 or value % 1):
+        fail(f"--cures {cure}: expected a whole number of updates")
+    most = {"dropout": 0.99, "tau": 1}.get(name)
+    if most and not 0 < value <= most:
+        fail(f"--cures {cure}: expected 0 < NUMBER <= {most}")
     return name, value
 
 
@@ -231,14 +214,14 @@ class Problem(NamedTuple):
     choices: Callable  # the same for the maximum: uniform samples, or all actions
     truth: dict  # target -> Q at the rows, by dynamic programming; {} where unknown
     greedy_return: Callable | None  # Q of all (state, action) pairs -> expected return of its greedy policy
-    everything: tuple | None  # (obs, act) of all pairs, for greedy_return
+    all_pairs: tuple | None  # (obs, act) of all pairs, for greedy_return
 
 
 def scaled(rew):
     return rew / np.abs(rew).max().clip(1e-30)
 
 
-def returns_to_go(rew, over, gamma: float):
+def discounted_sums(rew, over, gamma: float):
     """The discounted sum of rewards to the end of each row's episode (or of the array)."""
     out, total = np.zeros(len(rew)), 0.0
     for i in reversed(range(len(rew))):
@@ -259,11 +242,8 @@ def continuous(args: Args, device) -> Problem:
     if not bounded or len(box.shape) != 1 or len(env.observation_space.shape or ()) != 1:
         found = f"{env.observation_space} and {box}"
         fail(f"--env-id {args.env_id}: found {found}, expected vectors and a bounded Box".replace("\n", " "))
-    rng, columns, k = (
-        np.random.default_rng(args.seed),
-        {x: [] for x in ("obs", "act", "rew", "done", "next", "keep")},
-        0,
-    )
+    rng, k = np.random.default_rng(args.seed), 0  # k rows kept; the tail is played and not trained on
+    columns = {x: [] for x in ("obs", "act", "rew", "done", "next", "keep")}
     while k < args.transitions:
         obs, _ = env.reset(seed=args.seed + k)
         for t in range(episode + tail):
@@ -285,7 +265,7 @@ def continuous(args: Args, device) -> Problem:
 
 
 def from_columns(c, over, rew, keep, fresh, choices, args: Args, device) -> Problem:
-    mc = returns_to_go(rew, over, args.gamma)
+    mc = discounted_sums(rew, over, args.gamma)
     mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
     next_act = np.roll(c["act"], -1, 0)
     arrays = ((c["obs"] - mean) / std, c["act"], rew, c["done"], (c["next"] - mean) / std, next_act, mc)
@@ -294,46 +274,46 @@ def from_columns(c, over, rew, keep, fresh, choices, args: Args, device) -> Prob
 
 
 def dataset(args: Args, device) -> Problem:
-    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned."""
+    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned.
+
+    Without `timeouts` an episode also ends where next_observations is not the next row."""
     h5py, path = need("h5py"), args.dataset
     try:
         with h5py.File(path) as f:
             names = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
             c = {k: np.asarray(f[v], np.float32) for k, v in names.items()}
+            found = set(f)
             timeout = np.asarray(f["timeouts"]) > 0 if "timeouts" in f else np.zeros(c["rew"].shape, bool)
             c["next"] = np.asarray(f["next_observations"], np.float32) if "next_observations" in f else None
     except (OSError, KeyError, ValueError, TypeError) as e:
         fail(f"--dataset {path}: {first_line(e)}; expected a D4RL-layout HDF5 file")
     n = c["rew"].size
+    infer = "timeouts" not in found and c["next"] is not None
     if c["next"] is None:
         c["next"] = np.roll(c["obs"], -1, 0)
     shapes = {k: x.shape for k, x in (c | {"timeouts": timeout}).items()}
     rows = {k: s[:1] if k in ("obs", "act", "next") else s for k, s in shapes.items()}
-    if (
-        {*rows.values()} != {(n,)}
-        or c["obs"].ndim != 2
-        or c["act"].ndim != 2
-        or shapes["next"] != shapes["obs"]
-    ):
-        fail(
-            f"--dataset {path}: shapes {shapes}, expected rows of vectors, and one number a row of the others"
-        )
+    vectors = c["obs"].ndim == c["act"].ndim == 2 and shapes["next"] == shapes["obs"]
+    if not vectors or {*rows.values()} != {(n,)}:
+        fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, one number a row of the others")
     for k, x in c.items():
         if len(bad := np.argwhere(~np.isfinite(x))):
             key, row = names.get(k, "next_observations"), bad[0][0]
             fail(f"--dataset {path}: '{key}' is {x[tuple(bad[0])]} at row {row}, expected finite numbers")
+    if infer:
+        timeout[:-1] = (c["next"][:-1] != c["obs"][1:]).any(1)
+    elif "timeouts" not in found:
+        print(f"{path}: no 'timeouts', episodes are taken to end at terminals only")
     over = (c["done"] > 0) | timeout
     over[-1] = True
-    left = returns_to_go(np.ones(n), over, 1.0)  # rows to the end of the episode, itself included
+    left = discounted_sums(np.ones(n), over, 1.0)  # rows to the end of the episode, itself included
     ends = np.flatnonzero(over)[np.searchsorted(np.flatnonzero(over), np.arange(n))]
     whole = (c["done"][ends] > 0) | (args.gamma**left < 0.01)
     keep = whole & (~over | (c["done"] > 0))
     if args.transitions:
         keep &= np.cumsum(keep) <= args.transitions
     if keep.sum() < 32:
-        fail(
-            f"--dataset {path}: {keep.sum()} rows have a whole return and a next action, expected 32 or more"
-        )
+        fail(f"--dataset {path}: {keep.sum()} rows with a whole return and next action, expected 32 or more")
     problem = from_columns(c, over, scaled(c["rew"]), keep, None, None, args, device)
     low, high = problem.act.amin(0), problem.act.amax(0)
     actor = clone(problem, args, device)
@@ -410,12 +390,8 @@ def gridworld(args: Args, device) -> Problem:
         s = t if t != S - 1 else int(rng.integers(S - 1))
     state, act, rew, done, after = (np.array(x) for x in zip(*rows))
     one_hot = np.eye(4, dtype=np.float32)
-    c = {
-        "obs": features[state],
-        "act": one_hot[act],
-        "done": done.astype(np.float32),
-        "next": features[after],
-    }
+    c = {"obs": features[state], "act": one_hot[act], "next": features[after]}
+    c["done"] = done.astype(np.float32)
     keep = np.arange(len(state)) <= np.flatnonzero(done)[-1] if done.any() else np.zeros(len(state), bool)
     if not keep.any():
         fail(f"--transitions {args.transitions}: no episode reached the goal, take more or a smaller --grid")
@@ -433,8 +409,8 @@ def gridworld(args: Args, device) -> Problem:
 
     seen = torch.from_numpy(features).to(device) - torch.from_numpy(features[state][keep].mean(0)).to(device)
     seen = seen / (torch.from_numpy(features[state][keep].std(0)).to(device) + 1e-3)
-    everything = (seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
-    return problem._replace(truth=truth, greedy_return=greedy_return, everything=everything)
+    all_pairs = (seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
+    return problem._replace(truth=truth, greedy_return=greedy_return, all_pairs=all_pairs)
 
 
 # ------------------------------------------------------------------- networks: all members as one batch
@@ -453,7 +429,7 @@ class Members(nn.Module):
             for seed in sorted({m.seed for m in members}):
                 g = torch.Generator().manual_seed(1_000 * seed + i)
                 u = torch.rand(fan_in + 1, fan_out, generator=g) * 2 - 1
-                draws[seed] = u * (fan_in**-0.5 if i < args.depth else 3e-3)  # Q starts at 0
+                draws[seed] = u * (fan_in**-0.5 if i < args.depth else 3e-3)  # Q starts near 0
             stacked = torch.stack([draws[m.seed] for m in members])
             self.weights.append(nn.Parameter(stacked[:, :-1].clone()))
             self.biases.append(nn.Parameter(stacked[:, -1:].clone()))
@@ -524,7 +500,8 @@ def all_members(args: Args) -> list[Member]:
 
 
 def adam_scale(step: int) -> float:
-    """Adam's correction for moments that started at 0, `step` steps ago."""
+    """Adam's correction for moments that started at 0, `step` steps ago. One Adam serves all members and
+    counts the run's steps; a refitted member's steps are rescaled to its own age."""
     return (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
 
 
@@ -537,7 +514,7 @@ class Learner(nn.Module):
         self.net = Members(problem.obs.shape[1] + problem.act.shape[1], self.members, args)
         self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.to(device)
-        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, fused=True)
         taus = [m.value if m.cure == "tau" else 0.0 if m.cure == "refit" else args.tau for m in self.members]
         self.register_buffer("taus", torch.tensor(taus, device=device)[:, None, None])
         self.draw = {m.seed: torch.Generator(device).manual_seed(m.seed) for m in self.members}
@@ -568,7 +545,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def targets(self, rows, fresh, choices):
         """y (n, B), and the action of each target, (n, B, act)."""
-        p, y, chosen = self.problem, torch.empty(rows.shape, device=rows.device), None
+        p, y = self.problem, torch.empty(rows.shape, device=rows.device)
         chosen = torch.empty(*rows.shape, p.act.shape[1], device=rows.device)
         for kind in self.args.targets:
             members = self.chosen(target=kind)
@@ -585,10 +562,7 @@ class Learner(nn.Module):
             obs = p.next_obs[rows[members]][:, :, None].expand(-1, -1, m, -1)
             q = self.target(torch.cat([obs, act], -1).flatten(1, 2), sources).view(k, B, m)
             if kind == "q":
-                best = q.argmax(-1)
-                chosen[members] = act.gather(2, best[..., None, None].expand(-1, -1, 1, act.shape[-1]))[
-                    :, :, 0
-                ]
+                chosen[members] = act.take_along_dim(q.argmax(-1)[..., None, None], 2)[:, :, 0]
             value = q.amax(-1) if kind == "q" else q.mean(-1)
             rows_of = rows[members]
             y[members] = p.rew[rows_of] + self.args.gamma * (1 - p.done[rows_of]) * value
@@ -601,7 +575,7 @@ class Learner(nn.Module):
         phi = net.features(torch.cat([p.obs[rows], p.act[rows]], -1))
         error = ((net.q(phi) - y) ** 2).mean(1)
         penalty = torch.zeros_like(error)
-        for cure in {m.cure for m in self.members} & {"dr3", "dr3abs", "dr3stop", "sl", "rank", "wd"}:
+        for cure in {m.cure for m in self.members} & {"dr3", "dr3abs", "dr3stop", "sl", "rank", "l2"}:
             members = self.chosen(cure=cure)
             weight = torch.tensor([self.members[i].value for i in members], device=error.device)
             if cure.startswith("dr3"):
@@ -657,9 +631,7 @@ class Learner(nn.Module):
 
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
-        flags = {k: self.optim.param_groups[0][k] for k in ("fused", "capturable")}
-        self.optim.load_state_dict(saved["optim"])
-        self.optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+        load_optimizer(self.optim, saved["optim"])
         for seed, g in self.draw.items():
             g.set_state(saved["draws"][seed])
 
@@ -667,14 +639,14 @@ class Learner(nn.Module):
 # ------------------------------------------------------------------------------------------ measuring
 def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
     """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, the regulariser
-    with the features and (on 256 rows) with the gradients of all weights in place of phi, mean Q and, where
-    the truth is known, the error to it."""
+    with the features and (on 256 rows) with the gradients of all weights in place of phi, mean Q, and its
+    error: q_error to the truth where that is known, else return_error to the single return that followed
+    (not for mc, which is trained on just that, nor for q, which is after another policy's)."""
     p, net = learner.problem, learner.net
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(p.rew.device)
     rows, g = rows.expand(len(learner.members), -1), torch.Generator(p.rew.device).manual_seed(0)
-    fresh, choices = (
-        f(p.next_obs[rows[0]], 10, g).expand(len(rows), -1, -1, -1) for f in (p.fresh, p.choices)
-    )
+    drawn = (f(p.next_obs[rows[0]], 10, g) for f in (p.fresh, p.choices))
+    fresh, choices = (x.expand(len(rows), -1, -1, -1) for x in drawn)
     out = []
     net.eval()
     with strict_fp32():
@@ -683,12 +655,11 @@ def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
         phi_next = net.features(torch.cat([p.next_obs[rows], next_act], -1))
         q, bootstraps = net.q(hidden[-1]), 1 - p.done[rows[0]]
         check_finite(step, {"Q": q, "phi": hidden[-1], "phi'": phi_next, "the target": y})  # svdvals raises
-        x, x_next = (
-            torch.cat([o[rows], a], -1)[:, :256] for o, a in ((p.obs, p.act[rows]), (p.next_obs, next_act))
-        )
+        x = torch.cat([p.obs[rows], p.act[rows]], -1)[:, :256]
+        x_next = torch.cat([p.next_obs[rows], next_act], -1)[:, :256]
         full_own, full_next = gradient_dots(net, x, x_next)
-        everything = p.everything and torch.cat(p.everything, -1).expand(len(rows), -1, -1)
-        table = net(everything) if everything is not None else None
+        pairs = p.all_pairs and torch.cat(p.all_pairs, -1).expand(len(rows), -1, -1)
+        q_table = net(pairs) if pairs is not None else None
         for i, m in enumerate(learner.members):
             phi = hidden[-1][i]
             one = spectrum(phi) | alignment(phi, phi_next[i], bootstraps) | {"q_mean": q[i].mean()}
@@ -699,21 +670,22 @@ def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
             one["reg_td"] = one["reg_sl"] - args.gamma * dot.mean()
             one["reg_sl_full"] = full_own[i].mean()
             one["reg_td_full"] = one["reg_sl_full"] - args.gamma * (full_next[i] * bootstraps[:256]).mean()
-            truth = p.truth[m.target][rows[0]] if p.truth else p.mc[rows[0]] if m.target != "q" else None
-            if truth is not None:
-                one |= {
-                    "truth": truth.mean(),
-                    "q_error": (q[i] - truth).pow(2).mean() / truth.var().clamp(min=1e-12),
-                }
-            if table is not None:
-                one["greedy_return"] = p.greedy_return(table[i].view(-1, 4).double().cpu().numpy())
+            known = (p.truth[m.target] if p.truth else p.mc)[rows[0]]
+            error = (q[i] - known).pow(2).mean() / known.var().clamp(min=1e-12)
+            if p.truth:
+                one |= {"truth": known.mean(), "q_error": error}
+            elif m.target not in ("mc", "q"):
+                one |= {"truth": known.mean(), "return_error": error}
+            if q_table is not None:
+                one["greedy_return"] = p.greedy_return(q_table[i].view(-1, 4).double().cpu().numpy())
             out.append({k: float(v) for k, v in one.items()})
     net.train()
     return out
 
 
 def collect_results(learner: Learner, steps: list, history: list, args: Args) -> dict:
-    """results[target][cure][metric]: `quarter`, `half`, `final`, over seeds, with 95 % intervals."""
+    """results[target][cure][metric]: `quarter`, `half`, `final`, means over seeds; half the width of their
+    95 % intervals; and the seeds' own values."""
     results = {}
     at = {"quarter": args.num_updates / 4, "half": args.num_updates / 2, "final": args.num_updates}
     moments = {k: history[int(np.argmin([abs(s - v) for s in steps]))] for k, v in at.items()}
@@ -724,96 +696,87 @@ def collect_results(learner: Learner, steps: list, history: list, args: Args) ->
             for k, moment in moments.items():
                 values = np.array([moment[i][metric] for i in mine])
                 entry[k], entry[k + "_interval"] = float(values.mean()), interval(values)
+                entry[k + "_seeds"] = values.tolist()
     return results
 
 
-T_QUANTILE = {
-    2: 12.71,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # 97.5 %
+T_QUANTILE = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 2 to 10 values
 
 
 def interval(values) -> float:
     """Half the width of the 95 % interval of a mean, by Student's t; 0 for a single value."""
     n = len(values)
-    return float(T_QUANTILE.get(n, 1.96 + 2.6 / n) * values.std(ddof=1) / n**0.5) if n > 1 else 0.0
+    if n < 2:
+        return 0.0
+    t = T_QUANTILE[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)
+    return float(t * values.std(ddof=1) / n**0.5)
 
 
 # ----------------------------------------------------------------------------------- what it all says
 def claims(results: dict) -> dict:
-    """The seeds' claims about this run: name -> (word, a sentence of numbers).
+    """The papers' claims, checked on this run: name -> (word, a sentence of mean numbers).
 
-    A dot product rises if it gains more than 10 % in the second half; a mean Q has settled if it moves
-    by less than 10 % there; a rank falls if it ends 15 % below that of sarsa (without sarsa: of mc).
+    Each is decided seed by seed, against the member of the same weights and batches: `supported` if it holds
+    in all seeds, `not supported` if in none, else `undecided`. A rank falls if it ends 15 % below that of
+    sarsa (without sarsa: of mc). A dot product rises if it ends above twice that one's and gains more than
+    10 % in the second half; a mean Q has settled if it moves by less than 10 % there.
     """
     out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
 
     def get(target, metric, when="final", cure="none"):
-        return results[target][cure].get(metric, {}).get(when)
+        return np.array(results[target][cure][metric][when + "_seeds"])
 
     def gain(target, metric, since="half"):
         before = get(target, metric, since)
-        return (get(target, metric) - before) / max(abs(before), 1e-30)
+        return (get(target, metric) - before) / np.abs(before).clip(1e-30)
 
-    def say(name: str, holds: bool, *parts: str):
-        out[name] = ("supported" if holds else "not supported", ", ".join(parts))
+    def say(name: str, holds, *parts: str):
+        word = "supported" if holds.all() else "undecided" if holds.any() else "not supported"
+        out[name] = (f"{word} ({holds.sum()} of {len(holds)} seeds)", ", ".join(parts))
 
     if base and "td" in results:
         td, other = get("td", "srank"), get(base, "srank")
-        fallen, ranks = td < 0.85 * other, f"srank ends at {td:.0f} for td and {other:.0f} for {base}"
-        say("with bootstrapping on unseen actions the rank falls", fallen, ranks)
+        ranks = f"srank ends at {td.mean():.0f} for td and {other.mean():.0f} for {base}"
+        say("with bootstrapping on unseen actions the rank falls", td < 0.85 * other, ranks)
         ratio, rise = (
-            get("td", "feature_dot") / max(get(base, "feature_dot"), 1e-30),
+            get("td", "feature_dot") / get(base, "feature_dot").clip(1e-30),
             gain("td", "feature_dot"),
         )
-        dots = f"in the second half td's dot product changes by {rise:+.0%}"
-        twice = f"it ends at {ratio:.1f} times that of {base}"
-        steady = f"which changes by {gain(base, 'feature_dot'):+.0%}"
-        say("with bootstrapping the dot products rise", ratio > 2 and rise > 0.1, dots, twice, steady)
+        dots = f"in the second half td's dot product changes by {rise.mean():+.0%} (a rise: +10%)"
+        twice = f"it ends at {ratio.mean():.1f} times that of {base} (a rise: 2)"
+        steady = f"which changes by {gain(base, 'feature_dot').mean():+.0%}"
+        say("with bootstrapping the dot products rise", (ratio > 2) & (rise > 0.1), dots, twice, steady)
         moved = gain("td", "q_mean")
-        settled = f"its mean Q by {moved:+.0%}"
-        say("the dot products rise while Q has settled", abs(moved) < 0.1 and rise > 0.1, dots, settled)
-        if get("td", "q_error") is not None:
-            worse = get("td", "q_error") / max(get(base, "q_error"), 1e-30)
-            say(
-                "errors grow as the rank falls",
-                worse > 1.1 and fallen,
-                ranks,
-                f"td's error is {worse:.2f} times",
-            )
+        settled = f"its mean Q by {moved.mean():+.0%} (settled: 10%)"
+        say("the dot products rise while Q has settled", (np.abs(moved) < 0.1) & (rise > 0.1), dots, settled)
+        error = next((k for k in ("q_error", "return_error") if k in results[base]["none"]), None)
+        if error:
+            worse = get("td", error) / get(base, error).clip(1e-30)
+            times = f"td's {error} is {worse.mean():.2f} times that of {base}"
+            say("errors grow as the rank falls", (worse > 1.1) & (td < 0.85 * other), ranks, times)
     for target in ("oracle", "mc"):
         if target in results:
             kept = gain(target, "srank", "quarter")
-            text = f"its srank changes by {kept:+.0%} after the first quarter"
+            text = f"its srank changes by {kept.mean():+.0%} after the first quarter"
             say(f"with {target} targets the rank does not fall", kept > -0.05, text)
-    if "moving" in results:
-        own, other = get("td", "srank"), get("moving", "srank")
-        text = f"srank ends at {other:.0f} with td's target and {own:.0f} with its own"
-        say("a moving target alone does not lower the rank", other > own / 0.85, text)
+    if "moving" in results and base:
+        moving, other = get("moving", "srank"), get(base, "srank")
+        text = f"srank ends at {moving.mean():.0f} with td's target, {other.mean():.0f} for {base}"
+        say("a moving target alone does not lower the rank", moving > 0.85 * other, text)
     for target, cure in [(t, c) for t in results for c in results[t] if c.startswith("dr3")]:
         dot, was = get(target, "feature_dot", "final", cure), get(target, "feature_dot")
-        rank, rank_was = get(target, "srank", "final", cure), get(target, "srank")
         q, q_was = get(target, "q_mean", "final", cure), get(target, "q_mean")
-        moved = (q - q_was) / max(abs(q_was), 1e-30)
-        texts = f"dot product {was:.3g} -> {dot:.3g}", f"mean Q changes by {moved:+.0%}"
-        goal = get(base, "feature_dot") if base else was
-        say(
-            f"{cure} on {target} lowers the dot products and leaves Q alone",
-            dot <= min(goal, 0.9 * was) and abs(moved) < 0.1,
-            *texts,
-        )
-        say(
-            f"{cure} on {target} rescues the rank",
-            rank > 1.05 * rank_was,
-            f"srank {rank_was:.0f} -> {rank:.0f}",
-        )
+        moved = (q - q_was) / np.abs(q_was).clip(1e-30)
+        goal = np.minimum(get(base, "feature_dot") if base else was, 0.9 * was)
+        texts = f"dot product {was.mean():.3g} -> {dot.mean():.3g}", f"mean Q changes by {moved.mean():+.0%}"
+        name = f"{cure} on {target} lowers the dot products and leaves Q alone"
+        say(name, (dot <= goal) & (np.abs(moved) < 0.1), *texts)
+        rank, rank_was = get(target, "srank", "final", cure), get(target, "srank")
+        text = f"srank {rank_was.mean():.0f} -> {rank.mean():.0f}"
+        if base:
+            other = get(base, "srank")
+            holds = (rank > 1.05 * rank_was) & (rank > 0.85 * other)
+            say(f"{cure} on {target} rescues the rank", holds, text, f"{other.mean():.0f} for {base}")
     return out
 
 
@@ -821,12 +784,16 @@ PANELS = {
     "feature_dot": "dot product of phi and phi'",
     "feature_cos": "cosine of phi and phi'",
     "srank": "srank of phi",
+    "reg_td": "regulariser R(phi) with bootstrapping",
     "q_mean": "mean Q (dotted: truth)",
     "q_error": "error to truth / its variance",
+    "return_error": "error to the return / its variance",
     "td_error": "TD error / target's variance",
+    "dormant": "share of dormant units",
 }
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", "-"),
-          ("#E69F00", "--"), ("#56B4E9", "-."), ("#666666", ":")]  # fmt: skip
+COLOURS = {"mc": "#0072B2", "oracle": "#56B4E9", "sarsa": "#009E73", "td": "#D55E00"}  # by target
+COLOURS |= {"td10": "#E69F00", "q": "#CC79A7", "moving": "#000000"}
+DASHES = ["-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3))]  # by cure
 
 
 def draw(learner: Learner, steps: list, history: list, path: Path):
@@ -839,23 +806,24 @@ def draw(learner: Learner, steps: list, history: list, path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+    panels = {k: v for k, v in PANELS.items() if any(k in one for one in history[-1])}
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True)
     kinds = list(dict.fromkeys((m.target, m.label) for m in learner.members))
-    for axis, (metric, title) in zip(axes.flat, PANELS.items()):
-        for (target, label), (colour, style) in zip(kinds, STYLES * 9):
-            mine = learner.chosen(target=target, label=label)
+    dashes = dict(zip(dict.fromkeys(label for _, label in kinds), DASHES * 9))
+    for axis, (metric, title) in zip(axes.flat, panels.items()):
+        for target, label in kinds:
+            colour, mine = COLOURS[target], learner.chosen(target=target, label=label)
             if metric not in history[-1][mine[0]]:
                 continue
             values = np.array([[moment[i][metric] for i in mine] for moment in history])
             mean, half = values.mean(1), np.array([interval(v) for v in values])
-            axis.plot(
-                steps, mean, style, color=colour, label=target + (f" {label}" if label != "none" else "")
-            )
+            text = target if label == "none" else f"{target} {label}"
+            axis.plot(steps, mean, linestyle=dashes[label], color=colour, label=text)
             axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
             if metric == "q_mean" and "truth" in history[-1][mine[0]]:
                 axis.axhline(history[-1][mine[0]]["truth"], color="grey", linestyle=":", linewidth=1)
         axis.set_title(title, fontsize=10)
-        if metric in ("feature_dot", "q_error", "td_error"):
+        if metric in ("feature_dot", "q_error", "return_error", "td_error"):
             axis.set_yscale("log")
     for axis in axes[1]:
         axis.set_xlabel("updates")
@@ -866,19 +834,9 @@ def draw(learner: Learner, steps: list, history: list, path: Path):
 
 
 def table(results: dict) -> str:
-    names = (
-        "feature_dot",
-        "feature_cos",
-        "srank",
-        "dormant",
-        "q_mean",
-        "q_error",
-        "td_error",
-        "greedy_return",
-    )
-    names = [
-        n for n in names if any(n in metrics for cures in results.values() for metrics in cures.values())
-    ]
+    names = "feature_dot feature_cos srank dormant reg_td q_mean q_error return_error td_error greedy_return"
+    found = [metrics for cures in results.values() for metrics in cures.values()]
+    names = [n for n in names.split() if any(n in metrics for metrics in found)]
     lines = ["target cure".ljust(22) + "".join(n.rjust(20) for n in names)]
     for target, cures in results.items():
         for cure, metrics in cures.items():
@@ -890,11 +848,11 @@ def table(results: dict) -> str:
 
 # ------------------------------------------------------------------------------------------- training
 def memory(problem: Problem, members: int, args: Args) -> int:
-    """Bytes: weights four times (target, gradient, two moments of Adam), activations of ten next actions, in
-    an update or on the 2,048 rows of a measurement."""
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of ten next
+    actions, in an update or on the 2,048 rows of a measurement."""
     inputs = problem.obs.shape[1] + problem.act.shape[1]
     weights = args.width * (inputs + args.width * (args.depth - 1))
-    return 4 * members * (4 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
+    return 4 * members * (5 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
 
 
 def train(args: Args) -> dict:
@@ -902,9 +860,10 @@ def train(args: Args) -> dict:
     check(args)
     args = args if args.problem == "continuous" else replace(args, env_id=args.problem)
     device, saved = set_up(args), find_checkpoint(args)
-    problem = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem](
-        args, device
-    )
+    if saved and (done := finished(saved, "num_updates", args.num_updates)):
+        return done
+    make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem]
+    problem = make(args, device)
     reserve(memory(problem, len(all_members(args)), args), "networks and one update, roughly", device)
     learner, step, steps, history, info = Learner(problem, args, device), 0, [], [], {}
     digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in problem[:7])).hexdigest()
@@ -928,22 +887,20 @@ def train(args: Args) -> dict:
         state = {"learner": learner.checkpoint(), "step": step, "steps": steps, "history": history}
         run.save("checkpoint.pt", state | {"random": random_state()})
 
+    every = lambda n: n > 0 and step % n == 0
+    moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)  # of the claims
     progress = Progress("training", args.num_updates, step)
     with StopSignal() as stop:
         while step < args.num_updates and not stop.signum:
             step += 1
             info = learner.update(step)
-            every = lambda n: n > 0 and step % n == 0  # noqa: B023
-            moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)  # of the claims
             if every(args.diagnostics_frequency) or step in moments:
                 check_members()
                 with progress.paused():
                     steps, history = [*steps, step], [*history, diagnose(learner, args, step)]
                     for m, one in zip(learner.members, history[-1]):
-                        run.scalars(
-                            {f"diagnostics/{m.target}/{m.label}/{m.seed}/{k}": v for k, v in one.items()},
-                            step,
-                        )
+                        tag = f"diagnostics/{m.target}/{m.label}/{m.seed}/"
+                        run.scalars({tag + k: v for k, v in one.items()}, step)
                     run.scalars({"charts/updates_per_second": progress.rate(step)}, step)
             if every(args.checkpoint_frequency) and step < args.num_updates:
                 save()
@@ -1013,9 +970,10 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -1140,7 +1098,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1148,13 +1106,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1183,37 +1145,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1230,14 +1224,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1260,13 +1249,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1281,12 +1271,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

@@ -1,24 +1,29 @@
-"""Natural policy gradient by K-FAC, conjugate gradients (TRPO) or the exact Fisher matrix; or the plain one.
+r"""Natural policy gradient by K-FAC, conjugate gradients (TRPO) or the exact Fisher matrix; or the plain one.
 
 A policy gradient g depends on how the policy is written down; the natural one, F^-1 g, does not. It is the
-steepest ascent when distance is the change of the *distribution*, to second order KL = d^T F d / 2, with
+steepest ascent when distance is the change of the *distribution*, to second order KL = x^T F x / 2, with
 
   F = E_s E_{a~pi} [ grad log pi(a|s) grad log pi(a|s)^T ]                         the Fisher matrix
-  maximise g^T d  subject to  d^T F d / 2 <= delta   =>   d = sqrt(2 delta / g^T F^-1 g) F^-1 g
+  maximise g^T x  subject to  x^T F x / 2 <= delta   =>   x = sqrt(2 delta / d^T F d) d,   d = F^-1 g
 
-F has a row for each parameter: for AlexNet 60 million. K-FAC (Martens, Grosse, arXiv 1503.05671; for policies
-ACKTR, arXiv 1708.05144) writes it in small factors. For a layer s = W a, where a has a 1 appended for the
-bias, and g = grad_s log pi:
+Solvers differ in how well d solves F d = g. Its length d^T F d is exact for all of them (one forward-mode
+product), so that each step has the predicted KL delta, also where d is only an approximation.
+
+F has a row for each parameter: 4,610 for a small policy here, 60 million for AlexNet. K-FAC (Martens, Grosse,
+arXiv 1503.05671; for policies ACKTR, arXiv 1708.05144) writes it in small factors. In the papers' letters,
+which mean other things elsewhere: a layer s = W a, its input a with a 1 appended for the bias, and
+g = grad_s log pi for each row:
 
   grad_W log pi = g a^T,    vec(g a^T) = g (x) a          (row-major, as torch flattens W)
   F_W = E[ g g^T (x) a a^T ]  ~  E[g g^T] (x) E[a a^T] = S (x) A
   (S (x) A)^-1 vec(G) = vec( S^-1 G A^-1 )
 
 so that AlexNet's last layer, 1000 x 4096, needs matrices of 1000 and 4097 rows instead of one of 4 million.
-Two approximations have a name: layers apart from each other, and the expectation of a product as a product.
-Damping is factored: (A + pi sqrt(l) I) and (S + sqrt(l) / pi I), pi^2 = (tr A / dim A) / (tr S / dim S).
-For the critic F is the Gauss-Newton matrix, g = dV/ds: nothing is sampled. The log-deviations of a Gaussian
-policy are no layer: their Fisher matrix is 2 I, exactly.
+Two approximations: F is block-diagonal, no terms between layers; and the expectation of a product is taken
+as the product of expectations. Damping l is split over the factors, (A + w sqrt(l) I) and (S + sqrt(l) / w I)
+with w^2 = (tr A / dim A) / (tr S / dim S). For the critic F is the Gauss-Newton matrix, g = dV/ds: nothing is
+sampled. The log-deviations of a Gaussian policy are no layer: their Fisher matrix is 2 I exactly, their step
+g / (2 + l).
 
   symbol        in the code                       shape
   a, s          inputs and outputs of a Linear    (B, in), (B, out)
@@ -29,23 +34,28 @@ policy are no layer: their Fisher matrix is 2 I, exactly.
   d^T F d       quadratic()                       scalar, exact, by one forward-mode product
   A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
 
-K-FAC; TRPO (arXiv 1502.05477); exact, for small networks; an advantage actor-critic; K-FAC's direction
-beside the exact one (`diagnostics/fisher_cosine_kfac`, for at most 2,000 parameters); MuJoCo:
+Where to read: from the Fisher matrix to Learner.critic_step is the algorithm; train() is the loop. The
+blocks marked `shared`, which sibling scripts have too, can wait (their remarks on Atari are ppo.py's).
+
+K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
   python kfac_npg.py --solver exact --width 16
+The plain gradient, an advantage actor-critic:
   python kfac_npg.py --solver none --num-envs 8 --num-steps 16 --learning-rate 1e-3
+K-FAC's direction beside the exact one (`diagnostics/fisher_cosine_kfac`, for at most 2,000 parameters):
   python kfac_npg.py --width 16
-  python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \\
+MuJoCo:
+  python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
       --normalize
 
 While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near --max-kl (far above: a
-smaller --max-kl). `kl_predicted` is --max-kl by construction when no line search acts; the informative
-pair is `kl` and `kl_kfac`: what the factors alone predict shows what the two approximations miss.
+smaller --max-kl). `kl_predicted` is --max-kl by construction when no line search acts. `kl_kfac`, what the
+factors alone say, can be several times smaller than `kl`: they leave out what the layers do together.
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 
 Known limits: observation vectors and MLPs. Left out on purpose: convolutions (KFC), momentum, EKFAC, several
-epochs on a batch (ppo.py). Numbers in brackets in the shared block: see ppo.py.
+epochs on a batch (ppo.py).
 """
 
 import ctypes
@@ -131,19 +141,19 @@ class Args:
     ent_coef: float = 0.0
     """weight of an entropy bonus"""
     solver: Literal["kfac", "cg", "exact", "none"] = "kfac"
-    """of F d = g: Kronecker factors; conjugate gradients; a dense F; none: Adam on g itself"""
+    """of F d = g. kfac: Kronecker factors; cg: conjugate gradients; exact: a dense F; none: Adam on g"""
     max_kl: float = 0.01
-    """delta, trust region of a policy step (ACKTR: 0.001 to 0.002; TRPO: 0.01)"""
+    """delta, trust region of a policy step (ACKTR: 0.0005 to 0.002; TRPO: 0.01)"""
     line_search: bool = False
     """shorten the step until the surrogate improves and the KL holds (TRPO)"""
     damping: float = 0.01
-    """l; of cg and exact F + l I (TRPO: 0.1)"""
+    """l, split over the factors by kfac, F + l I for cg and exact (TRPO: 0.1)"""
     learning_rate: float = 3e-4
-    """of Adam, with --solver none"""
+    """learning rate of Adam, with --solver none"""
 
     # --- K-FAC
     stats_decay: float = 0.95
-    """most weight that the factors' running average gives to the past"""
+    """decay of the factors' running average; the first batches are averaged plainly"""
     refresh: int = 1
     """policy steps between factorisations of the factors"""
     empirical_fisher: bool = False
@@ -157,7 +167,7 @@ class Args:
     critic_solver: Literal["kfac", "adam"] = "kfac"
     """Gauss-Newton by K-FAC with the exact best step along its direction; or Adam"""
     critic_lr: float = 1e-3
-    """of Adam, with --critic-solver adam"""
+    """learning rate of Adam, with --critic-solver adam"""
     critic_damping: float = 0.1
     """l of the critic's factors"""
 
@@ -170,16 +180,12 @@ class Args:
     """log standard deviation of a continuous policy at the start"""
 
 
-LIMITS = {
-    "gamma": (0, 0.99999),
-    "gae_lambda": (0, 1),
-    "depth": (0, 64),
-    "log_std_init": (-20, 20),
-}  # least, most
-LIMITS |= {"stats_decay": (0, 0.99999)} | dict.fromkeys(["damping", "critic_damping"], (0, 1e12))
+LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "depth": (0, 64), "seed": (0, 1e6)}  # least, most
+LIMITS |= {"log_std_init": (-20, 20), "stats_decay": (0, 0.99999)}
+LIMITS |= dict.fromkeys(["damping", "critic_damping"], (0, 1e12))
 LIMITS |= dict.fromkeys(["max_kl", "learning_rate", "critic_lr"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["num_envs", "width", "refresh", "cg_steps", "critic_updates"], (1, 1e6))
-LIMITS |= {"num_steps": (4, 1e6), "seed": (0, 1e6)}  # one-step episodes: every second row is a reset
+LIMITS["num_steps"] = (4, 1e6)  # two valid rows even where every second one is a reset
 LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
 
 
@@ -194,7 +200,10 @@ def check(args: Args):
     only_if(args, args.critic_solver == "adam", "with --critic-solver kfac", "critic_lr")
     only_if(args, args.critic_solver == "kfac", "with --critic-solver adam", "critic_damping")
     only_if(args, args.depth > 0, "with --depth 0", "width")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+    if args.solver == "exact" and args.damping == 0:
+        fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -225,10 +234,8 @@ class Agent(nn.Module):
     def __init__(self, obs_space, act_space, args: Args):
         super().__init__()
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
-        outputs = int(act_space.n) if self.discrete else act_space.shape[0]
-        self.actor, self.critic = (
-            MLP(obs_space.shape[0], n, g, args) for n, g in ((outputs, 0.01), (1, 1.0))
-        )
+        inputs, outputs = obs_space.shape[0], int(act_space.n) if self.discrete else act_space.shape[0]
+        self.actor, self.critic = MLP(inputs, outputs, 0.01, args), MLP(inputs, 1, 1.0, args)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
 
@@ -246,9 +253,10 @@ class Agent(nn.Module):
 
     def features(self, obs):
         """What the last linear layers of policy and value read, each (B, D), for the diagnostics."""
-        records = [], []
-        self.actor(obs, records[0]), self.critic(obs, records[1])
-        return records[0][-1][0], records[1][-1][0]
+        actor, critic = [], []
+        self.actor(obs, actor)
+        self.critic(obs, critic)
+        return actor[-1][0], critic[-1][0]
 
     def sample(self, head):
         if self.discrete:
@@ -282,6 +290,7 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------- the Fisher matrix, exactly
+# F = E_s[ J^T M J ]: J the Jacobian of the head (logits or mean), M the Fisher matrix of the head itself.
 def metric(agent: Agent, head, t):
     """The Fisher matrix of the *head*, per state, times a tangent t (B, outputs): I / sigma^2 for the mean of
     a Gaussian, diag(p) - p p^T for logits."""
@@ -291,24 +300,25 @@ def metric(agent: Agent, head, t):
     return p * (t - (p * t).sum(-1, keepdim=True))
 
 
-def head_tangent(agent: Agent, obs, d: list):
-    """head and its derivative along d, by forward-mode differentiation; each (B, outputs)."""
-    names = [n for n, _ in agent.actor.named_parameters()]
-    call = lambda p: torch.func.functional_call(agent.actor, p, (obs,))
-    return torch.func.jvp(call, (dict(agent.actor.named_parameters()),), (dict(zip(names, d)),))
+def tangent(net: MLP, obs, d: list):
+    """net(obs) and its derivative along d, by forward-mode differentiation; each (B, outputs). What d holds
+    beyond the network's parameters, a log_std, is left out."""
+    params = dict(net.named_parameters())
+    call = lambda p: torch.func.functional_call(net, p, (obs,))
+    return torch.func.jvp(call, (params,), (dict(zip(params, d)),))
 
 
 def quadratic(agent: Agent, obs, d: list):
     """d^T F d, exactly, over all layers at once: E_s[t^T F_head t] + 2 |d_log_std|^2."""
     with strict_fp32():
-        head, t = head_tangent(agent, obs, d)
+        head, t = tangent(agent.actor, obs, d)
         return (t * metric(agent, head, t)).sum(-1).mean() + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
 
 
 def fisher_product(agent: Agent, obs, d: list) -> list:
     """F d: forward through the network, the metric at its head, and back."""
     with strict_fp32():
-        head, t = head_tangent(agent, obs, d)
+        head, t = tangent(agent.actor, obs, d)
         weight = metric(agent, head, t) / len(obs)
         with torch.enable_grad():
             weighted = (agent.actor(obs) * weight).sum()
@@ -326,11 +336,9 @@ def dense_fisher(agent: Agent, obs):
         head = agent.actor(obs)
         MJ = metric(agent, head[:, None], J.transpose(1, 2))  # (B, n, outputs)
         fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
-        return (
-            fisher
-            if agent.discrete
-            else torch.block_diag(fisher, 2 * torch.eye(len(agent.log_std)).to(fisher))
-        )
+        if agent.discrete:
+            return fisher
+        return torch.block_diag(fisher, 2 * torch.eye(len(agent.log_std)).to(fisher))
 
 
 def flat(d: list):
@@ -342,7 +350,7 @@ def unflat(v, like: list) -> list:
 
 
 def conjugate_gradients(product, g: list, steps: int) -> list:
-    """Approximates d with product(d) = g, from d = 0."""
+    """Approximates d with product(d) = g, from d = 0: residual r = g - product(d), search direction p."""
     d, r, p = torch.zeros_like(flat(g)), flat(g), flat(g)
     rr = start = r @ r
     for _ in range(steps):
@@ -353,8 +361,8 @@ def conjugate_gradients(product, g: list, steps: int) -> list:
             break
         alpha = rr / (p @ q)
         d, r = d + alpha * p, r - alpha * q
-        new = r @ r
-        p, rr = r + new / rr * p, new
+        rr_new = r @ r
+        p, rr = r + rr_new / rr * p, rr_new
     return unflat(d, g)
 
 
@@ -364,7 +372,8 @@ class KFAC(nn.Module):
 
     def __init__(self, net: MLP, damping: float, decay: float):
         super().__init__()
-        self.damping, self.decay = damping, decay
+        self.least_damping = self.damping = damping
+        self.decay = decay
         for i, m in enumerate(net.layers):
             for name, n in ((f"A{i}", m.in_features + 1), (f"S{i}", m.out_features)):
                 self.register_buffer(name, torch.zeros(n, n))
@@ -391,18 +400,19 @@ class KFAC(nn.Module):
         for name, x in self.factors(record, scalar).items():
             getattr(self, name).lerp_(x, 1 - keep)
         if refresh:
+            self.damping = self.least_damping
             self.factorise()
 
     def factorise(self):
-        """Cholesky of A + pi sqrt(l) I and S + sqrt(l) / pi I. If one is not positive definite in floating
-        point, the damping is raised tenfold, and a line says so."""
+        """Cholesky of A + w sqrt(l) I and S + sqrt(l) / w I. If one is not positive definite in floating
+        point, the damping is raised tenfold until the next refresh, and a line says so."""
         for i in range(self.depth):
             A, S = getattr(self, f"A{i}"), getattr(self, f"S{i}")
             if not (torch.isfinite(A).all() and torch.isfinite(S).all()):
                 fail(f"K-FAC: the factors of layer {i} are not finite; the last checkpoint is from before", 3)
             mean_A, mean_S = ((x.trace() / len(x)).clamp(min=1e-30) for x in (A, S))
-            pi = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
-            for name, x, scale in ((f"A{i}", A, pi), (f"S{i}", S, 1 / pi)):
+            w = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
+            for name, x, scale in ((f"A{i}", A, w), (f"S{i}", S, 1 / w)):
                 eye = torch.eye(len(x)).to(x)
                 L, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
                 if bad:
@@ -474,11 +484,11 @@ class Learner(nn.Module):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
 
-    def update(self, rollout) -> dict:
+    def update(self, rollout, diagnosing: bool = False) -> dict:
         """One policy step, then --critic-updates value steps, on all valid rows."""
         batch = self.batch_of(rollout)
         before = self.agent.critic(batch.obs)[:, 0].detach()
-        info = self.policy_step(batch)
+        info = self.policy_step(batch, diagnosing)
         for _ in range(self.args.critic_updates):
             info["value_loss"] = self.critic_step(batch)
         unexplained = (batch.target - before).var() / batch.target.var().clamp(min=1e-8)
@@ -487,10 +497,11 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
-        """Advantages and the flat batch of valid rows; reset rows are no experience."""
-        flags = (rollout.rew, rollout.value, rollout.terminated, rollout.over)
-        arrays = [x.cpu().numpy() for x in flags]
-        advantage = torch.from_numpy(gae(*arrays, self.args.gamma, self.args.gae_lambda)).to(rollout.value)
+        """Advantages and the flat batch of valid rows: rows of a reset are left out."""
+        columns = (rollout.rew, rollout.value, rollout.terminated, rollout.over)
+        rew, value, end, over = (x.cpu().numpy() for x in columns)
+        advantage = gae(rew, value, end, over, self.args.gamma, self.args.gae_lambda)
+        advantage = torch.from_numpy(advantage).to(rollout.value)
         target = advantage + rollout.value[:-1]
         rows = rollout.valid.flatten().nonzero()[:, 0]
         columns = (rollout.obs[:-1], rollout.act, rollout.logp, advantage, target)
@@ -498,21 +509,23 @@ class Learner(nn.Module):
         scaled = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
         return batch._replace(advantage=scaled)
 
-    def policy_step(self, batch: Batch) -> dict:
+    def policy_step(self, batch: Batch, diagnosing: bool = False) -> dict:
         """theta <- theta + sqrt(2 delta / d^T F d) d, d = F^-1 g; with --solver none a step of Adam on g."""
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
-        value = surrogate(agent, batch, args)
-        g = [*torch.autograd.grad(value, params)]
+        objective = surrogate(agent, batch, args)
+        g = [*torch.autograd.grad(objective, params)]
         with torch.no_grad():
             head = agent.actor(batch.obs)
             log_std = None if agent.discrete else agent.log_std.clone()
-        info = {"policy_loss": -value, "entropy": agent.entropy(head).mean(), "grad_norm": flat(g).norm()}
+        info = {"policy_loss": -objective, "entropy": agent.entropy(head).mean(), "grad_norm": flat(g).norm()}
         if args.solver == "none":
             for p, x in zip(params, g):
-                p.grad = -x
+                p.grad = -x  # Adam minimises
             self.optim["policy"].step()
             return info | {"kl": agent.kl(head, log_std, agent.actor(batch.obs)).mean()}
         d = self.natural(batch, g)
+        if diagnosing and args.solver == "kfac":
+            info |= self.curvature(batch, g, d)
         dFd = quadratic(agent, batch.obs, d)
         full = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
         old = [p.detach().clone() for p in params]
@@ -523,7 +536,7 @@ class Learner(nn.Module):
                 for p, p_old, x in zip(params, old, d):
                     p.copy_(p_old + scale * x)
                 kl = agent.kl(head, log_std, agent.actor(batch.obs)).mean()
-                gain = surrogate(agent, batch, args) - value
+                gain = surrogate(agent, batch, args) - objective
             if not args.line_search or (kl <= args.max_kl and gain > 0):
                 break
         else:  # no step of this direction helps
@@ -555,8 +568,7 @@ class Learner(nn.Module):
             score = agent.log_prob(head, agent.sample(head.detach()))
         refresh = int(self.policy_factors.count) % args.refresh == 0
         self.policy_factors.update(record, score.sum(), refresh)
-        d = self.policy_factors.solve(g)
-        return d + ([] if agent.discrete else [g[-1] / (2 + args.damping)])
+        return self.policy_factors.solve(g) + ([] if agent.discrete else [g[-1] / (2 + args.damping)])
 
     def exact(self, batch: Batch, g: list) -> list:
         fisher = dense_fisher(self.agent, batch.obs)
@@ -579,23 +591,20 @@ class Learner(nn.Module):
         self.critic_factors.update(record, v.sum())  # g = dV/ds: Gauss-Newton, nothing sampled
         d = self.critic_factors.solve([-x for x in g])
         with torch.no_grad():
-            names = [n for n, _ in critic.named_parameters()]
-            call = lambda p: torch.func.functional_call(critic, p, (batch.obs,))[:, 0]
-            _, Jd = torch.func.jvp(call, (dict(critic.named_parameters()),), (dict(zip(names, d)),))
+            Jd = tangent(critic, batch.obs, d)[1][:, 0]
             best = -((v - batch.target) @ Jd) / (Jd @ Jd).clamp(min=1e-30)
             for p, x in zip(params, d):
                 p.add_(best * x)
         return loss.detach()
 
-    def curvature(self, batch: Batch) -> dict:
-        """Condition numbers; for at most 2,000 parameters also the cosine, in the Fisher inner product
-        <x, y> = x^T F y, of K-FAC's direction and of the plain gradient with the exact natural gradient."""
-        out = {"policy_condition": self.policy_factors.condition()} if self.args.solver == "kfac" else {}
-        if self.args.solver != "kfac" or len(flat(self.agent.policy_parameters())) > 2000:
+    def curvature(self, batch: Batch, g: list, d: list) -> dict:
+        """Of K-FAC's direction d for the gradient g: the worst condition number of the factors; for at most
+        2,000 parameters also the cosine, in the Fisher inner product <x, y> = x^T F y, of d and of g itself
+        with the exact natural gradient."""
+        out = {"policy_condition": self.policy_factors.condition()}
+        if len(flat(g)) > 2000:
             return out
-        g = [*torch.autograd.grad(surrogate(self.agent, batch, self.args), self.agent.policy_parameters())]
-        best, F_of = self.exact(batch, g), lambda d: flat(fisher_product(self.agent, batch.obs, d))
-        d = self.policy_factors.solve(g) + ([] if self.agent.discrete else [g[-1] / (2 + self.args.damping)])
+        best, F_of = self.exact(batch, g), lambda x: flat(fisher_product(self.agent, batch.obs, x))
         for name, x in (("kfac", d), ("gradient", g)):
             norms = (flat(x) @ F_of(x)) * (flat(best) @ F_of(best))
             out[f"fisher_cosine_{name}"] = float(flat(x) @ F_of(best) / norms.clamp(min=1e-30).sqrt())
@@ -610,9 +619,7 @@ class Learner(nn.Module):
         self.load_state_dict(saved["networks"])
         self.policy_factors.damping, self.critic_factors.damping = saved["damping"]
         for name, optim in self.optim.items():
-            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-            optim.load_state_dict(saved["optim"][name])
-            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+            load_optimizer(optim, saved["optim"][name])
 
 
 def make_train_envs(args: Args):
@@ -620,10 +627,10 @@ def make_train_envs(args: Args):
     act, obs = envs.single_action_space, envs.single_observation_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension")
-    if not isinstance(act, gym.spaces.Discrete) and not (
-        isinstance(act, gym.spaces.Box) and len(act.shape) == 1
-    ):
+    discrete, box = (isinstance(act, kind) for kind in (gym.spaces.Discrete, gym.spaces.Box))
+    if not discrete and not (box and len(act.shape) == 1):
         fail(f"--env-id {args.env_id}: actions are {act}, expected Discrete or a Box of one dimension")
+    only_if(args, not discrete, "with discrete actions", "log_std_init")
     return envs
 
 
@@ -639,17 +646,13 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and (done := finished(saved, args)):
+    if saved and (done := finished(saved, "global_step", args.total_timesteps)):
         return done
     envs = make_train_envs(args)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
-    rows = (
-        args.num_envs
-        * args.num_steps
-        * (envs.single_observation_space.shape[0] + 4 * args.width * args.depth)
-    )
-    reserve(16 * rows, "rollout and update, roughly", device)
+    row = envs.single_observation_space.shape[0] + 4 * args.width * args.depth
+    reserve(16 * args.num_envs * args.num_steps * row, "rollout and update, roughly", device)
     if args.solver == "exact":  # Jacobians and their products with the metric; F and its factors
         agent = learner.agent
         n, outputs = len(flat(agent.policy_parameters())), agent.actor.layers[-1].out_features
@@ -675,24 +678,24 @@ def train(args: Args) -> dict:
     with StopSignal() as stop:
         while step < args.total_timesteps and not stop.signum:
             rollout, ended = player.collect(learner, args)
-            info = learner.update(rollout)
             before, step = step, step + int(rollout.valid.sum())
+            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
+            diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
+            info = learner.update(rollout, diagnosing)
             check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
             if args.normalize:
                 learner.obs_stats.update(rollout.raw_obs)
 
-            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
-            diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
             episodes = [*episodes, *ended][-100:]
             if ended:
                 score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
                 run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, step)
-            if logging:
+            if logging or diagnosing:
                 run.scalars({tag(k): v for k, v in info.items()} | {"charts/SPS": progress.rate(step)}, step)
             with progress.paused(diagnosing or scoring):
                 if diagnosing:
-                    moment = diagnose(learner, rollout) | learner.curvature(learner.batch_of(rollout))
+                    moment = diagnose(learner, rollout)
                     run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
                 if scoring:
                     returns = evaluate(learner, eval_envs, args)
@@ -706,11 +709,8 @@ def train(args: Args) -> dict:
         save()
         if stop.signum:
             run.stopped(stop.signum)
-    summary = {
-        "global_step": step,
-        "steps_per_second": progress.rate(step),
-        "eval_episodes": args.eval_episodes,
-    }
+    summary = {"global_step": step, "steps_per_second": progress.rate(step)}
+    summary["eval_episodes"] = args.eval_episodes
     summary["train_return_mean"] = float(np.mean([r for r, _ in episodes])) if episodes else None
     if eval_envs:
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
@@ -745,8 +745,13 @@ class Moments(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. A row after an episode's end is gymnasium's NEXT_STEP reset: its action is
-    ignored and it is not `valid`. obs[t + 1] of an ended episode is its true last observation."""
+    """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
+
+    t      obs[t]               over[t]  valid[t]
+    k      s, an action, r      1        1         obs[k + 1] is the true last observation
+    k + 1  that one             0        0         its action is ignored, its reward 0
+    k + 2  a new episode's s_0  0        1
+    """
 
     obs: torch.Tensor  # (T + 1, N, ...), standardised or frames
     act: torch.Tensor  # (T, N) or (T, N, d)
@@ -763,7 +768,8 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     """A_t = delta_t + gamma lambda A_{t+1} within an episode [5]; rew, end, over (T, N), value (T + 1, N).
 
     `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
-    value[t + 1] is the value of the true last observation."""
+    value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
+    `over` of the row before keeps it out."""
     delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
     advantage, last = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):
@@ -785,52 +791,46 @@ class Player:
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)
-        self.returns, self.lengths, self.discounted = (
-            np.zeros(self.n),
-            np.zeros(self.n, int),
-            np.zeros(self.n),
-        )
+        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
+        self.discounted = np.zeros(self.n)
 
     @torch.no_grad()
     def collect(self, learner, args: Args) -> tuple[Rollout, list]:
-        """A rollout, and (return, length) of the episodes that ended in it. Normalisers stand still
-        meanwhile, so that the policy that played is the policy that is updated."""
+        """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
+        stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
+        the rewards takes the rollout in first."""
         T, N, device, ended = args.num_steps, self.n, learner.device, []
-        rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
-        seen, raw = [], []
+        rew, terminated, over, valid = (np.zeros((T, N), np.float32) for _ in range(4))
+        observations, actions, raw, space = [], [], [], self.envs.single_action_space
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
-            obs = learner.standardised(self.obs)
-            act = learner.agent.sample(learner.agent.policy(obs))
-            seen.append((obs, act))
+            observations.append(learner.standardised(self.obs))
+            actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
+            valid[t] = ~self.over
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            valid = ~self.over
-            self.obs, rew[t], terminated, truncated, infos = self.envs.step(
-                to_env(act, self.envs.single_action_space)
-            )
-            over = terminated | truncated
+            self.obs, rew[t], ended_here, cut, infos = self.envs.step(to_env(actions[t], space))
+            terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = over & ((lives == 0) | truncated)  # [A3] a lost life ends an episode, not the game
-            flags[:, t] = terminated, over, valid
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid
+            self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
+            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t].astype(int)
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
-        obs = learner.standardised(self.obs)
-        seen, act = (torch.stack(x) for x in zip(*seen))
-        seen = torch.cat([seen, obs[None]])
-        head, value = over_rows(learner.agent, seen)  # once a rollout is cheaper than once a step
+        obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
+        head, value = over_rows(learner.agent, obs)  # once a rollout is cheaper than once a step
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
-            rew = self.scaled(rew, flags[1], flags[2], learner, args)
-        tensors = [torch.from_numpy(x).to(device) for x in (rew, *flags)]
+            rew = self.scaled(rew, over, valid, learner, args)
+        rew, terminated, over, valid = (
+            torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
+        )
         raw = torch.cat(raw) if raw else None
-        return Rollout(seen, act, logp, value, *tensors[:3], tensors[3] > 0, raw), ended
+        return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
@@ -888,16 +888,6 @@ def evaluate(learner, envs, args: Args) -> np.ndarray:
         alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
     learner.train()
     return returns
-
-
-def finished(saved: dict, args) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {"global_step": None}
-    if saved["step"] < args.total_timesteps or summary["global_step"] != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger --total-timesteps goes on")
-    return summary
 
 
 def diagnose(learner, rollout: Rollout) -> dict:
@@ -1054,9 +1044,10 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -1181,7 +1172,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1189,13 +1180,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1224,37 +1219,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1271,14 +1298,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1301,13 +1323,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1322,12 +1345,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (PPO): clipped policy gradients for vectors and Atari frames.
+r"""Proximal policy optimisation (PPO): clipped policy gradients for vectors and Atari frames.
 
 Schulman, Wolski, Dhariwal, Radford, Klimov, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. Each
 batch of experience serves several epochs of minibatch steps. The clipped ratio keeps the new policy near the
@@ -9,6 +9,7 @@ one that played; generalised advantage estimation (arXiv 1506.02438) says which 
        = (1 - lambda) sum_n lambda^(n-1) (the advantage by n-step returns)
   loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),   V_target = A + V                (Eq. 9)
 
+With --clip-vloss V(s) is moreover held to V_old(s) +- eps, and the larger of the two errors counts.
 lambda trades bias for variance: 0 trusts the critic after one step, 1 trusts the sampled return alone.
 
   symbol       in the code                    shape
@@ -23,14 +24,18 @@ lambda trades bias for variance: 0 trusts the critic after one step, 1 trusts th
 The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are marked where they
 happen: [1] to [13] in all environments, [C1] to [C9] for continuous actions, [A1] to [A9] for Atari.
 
-CartPole as it stands; faster on CartPole; Acrobot; Pendulum; MuJoCo; Atari:
+Where to read: networks, ppo_loss and Learner.update are the algorithm; Player.collect makes a rollout;
+train() is the loop. The other blocks marked `shared`, which sibling scripts have too, can wait.
+
+CartPole, then the same faster:
   python ppo.py
-  python ppo.py --total-timesteps 100_000 --num-envs 8 --num-steps 32 --num-minibatches 1 \\
+  python ppo.py --total-timesteps 100_000 --num-envs 8 --num-steps 32 --num-minibatches 1 \
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
+Acrobot, Pendulum, MuJoCo, Atari:
   python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 --normalize
-  python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 1024 --update-epochs 10 \\
+  python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 1024 --update-epochs 10 \
       --num-minibatches 64 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0
-  python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \\
+  python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --normalize
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
@@ -108,7 +113,7 @@ class Args:
     compile: bool = False
     """run the loss through torch.compile"""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: the encoder of Atari frames inside the loss; tf32: matrix products on a GPU"""
+    """bf16: the encoder of Atari frames, in rollouts and losses; tf32: matrix products on a GPU"""
 
     # --- length and data
     total_timesteps: int = 500_000
@@ -124,9 +129,9 @@ class Args:
 
     # --- PPO
     learning_rate: float = 2.5e-4
-    """of Adam"""
+    """learning rate of Adam"""
     anneal_lr: bool = True
-    """let the learning rate fall linearly to 0"""
+    """let the learning rate fall linearly to 0 at --total-timesteps"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -140,13 +145,13 @@ class Args:
     recompute_advantages: bool = False
     """estimate the advantages anew, with the critic of the moment, before each epoch"""
     clip_coef: float = 0.2
-    """eps"""
+    """eps: the ratio is clipped to 1 - eps .. 1 + eps"""
     clip_vloss: bool = True
-    """clip the step of the value as well"""
+    """[9] hold V to V_old +- eps as well"""
     ent_coef: float = 0.01
-    """c_e"""
+    """c_e, weight of the entropy"""
     entropy: Literal["bonus", "return"] = "bonus"
-    """c_e weighs a bonus in the loss, or -log pi(a|s) is part of the reward (maximum-entropy return)"""
+    """bonus: c_e H in the loss; return: -c_e log pi(a|s) in each reward, the critic predicts it too"""
     vf_coef: float = 0.5
     """c_v, on the squared error with its 1/2"""
     max_grad_norm: float = 0.5
@@ -162,24 +167,18 @@ class Args:
     depth: int = 2
     """hidden layers"""
     activation: Literal["tanh", "relu"] = "tanh"
-    """of the hidden layers"""
+    """activation of the hidden layers"""
     orthogonal: bool = True
     """orthogonal initialisation"""
     log_std_init: float = 0.0
     """log standard deviation of a continuous policy at the start"""
 
 
-LIMITS = {
-    "gamma": (0, 0.99999),
-    "gae_lambda": (0, 1),
-    "sticky": (0, 1),
-    "log_std_init": (-20, 20),
-}  # least, most
-LIMITS |= {"depth": (1, 64), "clip_coef": (1e-9, 1e9)} | dict.fromkeys(
-    ["learning_rate", "max_grad_norm"], (1e-12, 1e12)
-)
+LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "sticky": (0, 1), "depth": (1, 64)}  # least, most
+LIMITS |= {"log_std_init": (-20, 20), "clip_coef": (1e-9, 1e9), "seed": (0, 1e6)}
+LIMITS |= dict.fromkeys(["learning_rate", "max_grad_norm"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "width"], (1, 1e6))
-LIMITS |= {"num_steps": (4, 1e6), "seed": (0, 1e6)}  # one-step episodes: every second row is a reset
+LIMITS["num_steps"] = (4, 1e6)  # two valid rows even where every second one is a reset
 LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
 
 
@@ -192,6 +191,8 @@ def check(args: Args):
     only_if(args, not atari, "on Atari, whose frames are scaled by 255 and rewards clipped", "normalize")
     only_if(args, not atari, "on Atari", "capture_video")
     only_if(args, args.ent_coef > 0, "with --ent-coef 0", "entropy")
+    only_if(args, args.update_epochs > 1, "with --update-epochs 1", "recompute_advantages", "target_kl")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and not atari:
         fail("--precision bf16 has no effect outside Atari")
@@ -212,7 +213,7 @@ def layer(fan_in: int, fan_out: int, gain: float, args: Args, kind=nn.Linear, **
 
 
 def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
-    """[C4] Hidden layers of --width; the last gain is small for a policy, so that it starts near uniform."""
+    """Hidden layers of --width; the last gain is small for a policy, so that it starts near uniform."""
     sizes, act = [fan_in] + [args.width] * args.depth, {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
     hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (layer(i, o, 2**0.5, args), act())]
     return nn.Sequential(*hidden, layer(sizes[-1], fan_out, gain, args))
@@ -237,7 +238,7 @@ class Agent(nn.Module):
             self.encoder = nn.Sequential(*(m for part in parts for m in part), *dense)
             self.actor, self.critic = layer(512, outputs, 0.01, args), layer(512, 1, 1.0, args)
             self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-        else:  # [13] separate networks
+        else:  # [13] [C4] separate networks
             self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
             self.critic = mlp(obs_space.shape[0], 1, 1.0, args)
         if not self.discrete:
@@ -304,24 +305,26 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
     """-L + c_v (V - target)^2 / 2 - c_e H (Eqs. 7 and 9), and what to watch [12]."""
     head, value = agent(batch.obs)
     advantage = batch.advantage
-    if args.norm_adv == "minibatch":  # [7]
+    if args.norm_adv == "minibatch":  # [7] standardised advantages
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     log_ratio = agent.log_prob(head, batch.act) - batch.logp
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # [8]
+    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # [8] clipped surrogate
     error = (value - batch.target) ** 2
-    if args.clip_vloss:  # [9]
+    if args.clip_vloss:  # [9] clipped value
         near = batch.value + (value - batch.value).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max(error, (near - batch.target) ** 2)
     value_loss, entropy = 0.5 * error.mean(), agent.entropy(head).mean()
     bonus = args.ent_coef if args.entropy == "bonus" else 0.0
-    loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10]
-    with torch.no_grad():
+    loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10] entropy bonus
+    with (
+        torch.no_grad()
+    ):  # KL(pi_old || pi) by pi_old's actions: two unbiased estimates, the second never < 0
         info = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
         info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    parts = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return loss, info | {k: v.detach() for k, v in parts.items()}
+    terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    return loss, info | {k: v.detach() for k, v in terms.items()}
 
 
 class Learner(nn.Module):
@@ -335,9 +338,8 @@ class Learner(nn.Module):
         self.return_stats = Moments(()) if args.normalize else None
         self.to(device)
         self.loss = torch.compile(ppo_loss) if args.compile else ppo_loss
-        self.optim = torch.optim.Adam(
-            self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
-        )  # [3]
+        # [3] Adam's epsilon: 1e-5
+        self.optim = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device [C6] [C7]."""
@@ -349,15 +351,17 @@ class Learner(nn.Module):
 
     def update(self, rollout) -> dict:
         """--update-epochs passes over the rollout's valid rows in shuffled minibatches [6]; mean losses."""
-        args, infos = self.args, []
+        args, infos, batch = self.args, [], self.batch_of(rollout)
+        unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
         for epoch in range(args.update_epochs):
-            if epoch == 0 or args.recompute_advantages:
+            if epoch and args.recompute_advantages:
                 batch = self.batch_of(rollout)
             n = len(batch.logp)
             parts = max(1, min(args.num_minibatches, n // 2))  # one row has no standard deviation
             order = torch.randperm(n, device=self.device)
-            for part in zip(*(x[order].tensor_split(parts) for x in batch)):
-                loss, info = self.loss(self.agent, Batch(*part), args)
+            columns = (x[order].tensor_split(parts) for x in batch)  # one gather an epoch, then views
+            for minibatch in zip(*columns):
+                loss, info = self.loss(self.agent, Batch(*minibatch), args)
                 self.optim.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm, foreach=True)  # [11]
@@ -367,13 +371,12 @@ class Learner(nn.Module):
             if args.target_kl is not None and kl > args.target_kl:
                 break
         out = {k: torch.stack([i[k] for i in infos]).mean() for k in infos[0]}
-        unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
-        out |= {"explained_variance": 1 - unexplained, "epochs": unexplained.new_tensor(epoch + 1.0)}
-        return out
+        epochs = torch.tensor(epoch + 1.0, device=self.device)
+        return out | {"explained_variance": 1 - unexplained, "epochs": epochs}
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
-        """Advantages and the flat batch of valid rows; reset rows are no experience."""
+        """Advantages and the flat batch of valid rows: rows of a reset are left out."""
         args, value = self.args, rollout.value
         if args.recompute_advantages:  # a critic's pass over (T + 1) x N rows
             value = over_rows(self.agent, rollout.obs)[1]
@@ -397,17 +400,16 @@ class Learner(nn.Module):
 
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
-        flags = {k: self.optim.param_groups[0][k] for k in ("fused", "capturable")}
-        self.optim.load_state_dict(saved["optim"])
-        self.optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+        load_optimizer(self.optim, saved["optim"])
 
 
 # ---------------------------------------------------------------------------------------- environments
 def atari(args: Args, n: int, training: bool):
     """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], a life as an episode [A3],
     fire on reset [A4], 84 x 84 gray [A5], four frames stacked [A7]; rewards are true here and
-    clipped in the rollout [A6]. Fire follows a real reset only: after a lost life the policy must fire,
-    or it plays on to the usual cap of 108,000 frames, in evaluations too."""
+    clipped in the rollout [A6]. Fire is pressed after a real reset only. After a lost life the policy must
+    press it itself; if it never does, the episode runs to the usual cap of 108,000 frames, in evaluations
+    too."""
     need("ale_py")
     game = re.sub(r"(?<!^)(?=[A-Z])", "_", args.env_id.removeprefix("ALE/").split("-")[0]).lower()
     try:
@@ -419,21 +421,16 @@ def atari(args: Args, n: int, training: bool):
 
 
 def make_train_envs(args: Args):
-    envs = (
-        atari(args, args.num_envs, True)
-        if args.env_id.startswith("ALE/")
-        else make_envs(args.env_id, args.num_envs)
-    )
+    game = args.env_id.startswith("ALE/")
+    envs = atari(args, args.num_envs, True) if game else make_envs(args.env_id, args.num_envs)
     act, obs = envs.single_action_space, envs.single_observation_space
-    box = isinstance(obs, gym.spaces.Box) and (
-        len(obs.shape) == 1 or obs.dtype == np.uint8 and obs.shape == (4, 84, 84)
-    )
-    if not box:
+    frames = obs.dtype == np.uint8 and obs.shape == (4, 84, 84)
+    if not isinstance(obs, gym.spaces.Box) or not (len(obs.shape) == 1 or frames):
         fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension, or ALE/...")
-    if not isinstance(act, gym.spaces.Discrete) and not (
-        isinstance(act, gym.spaces.Box) and len(act.shape) == 1
-    ):
+    discrete, box = (isinstance(act, kind) for kind in (gym.spaces.Discrete, gym.spaces.Box))
+    if not discrete and not (box and len(act.shape) == 1):
         fail(f"--env-id {args.env_id}: actions are {act}, expected Discrete or a Box of one dimension")
+    only_if(args, not discrete, "with discrete actions", "log_std_init")
     return envs
 
 
@@ -455,8 +452,10 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and (done := finished(saved, args)):
+    if saved and (done := finished(saved, "global_step", args.total_timesteps)):
         return done
+    if saved and args.anneal_lr and saved["args"]["total_timesteps"] != args.total_timesteps:
+        print(f"--anneal-lr: the learning rate now falls to 0 at step {args.total_timesteps:,}")
     envs = make_train_envs(args)
     eval_envs = make_eval_envs(args) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
@@ -497,11 +496,9 @@ def train(args: Args) -> dict:
                 score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
                 run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, step)
             if logging:
-                rate = {
-                    "charts/SPS": progress.rate(step),
-                    "charts/learning_rate": learner.optim.param_groups[0]["lr"],
-                }
-                run.scalars({"losses/" + k: v for k, v in info.items()} | rate, step)
+                lr = learner.optim.param_groups[0]["lr"]
+                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
+                run.scalars({"charts/SPS": progress.rate(step), "charts/learning_rate": lr}, step)
             with progress.paused(diagnosing or scoring):
                 if diagnosing:
                     moment = diagnose(learner, rollout)
@@ -518,11 +515,8 @@ def train(args: Args) -> dict:
         save()
         if stop.signum:
             run.stopped(stop.signum)
-    summary = {
-        "global_step": step,
-        "steps_per_second": progress.rate(step),
-        "eval_episodes": args.eval_episodes,
-    }
+    summary = {"global_step": step, "steps_per_second": progress.rate(step)}
+    summary["eval_episodes"] = args.eval_episodes
     summary["train_return_mean"] = float(np.mean([r for r, _ in episodes])) if episodes else None
     if eval_envs:
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
@@ -557,8 +551,13 @@ class Moments(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. A row after an episode's end is gymnasium's NEXT_STEP reset: its action is
-    ignored and it is not `valid`. obs[t + 1] of an ended episode is its true last observation."""
+    """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
+
+    t      obs[t]               over[t]  valid[t]
+    k      s, an action, r      1        1         obs[k + 1] is the true last observation
+    k + 1  that one             0        0         its action is ignored, its reward 0
+    k + 2  a new episode's s_0  0        1
+    """
 
     obs: torch.Tensor  # (T + 1, N, ...), standardised or frames
     act: torch.Tensor  # (T, N) or (T, N, d)
@@ -575,7 +574,8 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     """A_t = delta_t + gamma lambda A_{t+1} within an episode [5]; rew, end, over (T, N), value (T + 1, N).
 
     `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
-    value[t + 1] is the value of the true last observation."""
+    value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
+    `over` of the row before keeps it out."""
     delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
     advantage, last = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):
@@ -597,52 +597,46 @@ class Player:
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)
-        self.returns, self.lengths, self.discounted = (
-            np.zeros(self.n),
-            np.zeros(self.n, int),
-            np.zeros(self.n),
-        )
+        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
+        self.discounted = np.zeros(self.n)
 
     @torch.no_grad()
     def collect(self, learner, args: Args) -> tuple[Rollout, list]:
-        """A rollout, and (return, length) of the episodes that ended in it. Normalisers stand still
-        meanwhile, so that the policy that played is the policy that is updated."""
+        """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
+        stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
+        the rewards takes the rollout in first."""
         T, N, device, ended = args.num_steps, self.n, learner.device, []
-        rew, flags = np.zeros((T, N), np.float32), np.zeros((3, T, N), np.float32)
-        seen, raw = [], []
+        rew, terminated, over, valid = (np.zeros((T, N), np.float32) for _ in range(4))
+        observations, actions, raw, space = [], [], [], self.envs.single_action_space
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
-            obs = learner.standardised(self.obs)
-            act = learner.agent.sample(learner.agent.policy(obs))
-            seen.append((obs, act))
+            observations.append(learner.standardised(self.obs))
+            actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
+            valid[t] = ~self.over
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            valid = ~self.over
-            self.obs, rew[t], terminated, truncated, infos = self.envs.step(
-                to_env(act, self.envs.single_action_space)
-            )
-            over = terminated | truncated
+            self.obs, rew[t], ended_here, cut, infos = self.envs.step(to_env(actions[t], space))
+            terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = over & ((lives == 0) | truncated)  # [A3] a lost life ends an episode, not the game
-            flags[:, t] = terminated, over, valid
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid
+            self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
+            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t].astype(int)
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
-        obs = learner.standardised(self.obs)
-        seen, act = (torch.stack(x) for x in zip(*seen))
-        seen = torch.cat([seen, obs[None]])
-        head, value = over_rows(learner.agent, seen)  # once a rollout is cheaper than once a step
+        obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
+        head, value = over_rows(learner.agent, obs)  # once a rollout is cheaper than once a step
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6]
         elif args.normalize:
-            rew = self.scaled(rew, flags[1], flags[2], learner, args)
-        tensors = [torch.from_numpy(x).to(device) for x in (rew, *flags)]
+            rew = self.scaled(rew, over, valid, learner, args)
+        rew, terminated, over, valid = (
+            torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
+        )
         raw = torch.cat(raw) if raw else None
-        return Rollout(seen, act, logp, value, *tensors[:3], tensors[3] > 0, raw), ended
+        return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
@@ -700,16 +694,6 @@ def evaluate(learner, envs, args: Args) -> np.ndarray:
         alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
     learner.train()
     return returns
-
-
-def finished(saved: dict, args) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {"global_step": None}
-    if saved["step"] < args.total_timesteps or summary["global_step"] != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger --total-timesteps goes on")
-    return summary
 
 
 def diagnose(learner, rollout: Rollout) -> dict:
@@ -866,9 +850,10 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -993,7 +978,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1001,13 +986,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1036,37 +1025,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1083,14 +1104,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1113,13 +1129,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1134,12 +1151,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

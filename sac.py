@@ -1,17 +1,18 @@
-"""Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy, and a maker of datasets.
+r"""Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy; it writes datasets, too.
 
-Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The policy maximises the
-sum of rewards and entropies. For a given Q, its best answer and that one's soft value are known:
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The objective is the
+discounted sum of rewards and alpha times the policy's entropies. For a fixed Q the optimal policy and its
+value are known:
 
-  pi*(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log int exp(Q(s,a) / alpha) da.
+  pi*(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log integral exp(Q(s,a) / alpha) da.
 
-An actor, a tanh-squashed Gaussian, is fitted to it: J(pi) below is alpha KL(pi || pi*) less V. Three losses,
-on minibatches of a replay buffer D, for n critics Q_i:
+The actor, a tanh-squashed Gaussian, is the nearest such policy in KL: J(pi) below is alpha KL(pi || pi*) - V,
+and V does not depend on pi. Three losses, on minibatches of a replay buffer D, for n critics Q_i:
 
   J(Q_i)   = 1/2 E_D[ (Q_i(s,a) - y)^2 ]                                                  (Eq. 5)
          y = r + gamma (1 - done) ( min_j Qt_j(s',a') - alpha log pi(a'|s') ),  a' ~ pi(.|s')
   J(pi)    = E_D[ alpha log pi(a|s) - min_i Q_i(s,a) ],  a = tanh(mean + std noise)       (Eqs. 7, 9)
-  J(alpha) = E_D[ -alpha (log pi(a|s) + H) ]                                              (Eq. 18)
+  J(alpha) = E_D[ -alpha (log pi(a|s) + H_target) ]                                       (Eq. 18)
 
 Target critics follow slowly, Qt <- Qt + tau (Q - Qt), so that the regression's target holds still. The
 minimum over critics answers overestimation: the policy seeks out actions whose Q is too large by accident.
@@ -24,29 +25,36 @@ step, and keep Q in check by a random subset of a large ensemble, or by dropout 
   y                  backup()                               (B,)
   pi(a|s)            actor                                  density and entropy for actions in [-1, 1]
   alpha              --alpha, log_alpha                     scalar, the temperature
-  H                  --target-entropy                       scalar
+  H_target           --target-entropy                       scalar
   tau                --tau                                  Polyak rate of the target critics
 
-Quick; a MuJoCo baseline; DroQ; REDQ:
+Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The blocks marked
+`shared`, which sibling scripts have too, can be skipped at first.
+
+Quick, Pendulum:
   python sac.py
-  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000 \\
+A MuJoCo baseline:
+  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000 \
       --eval-frequency 10_000 --checkpoint-frequency 100_000
-  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \\
+DroQ, then REDQ (its authors' target entropies: -1 Hopper, -3 HalfCheetah, Walker2d, -4 Ant, -2 Humanoid):
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \
       --target-entropy -1 --layer-norm --dropout 0.01
-  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \\
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \
       --target-entropy -1 --num-critics 10 --target-subset 2
-(the target entropies of REDQ's authors: -1 Hopper, -3 HalfCheetah and Walker2d, -4 Ant, -2 Humanoid)
 
 Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium, that run's policy; expert:
   python sac.py --env Hopper-v5 --total-timesteps 100_000 --learning-starts 100_000 --save-dataset random.hdf5
   python sac.py --env Hopper-v5 --total-timesteps 100_000 --exp-name medium --save-dataset replay.hdf5
-  python sac.py --resume RUN_FOLDER --rollout-dataset medium.hdf5 --rollout-steps 100_000
-  and the last two lines with --total-timesteps 1_000_000, another --exp-name and other files
+  python sac.py --resume runs/MEDIUM --rollout-dataset medium.hdf5 --rollout-steps 100_000
+  python sac.py --env Hopper-v5 --total-timesteps 1_000_000 --exp-name expert
+  python sac.py --resume runs/EXPERT --rollout-dataset expert.hdf5 --rollout-steps 100_000
 
-While it trains, `eval/episodic_return` should rise; `losses/entropy` settle at H, and `losses/alpha` fall,
-then follow the scale of Q (alpha rising for ever while the entropy stays below H: H cannot be reached);
-`diagnostics/q_max` stay below `q_bound`. `overestimation` is positive while alpha is large, since Q then
-holds the entropy, and negative for long after, since Q learns its level in 1 / (tau (1 - gamma)) updates.
+While it trains,
+- `eval/episodic_return` should rise, `diagnostics/q_max` stay below `q_bound`;
+- `losses/entropy` fall to H_target and stay, `losses/alpha` fall, then follow the scale of Q (an alpha that
+  grows for ever: H_target is out of reach);
+- `overestimation` is positive while alpha is large, since Q then holds the entropy, and negative for long
+  after: Q needs about 1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 `--num-envs` does not change the updates per step: `--utd` counts stored steps of all environments.
 
@@ -158,7 +166,7 @@ class Args:
     alpha: float | None = None
     """entropy temperature; not given: tuned to --target-entropy"""
     target_entropy: float | None = None
-    """H, entropy in units of [-1, 1] actions; not given: -dim(A)"""
+    """H_target, entropy in units of [-1, 1] actions; not given: -dim(A)"""
     policy_frequency: int = 1
     """critic updates for each policy update (REDQ, DroQ: 20 with --utd 20)"""
 
@@ -183,22 +191,11 @@ class Args:
     """dropout rate before each layer norm and ReLU of the critic, on in the target too (DroQ: 0.01)"""
 
 
-LIMITS = {
-    "gamma": (0, 0.99999),
-    "tau": (1e-9, 1),
-    "dropout": (0, 0.99),
-    "num_critics": (1, 100),
-}  # least, most
-LIMITS |= {
-    "critic_depth": (1, 64),
-    "policy_depth": (1, 64),
-    "utd": (1e-3, 1e3),
-    "target_entropy": (-1e6, 1e6),
-}
-LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "alpha"], (1e-12, 1e12))
+LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "num_critics": (1, 100), "utd": (1e-3, 1e3)}  # least, most
+LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64), "buffer_size": (1, 1e12), "dropout": (0, 0.99)}
+LIMITS |= {"target_entropy": (-1e6, 1e6)} | dict.fromkeys(["policy_lr", "q_lr"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs", "target_subset"], (1, 1e6))
 LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "rollout_steps", "log_frequency"], (1, 1e12))
-LIMITS["buffer_size"] = (1, 1e12)
 
 
 def check(args: Args):
@@ -209,6 +206,7 @@ def check(args: Args):
         fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
     only_if(args, args.num_critics > 1, "with one critic", "actor_q", "target_subset")
     only_if(args, args.alpha is None, "with a fixed --alpha", "target_entropy")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 
@@ -251,9 +249,13 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # x for fewer than n: the first layers alone
+        if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class Critic(nn.Module):
@@ -264,7 +266,7 @@ class Critic(nn.Module):
         self.n, self.args = args.num_critics, args
         sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
         self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
+        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts near 0
 
     def hidden(self, obs, act):
         """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""
@@ -272,7 +274,9 @@ class Critic(nn.Module):
         activations = []
         for layer in self.layers:
             z = F.dropout(layer(h), self.args.dropout, self.training)
-            h = F.relu(F.layer_norm(z, z.shape[-1:]) if self.args.layer_norm else z, inplace=True)
+            if self.args.layer_norm:
+                z = F.layer_norm(z, z.shape[-1:])
+            h = F.relu(z, inplace=True)
             activations.append(h)
         return activations
 
@@ -303,7 +307,7 @@ def backup(learner, batch: Batch, args: Args, generator=None):
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """1/2 (Q_i(s,a) - y)^2, summed over the ensemble (Eq. 5)."""
+    """1/2 (Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble (Eq. 5)."""
     with torch.no_grad():
         _, y = backup(learner, batch, args)
     q = learner.critic(batch.obs, batch.act, args.precision == "bf16")
@@ -323,15 +327,15 @@ def actor_loss(learner, batch: Batch, args: Args):
 
 
 def temperature_loss(log_alpha, entropy, target_entropy: float):
-    """E[-alpha (log pi(a|s) + H)] (Eq. 18): alpha falls while the entropy exceeds its target."""
+    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its target."""
     return log_alpha.exp() * (entropy - target_entropy)
 
 
 def memory(args: Args, inputs: int) -> int:
-    """Bytes: weights four times (target, gradient, two moments of Adam), activations twice (gradients)."""
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
     n, width, depth = args.num_critics, args.critic_width, args.critic_depth
     actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
-    return 16 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
+    return 20 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
 
 
 class Learner(nn.Module):
@@ -343,7 +347,8 @@ class Learner(nn.Module):
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(1.0 if args.alpha is None else args.alpha).log())
+        alpha = 1.0 if args.alpha is None else max(args.alpha, 1e-30)
+        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
         if args.compile:
@@ -364,7 +369,7 @@ class Learner(nn.Module):
         return self.actor.sample(obs)[0] if explore else torch.tanh(self.actor(obs)[0])
 
     def update(self, batch: Batch, policy: bool) -> dict:
-        """One critic step, with `policy` a policy and temperature step, then the target networks."""
+        """A critic step; if `policy`, also a policy and a temperature step; then the target networks move."""
         args = self.args
         loss, info = self.loss["critic_loss"](self, batch, args)
         self.minimise("critic", loss)
@@ -379,7 +384,8 @@ class Learner(nn.Module):
         return info | {"alpha": self.log_alpha.detach().exp()}
 
     def entropy_bonus(self) -> float:
-        """The most that the entropy adds to a reward in Eq. 5: gamma alpha times a uniform policy's."""
+        """The most that the entropy adds to a reward in Eq. 5: gamma alpha times a uniform policy's. It falls
+        with alpha at once, Q follows slowly: early in a run Q may pass its bound without harm."""
         return self.args.gamma * float(self.log_alpha.detach().exp()) * self.act_dim * math.log(2)
 
     def minimise(self, name: str, loss):
@@ -394,9 +400,7 @@ class Learner(nn.Module):
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
         for name, optim in self.optim.items():
-            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-            optim.load_state_dict(saved["optim"][name])
-            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+            load_optimizer(optim, saved["optim"][name])
 
 
 @torch.no_grad()
@@ -413,6 +417,8 @@ def train(args: Args) -> dict:
     if args.rollout_dataset:
         return rollout(args)
     device, saved = set_up(args), find_checkpoint(args)
+    if saved and not args.save_dataset and (done := finished(saved, "global_step", args.total_timesteps)):
+        return done
     step, updates, first_update = 0, 0, args.learning_starts
     episodes, returns, info = [], np.full(1, math.nan), {}
     envs = make_envs(args.env_id, args.num_envs)
@@ -637,9 +643,7 @@ def check_dataset_flags(args: Args):
             fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
     enough = args.total_timesteps + args.num_envs
     if args.save_dataset and (args.buffer_size < enough or not args.checkpoint_replay):
-        fail(
-            "--save-dataset writes the whole replay: it needs --buffer-size and --checkpoint-replay for that"
-        )
+        fail(f"--save-dataset writes the whole replay: it needs --checkpoint-replay, --buffer-size {enough}")
 
 
 def to_env(act, box) -> np.ndarray:
@@ -710,9 +714,7 @@ def rollout(args: Args) -> dict:
     """--rollout-dataset: the exploring policy of --resume, run for --rollout-steps, as a dataset."""
     if args.resume in (None, "auto"):
         fail("--rollout-dataset needs --resume RUN_FOLDER, the run whose policy it plays")
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    path = checkpoint_path(args)
     saved = load_checkpoint(path)
     given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps", "resume")}
     for k, v in asdict(args).items():
@@ -723,11 +725,8 @@ def rollout(args: Args) -> dict:
     sizes = check_boxes(envs, args.env_id)
     learner, replay = Learner(*sizes, args, device), Replay(args.rollout_steps, *sizes, device)
     learner.load_state_dict(saved["learner"]["networks"])
-    player, progress, returns = (
-        Player(envs, 2_000_000 + args.seed),
-        Progress("rolling out", args.rollout_steps),
-        [],
-    )
+    player, returns = Player(envs, 2_000_000 + args.seed), []
+    progress = Progress("rolling out", args.rollout_steps)
     with StopSignal() as stop:
         while replay.added < args.rollout_steps:
             _, episodes = player.step(learner.act(player.obs, explore=True), replay)
@@ -917,9 +916,10 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -1044,7 +1044,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -1052,13 +1052,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1087,37 +1091,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1134,14 +1170,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1164,13 +1195,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1185,12 +1217,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

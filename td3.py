@@ -1,37 +1,47 @@
-"""Twin delayed deep deterministic policy gradient (TD3): off-policy actor-critic, and a maker of datasets.
+r"""Twin delayed deep deterministic policy gradient (TD3): off-policy actor-critic; it writes datasets, too.
 
 Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv
-1802.09477, Algorithm 1. A deterministic policy that climbs the critic (DDPG, arXiv 1509.02971) finds the
-critic's errors. Three answers: the smaller of two critics in the target; noise on the target's action, so
-that Q is smooth there; a policy updated less often than the critics. On minibatches of a replay buffer D:
+1802.09477, Algorithm 1. A deterministic policy that climbs the critic (DDPG, arXiv 1509.02971) exploits the
+critic's errors: it moves to actions whose Q is too high by accident. Three answers: the smaller of two
+critics in the target; noise on the target's action, so that Q is fitted to an average over nearby actions
+and narrow peaks are flattened; a policy updated less often than the critics. It acts with noise of its own,
+a = clip(pi(s) + sigma_e noise, -1, 1), and learns on minibatches of a replay buffer D:
 
   J(Q_i) = E_D[ (Q_i(s,a) - y)^2 ]
-       y = r + gamma (1 - done) min_j Qt_j(s', a'),   a' = pit(s') + clip(sigma noise, -c, c)
-  J(pi)  = E_D[ -Q_1(s, pi(s)) ]                               every d-th update, and with it the targets:
-      Qt <- Qt + tau (Q - Qt),   pit <- pit + tau (pi - pit)
+       y = r + gamma (1 - done) min_j Qt_j(s', a'),   a' = clip(pit(s') + clip(sigma noise, -c, c), -1, 1)
+  every d-th update:
+    J(pi) = E_D[ -Q_1(s, pi(s)) ]
+    Qt <- Qt + tau (Q - Qt),   pit <- pit + tau (pi - pit)                       the target networks
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
   Q_i(s,a)           critic(obs, act)                       (n, B)
   y                  backup()                               (B,)
   pi(s)              actor                                  (B, act), actions in [-1, 1]
-  sigma, c           --policy-noise, --noise-clip           in units of [-1, 1] actions
+  sigma_e            --exploration-noise                    in units of [-1, 1] actions
+  sigma, c           --policy-noise, --noise-clip           likewise
   d                  --policy-frequency                     updates
   tau                --tau                                  Polyak rate of the targets
 
-Quick; a MuJoCo baseline; DDPG, which is three switches:
+Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The blocks marked
+`shared`, which sibling scripts have too, can be skipped at first.
+
+Quick, Pendulum:
   python td3.py
-  python td3.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 25_000 \\
+A MuJoCo baseline:
+  python td3.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 25_000 \
       --eval-frequency 10_000 --checkpoint-frequency 100_000
+DDPG, which is three switches:
   python td3.py --env Hopper-v5 --num-critics 1 --policy-noise 0 --policy-frequency 1
-In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches a half to a
-fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah: judge it on the former.
+In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches two thirds to
+a fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah: compare on the former.
 
 Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium, that run's policy; expert:
   python td3.py --env Hopper-v5 --total-timesteps 100_000 --learning-starts 100_000 --save-dataset random.hdf5
   python td3.py --env Hopper-v5 --total-timesteps 100_000 --exp-name medium --save-dataset replay.hdf5
-  python td3.py --resume RUN_FOLDER --rollout-dataset medium.hdf5 --rollout-steps 100_000
-  and the last two lines with --total-timesteps 1_000_000, another --exp-name and other files
+  python td3.py --resume runs/MEDIUM --rollout-dataset medium.hdf5 --rollout-steps 100_000
+  python td3.py --env Hopper-v5 --total-timesteps 1_000_000 --exp-name expert
+  python td3.py --resume runs/EXPERT --rollout-dataset expert.hdf5 --rollout-steps 100_000
 
 While it trains, `eval/episodic_return` should rise; `diagnostics/q_max` stay below `q_bound`,
 `overestimation` near 0 or below it.
@@ -178,6 +188,7 @@ def check(args: Args):
     check_limits(args, LIMITS)
     check_dataset_flags(args)
     only_if(args, args.policy_noise > 0, "without --policy-noise", "noise_clip")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 
@@ -205,9 +216,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight, self.bias
-        if len(x) < len(weight):  # the first of the n alone
-            weight, bias = weight[: len(x)], bias[: len(x)]
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # x for fewer than n: the first layers alone
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -221,7 +233,7 @@ class Critic(nn.Module):
         self.n, self.args = args.num_critics, args
         sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
         self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts at 0
+        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts near 0
 
     def hidden(self, obs, act, n: int | None = None):
         """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""
@@ -249,8 +261,8 @@ class Batch(NamedTuple):
 
 
 def backup(learner, batch: Batch, args: Args, generator=None):
-    """The target's actions a', (B, act), and y, (B,). With actions in units of [-1, 1] the clip
-    to the box holds each of them to its own bounds."""
+    """The target's actions a', (B, act), and y, (B,). Actions are in units of [-1, 1], so that one clip
+    holds each of them to its own bounds."""
     noise = torch.randn(batch.act.shape, generator=generator, device=batch.act.device) * args.policy_noise
     noise = noise.clamp(-args.noise_clip, args.noise_clip)
     next_act = (learner.target_actor(batch.next_obs) + noise).clamp(-1, 1)
@@ -259,7 +271,7 @@ def backup(learner, batch: Batch, args: Args, generator=None):
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """(Q_i(s,a) - y)^2, summed over the ensemble."""
+    """(Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble."""
     with torch.no_grad():
         _, y = backup(learner, batch, args)
     q = learner.critic(batch.obs, batch.act, args.precision == "bf16")
@@ -270,17 +282,17 @@ def critic_loss(learner, batch: Batch, args: Args):
 
 
 def actor_loss(learner, batch: Batch, args: Args):
-    """E[-Q_1(s, pi(s))], the deterministic policy gradient."""
+    """E[-Q_1(s, pi(s))]: its gradient is the deterministic policy gradient. Q_1, not the minimum."""
     q = learner.critic(batch.obs, learner.actor(batch.obs), args.precision == "bf16", n=1)
     loss = -q.mean()
     return loss, {"actor_loss": loss.detach()}
 
 
 def memory(args: Args, inputs: int) -> int:
-    """Bytes: weights four times (target, gradient, two moments of Adam), activations twice (gradients)."""
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
     n, width, depth = args.num_critics, args.critic_width, args.critic_depth
     actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
-    return 16 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
+    return 20 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
 
 
 class Learner(nn.Module):
@@ -314,7 +326,7 @@ class Learner(nn.Module):
         return act
 
     def update(self, batch: Batch, policy: bool) -> dict:
-        """One critic step; with `policy`, the delayed one, a policy step and the targets as well."""
+        """A critic step; if `policy`, every d-th time, also a policy step and the target networks move."""
         args = self.args
         loss, info = self.loss["critic_loss"](self, batch, args)
         self.minimise("critic", loss)
@@ -338,9 +350,7 @@ class Learner(nn.Module):
     def restore(self, saved: dict):
         self.load_state_dict(saved["networks"])
         for name, optim in self.optim.items():
-            flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-            optim.load_state_dict(saved["optim"][name])
-            optim.param_groups[0].update(flags)  # a GPU's checkpoint must not bring its flags to a CPU
+            load_optimizer(optim, saved["optim"][name])
 
 
 @torch.no_grad()
@@ -357,6 +367,8 @@ def train(args: Args) -> dict:
     if args.rollout_dataset:
         return rollout(args)
     device, saved = set_up(args), find_checkpoint(args)
+    if saved and not args.save_dataset and (done := finished(saved, "global_step", args.total_timesteps)):
+        return done
     step, updates, first_update = 0, 0, args.learning_starts
     episodes, returns, info = [], np.full(1, math.nan), {}
     envs = make_envs(args.env_id, args.num_envs)
@@ -581,9 +593,7 @@ def check_dataset_flags(args: Args):
             fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
     enough = args.total_timesteps + args.num_envs
     if args.save_dataset and (args.buffer_size < enough or not args.checkpoint_replay):
-        fail(
-            "--save-dataset writes the whole replay: it needs --buffer-size and --checkpoint-replay for that"
-        )
+        fail(f"--save-dataset writes the whole replay: it needs --checkpoint-replay, --buffer-size {enough}")
 
 
 def to_env(act, box) -> np.ndarray:
@@ -654,9 +664,7 @@ def rollout(args: Args) -> dict:
     """--rollout-dataset: the exploring policy of --resume, run for --rollout-steps, as a dataset."""
     if args.resume in (None, "auto"):
         fail("--rollout-dataset needs --resume RUN_FOLDER, the run whose policy it plays")
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
+    path = checkpoint_path(args)
     saved = load_checkpoint(path)
     given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps", "resume")}
     for k, v in asdict(args).items():
@@ -667,11 +675,8 @@ def rollout(args: Args) -> dict:
     sizes = check_boxes(envs, args.env_id)
     learner, replay = Learner(*sizes, args, device), Replay(args.rollout_steps, *sizes, device)
     learner.load_state_dict(saved["learner"]["networks"])
-    player, progress, returns = (
-        Player(envs, 2_000_000 + args.seed),
-        Progress("rolling out", args.rollout_steps),
-        [],
-    )
+    player, returns = Player(envs, 2_000_000 + args.seed), []
+    progress = Progress("rolling out", args.rollout_steps)
     with StopSignal() as stop:
         while replay.added < args.rollout_steps:
             _, episodes = player.step(learner.act(player.obs, explore=True), replay)
@@ -861,9 +866,10 @@ def strict_fp32():
 
 # === shared: run (canonical copy: cql_continuous.py) ===
 FORMAT = 1  # of checkpoints
+# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()  # on resume; no other
+wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
 
 
 def fail(message: str, status: int = 2):
@@ -988,7 +994,7 @@ def check_finite(step: int, tensors: dict):
     fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
     if not all(fine):
         name = list(tensors)[fine.index(False)]
-        fail(f"update {step}: {name} is not finite; the last checkpoint is from before", status=3)
+        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
 
 
 @contextmanager
@@ -996,13 +1002,17 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def flush(p: Path):
+        descriptor = os.open(p, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
     try:
         yield temporary
-        for p in (temporary, path.parent):  # the file, then (after the move) its folder's entry
-            os.replace(temporary, path) if p == path.parent else None
-            descriptor = os.open(p, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush(temporary)  # the bytes reach the disk before the name does
+        os.replace(temporary, path)
+        flush(path.parent)  # and so does the folder's entry
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1031,37 +1041,69 @@ def load_checkpoint(path: Path) -> dict:
     return saved | {"folder": path.parent}
 
 
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume == "auto":
-        given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-        for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-            try:
-                header = json.loads((path.parent / "args.json").read_text())
-                if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                    return load_checkpoint(path)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # not a run's folder, or not one of ours
-        print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-        return None
-    if args.resume is None:
-        return None
+def load_optimizer(optim, saved: dict):
+    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
+    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
+    optim.load_state_dict(saved)
+    optim.param_groups[0].update(flags)
+
+
+def checkpoint_path(args) -> Path:
+    """The file that --resume, a run folder or a checkpoint, names."""
     path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
     if not path.is_file():
         fail(f"--resume {args.resume}: no checkpoint at {path}")
+    return path
+
+
+def newest_checkpoint(args, given: dict) -> Path | None:
+    """Of the runs with the arguments `given`, the newest one's."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
+    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
+        try:
+            header = json.loads((path.parent / "args.json").read_text())
+            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
+                return path
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # not a run's folder, or not one of ours
+    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
+
+
+def find_checkpoint(args) -> dict | None:
+    """What --resume names, refused if its arguments differ in one that changes the numbers."""
+    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
+    if args.resume is None:
+        return None
+    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
+    if path is None:
+        return None
     saved = load_checkpoint(path)
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
         if saved["args"].get(k) != v:
             fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+    for k, v in saved["learner"]["networks"].items():
+        if not v.isfinite().all():
+            fail(f"--resume {path}: {k} is not finite")
     return saved
+
+
+def finished(saved: dict, counter: str, total: int) -> dict | None:
+    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
+    path = saved["folder"] / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if saved["step"] < total or summary.get(counter) != saved["step"]:
+        return None  # a summary of another step is from before the run was made longer
+    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    return summary
 
 
 def command(args, folder: Path | None = None) -> str:
     """The command line that gives these arguments, and goes on from `folder`."""
-    words = ["python", Path(__file__).name]
+    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
+    words.append(Path(__file__).name)
     for f in fields(args):
         value = getattr(args, f.name)
         if isinstance(value, bool) and value != f.default:
@@ -1078,14 +1120,9 @@ class Run:
         self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
         device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "command": command(args),
-            "device": device,
-            "info": info,
-        }
-        self.header |= {"versions": versions | {"gymnasium": gym.__version__}}
+        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
+        self.header |= {"device": device, "info": info}
+        self.header["versions"] = versions | {"gymnasium": gym.__version__}
         if args.track:
             wandb = need("wandb")
         self.dir = saved["folder"] if saved else self.new_folder()
@@ -1108,13 +1145,14 @@ class Run:
         env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
         name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
+            folder = Path(args.run_dir) / (name + suffix)
             try:
-                (Path(self.args.run_dir) / (name + suffix)).mkdir(parents=True)
-                return Path(self.args.run_dir) / (name + suffix)
+                folder.mkdir(parents=True)
+                return folder
             except FileExistsError:
                 continue
             except OSError as e:
-                fail(f"--run-dir {self.args.run_dir}: {e}")
+                fail(f"--run-dir {args.run_dir}: {e}")
 
     def scalars(self, values: dict, step: int):
         for tag, value in values.items():
@@ -1129,12 +1167,8 @@ class Run:
 
     def save(self, name: str, state: dict):
         os.fsync(self.csv.fileno())
-        state |= {
-            "script": Path(__file__).stem,
-            "format": FORMAT,
-            "args": self.header["args"],
-            "info": self.info,
-        }
+        state |= {"script": Path(__file__).stem, "format": FORMAT}
+        state |= {"args": self.header["args"], "info": self.info}
         state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
         try:
             with write_beside(self.dir / name) as temporary:

@@ -289,7 +289,7 @@ def test_rem_draws_a_new_convex_mixture_for_each_update():
 
 
 def test_one_update_is_adam_on_the_gradient():
-    args = tiny(head="dqn", lr=1e-3)
+    args = tiny(head="dqn", learning_rate=1e-3)
     learner = c.Learner((5,), [3], args, CPU)
     batch, before = random_batch(8, 3), [p.detach().clone() for p in learner.net.parameters()]
     target = [p.clone() for p in learner.target.parameters()]
@@ -449,14 +449,21 @@ def chain_data(pairs, args) -> c.Data:
 
 
 def chain_q(pairs, updates=600, **changes) -> np.ndarray:
-    args = dict(gamma=GAMMA, clip_rewards=False, cql_alpha=0.0, width=4, lr=2e-3, target_frequency=40)
+    args = dict(
+        gamma=GAMMA,
+        clip_rewards=False,
+        cql_alpha=0.0,
+        width=4,
+        learning_rate=2e-3,
+        target_network_frequency=40,
+    )
     args = tiny(**args | dict(v_min=-1.5, v_max=1.5) | changes)
     data = chain_data(pairs, args)
     learner, everything = c.Learner((S,), [A], args, CPU), data.batch(data.train)
     for step in range(updates):
-        learner.optim.param_groups[0]["lr"] = args.lr * (1 - step / updates)
+        learner.optim.param_groups[0]["lr"] = args.learning_rate * (1 - step / updates)
         learner.update([everything])
-        if step % args.target_frequency == 0:
+        if step % args.target_network_frequency == 0:
             learner.refresh_target()
     learner.net.eval()
     with torch.no_grad():
@@ -474,7 +481,7 @@ def test_alpha_0_reaches_the_optimal_values(head, double):
     """Every (s, a) in the data: within 0.08 of Q*, which runs from 0.06 to 1, and the same best action."""
     lr = {"dqn": 2e-3, "qr": 5e-3, "c51": 5e-3, "rem": 1e-2}[head]  # rem's numbers have small gradients
     updates = 400 if head == "qr" else 800
-    q, truth = chain_q(EVERYTHING, updates, head=head, double=double, lr=lr), best_values()
+    q, truth = chain_q(EVERYTHING, updates, head=head, double=double, learning_rate=lr), best_values()
     assert np.abs(q - truth).max() < 0.08, q - truth
     assert (q.argmax(1) == truth.argmax(1)).all()
 
@@ -1048,7 +1055,13 @@ def test_the_learning_player_plays_better_than_the_random_one():
     scores = {}
     for who in ("random", "dqn"):
         args = tiny(
-            collect=who, collect_steps=4_800, head="dqn", width=4, lr=1e-3, n_step=5, clip_rewards=False
+            collect=who,
+            collect_steps=4_800,
+            head="dqn",
+            width=4,
+            learning_rate=1e-3,
+            n_step=5,
+            clip_rewards=False,
         )
         data = c.load(str(c.collect("CartPole-v1", args, CPU)), args, c.Envs("CartPole-v1", 1, args), CPU)
         scores[who] = data.info["dataset_return_mean"]
@@ -1354,7 +1367,7 @@ def test_advice_names_flags_that_exist():
 # ---------------------------------------------------------------------------------------------- promises
 def short(data, **changes):
     """60 updates with every event between them; tuples among the arguments."""
-    args = dict(dataset=(str(data),), holdout=0.1, num_updates=60, batch_size=8, target_frequency=7)
+    args = dict(dataset=(str(data),), holdout=0.1, num_updates=60, batch_size=8, target_network_frequency=7)
     args |= dict(diagnostics_frequency=20, eval_frequency=25, log_frequency=10, checkpoint_frequency=15)
     return tiny(**args | dict(eval_episodes=2, n_step=3, head="rem", dropout=0.2, dr3_coef=0.01) | changes)
 
@@ -1523,7 +1536,7 @@ MISTAKES = [
     (dict(gamma=1.0), "--gamma"),
     (dict(gamma=math.nan), "--gamma"),
     (dict(n_step=0), "--n-step"),
-    (dict(lr=0.0), "--lr"),
+    (dict(learning_rate=0.0), "--learning-rate"),
     (dict(wandb_entity="x"), "--wandb-entity"),
     (dict(precision="tf32"), "tf32"),
     (dict(resume="nowhere"), "nowhere"),
@@ -1817,8 +1830,15 @@ def test_documented_commands_run(command):
 def test_learns_to_catch_from_random_play():
     """Pixels: random play is below the ball in one step of nine; measured here, 0.8 of 8 against 4.4."""
     args = c.Args(
-        env_id=("Catch-v0",), collect_steps=8_000, collect_repeat=0.8, width=8, num_updates=800, lr=1e-3
+        env_id=("Catch-v0",),
+        collect_steps=8_000,
+        collect_repeat=0.8,
+        width=8,
+        num_updates=800,
+        learning_rate=1e-3,
     )
-    args = replace(args, n_step=1, target_frequency=50, eval_episodes=30, diagnostics_frequency=0, cuda=False)
+    args = replace(
+        args, n_step=1, target_network_frequency=50, eval_episodes=30, diagnostics_frequency=0, cuda=False
+    )
     result = c.train(replace(args, eval_frequency=0))
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5

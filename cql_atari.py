@@ -916,14 +916,14 @@ class Envs:
         except Exception as e:  # registration, missing packages or ROMs, a namespace's own errors
             fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
         space, obs = self.envs.single_action_space, self.envs.single_observation_space
-        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
-            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
         ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
         frames = len(self.frame_shape or ()) == 2 and obs.dtype == np.uint8
         if not ndim or not (frames or len(self.frame_shape) == 1):
             fail(f"--env-id {env_id}: observations are {obs}, expected vectors or (H, W) uint8 frames")
+        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
+            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
         self.actions = int(space.n)
         self.shape = (STACK, *self.frame_shape) if frames else self.frame_shape
 
@@ -1452,7 +1452,8 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
-    conservative = args.cql_alpha > 0 and getattr(args, "cql_variant", "H") != "eq1"
+    if getattr(args, "cql_variant", "H") != "eq1":  # raising Q of the data's actions may lift it by that much
+        ceiling += args.cql_alpha / 2 / (1 - args.gamma)
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1467,9 +1468,9 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             not math.isfinite(td + gap),
             f"{numbers}: the target has no variance on the probe, look at the data",
         ),
-        "divergence": (  # a conservative term may lift Q beyond the bound itself, at a gap below 0
-            end["q_max"] > ceiling and (gap > 0 or not conservative),
-            f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
+        "divergence": (
+            end["q_max"] > ceiling,
+            f"Q reaches {end['q_max']:.3g}, these rewards allow {ceiling:.3g} at most: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
         "sarsa passes": (
@@ -1485,7 +1486,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            conservative and gap < 0 and (off < -1 or end["q_max"] > ceiling),
+            args.cql_alpha > 0 and gap < 0 and off < -1,
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (

@@ -1269,7 +1269,8 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
-    conservative = args.cql_alpha > 0 and getattr(args, "cql_variant", "H") != "eq1"
+    if getattr(args, "cql_variant", "H") != "eq1":  # raising Q of the data's actions may lift it by that much
+        ceiling += args.cql_alpha / 2 / (1 - args.gamma)
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1284,9 +1285,9 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             not math.isfinite(td + gap),
             f"{numbers}: the target has no variance on the probe, look at the data",
         ),
-        "divergence": (  # a conservative term may lift Q beyond the bound itself, at a gap below 0
-            end["q_max"] > ceiling and (gap > 0 or not conservative),
-            f"Q reaches {end['q_max']:.3g}, these rewards allow {end['q_bound']:.3g} at most: the backup "
+        "divergence": (
+            end["q_max"] > ceiling,
+            f"Q reaches {end['q_max']:.3g}, these rewards allow {ceiling:.3g} at most: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
         "sarsa passes": (
@@ -1302,7 +1303,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            conservative and gap < 0 and (off < -1 or end["q_max"] > ceiling),
+            args.cql_alpha > 0 and gap < 0 and off < -1,
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (

@@ -45,12 +45,10 @@ def bootstrap(strata: list[list[float]], repeats: int = 10_000) -> tuple[float, 
 def read(name: str) -> list[dict]:
     """Rows of a CSV of report.py --curves, or of peer_sb3.py brought to the same form."""
     with open(HERE / "raw" / name) as f:
-        if name == "sb3.csv":
-            return [
-                dict(env_id=env, exp_name=f"SB3 {algo}", seed=seed, step=step, tag=RETURN, value=mean)
-                for _, algo, env, seed, step, mean, *_ in csv.reader(f)
-            ]
-        return list(csv.DictReader(f))
+        rows = list(csv.DictReader(f))
+    if name != "sb3.csv":
+        return rows
+    return [r | {"exp_name": f"SB3 {r['algo']}", "tag": RETURN, "value": r["return_mean"]} for r in rows]
 
 
 def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:

@@ -56,7 +56,10 @@ class Evaluate(BaseCallback):
         a = self.args
         row = ["sb3", a.algo, a.env, a.seed, self.num_timesteps, np.mean(returns), np.std(returns)]
         with open(a.out, "a", newline="") as f:
-            csv.writer(f).writerow([*row, time.time() - self.begin])
+            writer = csv.writer(f)
+            if not f.tell():
+                writer.writerow("peer algo env_id seed step return_mean return_std seconds".split())
+            writer.writerow([*row, time.time() - self.begin])
         print(row, flush=True)
         return True
 

@@ -1,5 +1,5 @@
-"""What every test file uses: the scripts on the path, a clean process state, tiny datasets, real "
-"subprocesses."""
+"""What every test file uses: the scripts on the path, a clean process state, tiny datasets, real
+subprocesses."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(autouse=True)
 def clean_process(tmp_path, monkeypatch):
-    """Each test runs in its own folder, on one thread and from fixed seeds, and leaves the process as it "
-    "was."""
+    """Each test runs in its own folder, on one thread and from fixed seeds, and leaves the process as it
+    was."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -64,7 +64,7 @@ class Catch(gym.Env):
         return self.picture(), float(self.ball == self.paddle), over, False, {}
 
 
-gym.register("Catch-v0", Catch)
+gym.register("Catch-v0", Catch, max_episode_steps=100)
 gym.register("ShortCatch-v0", Catch, max_episode_steps=5)
 gym.register("OtherCartPole-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv", max_episode_steps=30)
 
@@ -224,7 +224,7 @@ def plain_loss(net, target, batches, mixture, args):
                 td.append(0.5 * u**2 if u.abs() <= 1 else u.abs() - 0.5)
             q = values(out)
             conservative.append(q.exp().sum().log() - q[a])
-            dots.append((net.features(batch.obs[i : i + 1]) * phi_next).sum())
+            dots.append((net.features(batch.obs[i : i + 1]) * phi_next).sum() * (discount > 0))
     mean = lambda x: sum(x) / len(x)
     return mean(td) + args.cql_alpha * mean(conservative) + args.dr3_coef * mean(dots)
 
@@ -1460,7 +1460,7 @@ def test_resume_refuses_other_arguments_other_data_and_other_files(cartpole, cap
     moved = torch.load(run / "checkpoint.pt", weights_only=True)
     moved["args"]["dataset"] = ("other",)
     torch.save(moved, run / "checkpoint.pt")
-    refused(resume(dataset=("other",)), capsys, "other data")
+    refused(resume(dataset=("other",), num_updates=5), capsys, "other data")
 
 
 def test_measuring_changes_nothing(cartpole):
@@ -1503,7 +1503,7 @@ def test_a_nan_stops_the_run_with_status_3_and_keeps_the_checkpoint(where, cartp
     monkeypatch.setattr(c.Learner, "update", spoilt)
     named = "heads.0.0.weight" if where == "parameter" else "td_loss"
     named = "" if where == "parameter" else named  # the next update has spread it
-    refused(lambda: c.train(short(cartpole)), capsys, "update 40", named, "not finite", status=3)
+    refused(lambda: c.train(short(cartpole)), capsys, "step 40", named, "not finite", status=3)
     saved = torch.load(only_run(".") / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 30 and all(v.isfinite().all() for v in saved["learner"]["networks"].values())
 
@@ -1665,7 +1665,7 @@ def group():
 
 def line(data, *more):
     return ["--env", "CartPole-v1", "--dataset", data, "--width", 2, "--num-updates", 60, "--batch-size", 12,
-            "--target-frequency", 7, "--diagnostics-frequency", 20, "--eval-frequency", 25,
+            "--target-network-frequency", 7, "--diagnostics-frequency", 20, "--eval-frequency", 25,
             "--log-frequency", 10, "--checkpoint-frequency", 15, "--eval-episodes", 2, "--no-cuda",
             "--dr3-coef", 0.01, *more]  # fmt: skip
 

@@ -21,6 +21,7 @@ from cql_continuous import (
     dormant,
     log_mean_exp,
     peak,
+    proposal_kind,
     proposals,
     spectrum,
     squashed_log_prob,
@@ -195,7 +196,7 @@ def test_without_density_is_cql_rho():
 
 def estimates_rho(case, repeats: int) -> torch.Tensor:
     args = tiny(cql_variant="rho")
-    assert args.cql_proposals == "policy"
+    assert proposal_kind(args) == "policy"
     actor, obs = fixed_actor(case["mean"], case["std"]), torch.zeros(repeats, 1)
     with torch.no_grad():
         act, log_ratio = proposals(actor, obs, obs, "policy", 4)
@@ -236,8 +237,8 @@ def test_a_constant_q_has_a_gap_of_zero():
 
 # ------------------------------------------------------------------------------------------------ losses
 def test_ensemble_equals_separate_critics():
-    """Every member, cut out of the stack into a critic of its own, gives the same Q and the same "
-    "gradients."""
+    """Every member, cut out of the stack into a critic of its own, gives the same Q and the same
+    gradients."""
     args = tiny(num_critics=3, layer_norm=True, residual=True, critic_depth=3)
     critic, batch = Critic(3, 2, args), random_batch()
     q = critic(batch.obs, batch.act)
@@ -375,8 +376,8 @@ def test_actor_loss_moves_only_the_actor_and_climbs_q():
 
 
 def test_duals_move_the_right_way():
-    """The temperature rises while entropy is below -d, the conservative weight while the gap is above its "
-    "target."""
+    """The temperature rises while entropy is below -d, the conservative weight while the gap is above its
+    target."""
     for entropy, sign in ((-5.0, 1), (5.0, -1)):
         nets = Learner(3, 2, tiny(policy_updates=1), CPU)
         nets.loss["actor_loss"] = lambda *_, e=entropy, n=nets: (
@@ -418,8 +419,8 @@ S, A, GAMMA = 4, 3, 0.8
 
 
 def mdp(seed=0):
-    """Transition tensor (S, A, S), rewards (S, A), behaviour beta and target policy pi, both of full "
-    "support."""
+    """Transition tensor (S, A, S), rewards (S, A), behaviour beta and target policy pi, both of full
+    support."""
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.ones(S), (S, A))
     beta, pi = rng.dirichlet(np.ones(A) * 3, S), rng.dirichlet(np.ones(A) * 3, S)
@@ -591,6 +592,18 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
             curve(np.linspace(0, -120, 40), cql_gap=-9.0, q_minus_return=-40.0),
             {},
         ),
+        # narrow data has such gaps by itself; where returns are unknown the gap alone says nothing
+        ("no sign of trouble", curve(np.minimum(np.linspace(0, 60, 40), 30), cql_gap=-9.0), {}),
+        (
+            "no sign of trouble",
+            curve(np.minimum(np.linspace(0, 60, 40), 30), cql_gap=-9.0, q_minus_return=math.nan),
+            {},
+        ),
+        # the conservative term may lift Q by alpha / 2 / (1 - gamma), 250 here; Eq. 1 only lowers it
+        ("no sign of trouble", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=340.0), {}),
+        ("divergence", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=380.0), {}),
+        ("divergence", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=150.0), {"cql_alpha": 0.0}),
+        ("divergence", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=150.0), {"cql_variant": "eq1"}),
         ("underfitting", curve(np.minimum(np.linspace(0, 60, 40), 30), td_error=0.5, cql_gap=2.0), {}),
         ("sarsa passes", curve(np.minimum(np.linspace(0, 60, 40), 30)), {"backup": "sarsa"}),
         (
@@ -607,8 +620,8 @@ def test_verdict_on_planted_curves(expected, history, flags):
 
 
 def test_verdict_with_negative_rewards_ignores_the_untrained_networks_peak():
-    """Traps 8: with r <= 0, Q starts at 0 and falls to its level: no overfitting, no peak in the "
-    "transient."""
+    """Traps 8: with r <= 0, Q starts at 0 and falls to its level: no overfitting, no peak in the
+    transient."""
     falling = -100 * (1 - np.exp(-np.arange(40) / 5))
     td = np.maximum(2 * np.exp(-np.arange(40) / 4), 0.05)
     history = curve(falling, td_error=td, q_bound=0.0, q_max=0.0)

@@ -413,7 +413,6 @@ def test_no_evaluation_changes_nothing(new_process, data, tmp_path):
 # --------------------------------------------------------------------------------------- P4: checkpoints
 KILLS = """
 args = tyro.cli(cql.Args, args=words)
-args.cql_proposals = "three-sets"
 run = cql.Run(args, {}, None)
 path, step, draw = run.dir / "checkpoint.pt", 0, random.Random(0)
 for kill in range(30):
@@ -774,7 +773,7 @@ def test_non_finite_numbers_stop_the_run(
     hook = f"at({update}, inject({what!r}, {number}))"
     done = new_process(tmp_path, *line, before=KEEP + hook, status=3)
     assert_one_line(done)
-    step, name = re.search(r"update (\d+): (\S+) is not finite", done.err).groups()
+    step, name = re.search(r"step (\d+): (\S+) is not finite", done.err).groups()
     assert int(step) <= stops and re.fullmatch(names, name), done.err
     run = only_run(tmp_path)
     assert (run / "checkpoint.pt").exists() and not list(run.glob("*tmp*"))

@@ -109,7 +109,9 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     runs = [report.read_run(plant("a", seed, curves())) for seed in (1, 2)]
     (tmp_path / "raw").mkdir()
     report.write_curves(runs, tmp_path / "raw" / "x.csv")
-    (tmp_path / "raw" / "sb3.csv").write_text("sb3,sac,E,1,100,7.5,0.1,3.0\n")
+    (tmp_path / "raw" / "sb3.csv").write_text(
+        "peer,algo,env_id,seed,step,return_mean,return_std,seconds\nsb3,sac,E,1,100,7.5,0.1,3.0\n"
+    )
     monkeypatch.setattr(figures, "HERE", tmp_path)
     rows = figures.read("x.csv") + figures.read("sb3.csv")
     assert figures.curves(rows, "E", "a", figures.RETURN) == {

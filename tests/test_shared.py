@@ -1,6 +1,7 @@
 """The blocks between `# === shared: NAME (canonical copy: FILE) ===` and `# === end shared ===` are the same
 text in every script that has them. `python tests/test_shared.py --fix` writes the canonical copy over all."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -76,6 +77,34 @@ def test_no_script_imports_another():
     names = [p.stem for p in ROOT.glob("*.py")]
     for path in ROOT.glob("*.py"):
         assert not re.search(rf"^\s*(from|import) ({'|'.join(names)})\b", path.read_text(), re.M), path
+
+
+TWINS = {  # small parts of the algorithms, too small for a block and told again in each script
+    "StackedLinear": ("cql_continuous", "sac", "td3"),
+    "squashed_log_prob": ("cql_continuous", "sac"),
+    "polyak": ("sac", "td3"),
+    "Learner.minimise": ("cql_continuous", "sac", "td3"),
+    "Agent.sample": ("ppo", "kfac_npg"),
+    "Agent.mode": ("ppo", "kfac_npg"),
+    "Agent.log_prob": ("ppo", "kfac_npg"),
+    "Agent.entropy": ("ppo", "kfac_npg"),
+}
+
+
+def source(script: str, name: str) -> str:
+    """The text of a class, a function, or Class.method."""
+    text = (ROOT / f"{script}.py").read_text()
+    body = ast.parse(text).body
+    for part in name.split("."):
+        (node,) = [x for x in body if getattr(x, "name", None) == part]
+        body = getattr(node, "body", [])
+    return ast.get_source_segment(text, node)
+
+
+def test_what_is_written_twice_is_written_alike():
+    for name, scripts in TWINS.items():
+        first, *others = (source(script, name) for script in scripts)
+        assert all(other == first for other in others), f"{name} differs among {scripts}"
 
 
 def test_size_report(capsys):

@@ -1095,7 +1095,8 @@ def finished(saved: dict, counter: str, total: int) -> dict | None:
     summary = json.loads(path.read_text()) if path.exists() else {}
     if saved["step"] < total or summary.get(counter) != saved["step"]:
         return None  # a summary of another step is from before the run was made longer
-    print(f"{path.parent}: complete at step {saved['step']:,}; a longer run goes on from there")
+    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
+    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
     return summary
 
 

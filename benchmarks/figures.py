@@ -149,18 +149,19 @@ def triad():
             late = f"{steps[0]:,} to {steps[-1]:,}" if steps else ""
             times = f"{statistics.median(growth):.1f}" if growth else ""
             print(f"| {target} | {utd} | {len(passed)} of {len(seeds)} | {late} | {times} |")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.5))
     for i, target in enumerate(("target", "no_target")):
         x = np.arange(3) + 0.4 * i - 0.2
         label = "target network (tau 0.005)" if target == "target" else "none (tau 1)"
         axes[0].bar(x, [100 * shares[target, u] for u in utds], 0.38, color=COLOURS[i], label=label)
     axes[0].set(xlabel="updates a step", ylabel="% of runs beyond the bound")
     axes[0].set_xticks(range(3), utds)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].set_ylim(0, 130)
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
     names = {f"{t}_utd{u}": f"{t.replace('_', ' ')}, {u}" for t in ("target", "no_target") for u in utds}
     plot(axes[1], rows, env, names, "diagnostics/q_max")
     axes[1].set(yscale="symlog", xlabel="environment steps", ylabel="largest Q")
-    axes[1].legend(fontsize=7, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "triad")
 
 

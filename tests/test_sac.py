@@ -595,7 +595,7 @@ BAD = [
     ("sac", ["--utd", "0"], "--utd"),
     ("sac", ["--num-envs", "0"], "--num-envs"),
     ("sac", ["--q-lr", "-1"], "--q-lr"),
-    ("sac", ["--alpha", "0"], "--alpha"),
+    ("sac", ["--alpha", "-1"], "--alpha"),
     ("sac", ["--target-subset", "3"], "--target-subset"),
     ("sac", ["--num-critics", "1", "--actor-q", "mean"], "--actor-q"),
     ("sac", ["--alpha", "0.2", "--target-entropy", "-3"], "--target-entropy"),

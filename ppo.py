@@ -33,8 +33,8 @@ CartPole, then the same faster:
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
 Acrobot, Pendulum, MuJoCo, Atari:
   python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 --normalize
-  python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 1024 --update-epochs 10 \
-      --num-minibatches 64 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0
+  python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 256 --update-epochs 10 \
+      --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0 --no-clip-vloss
   python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --normalize
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
@@ -147,7 +147,7 @@ class Args:
     clip_coef: float = 0.2
     """eps: the ratio is clipped to 1 - eps .. 1 + eps"""
     clip_vloss: bool = True
-    """[9] hold V to V_old +- eps as well"""
+    """[9] hold V to V_old +- eps as well, eps in units of return: off where returns are large and unscaled"""
     ent_coef: float = 0.01
     """c_e, weight of the entropy"""
     entropy: Literal["bonus", "return"] = "bonus"

@@ -12,7 +12,8 @@ for env in $envs; do
     CartPole-v1) steps=200_000 ppo="" npg="" ;;
     Pendulum-v1)
       steps=200_000 npg="--gamma 0.9 --normalize" none="$none --gamma 0.9 --normalize"
-      ppo="--num-steps 1024 --update-epochs 10 --num-minibatches 64 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0" ;;
+      ppo="--num-steps 256 --update-epochs 10 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0"
+      ppo="$ppo --no-clip-vloss" ;;
     *)
       steps=$mujoco_steps npg="--num-envs 1 --num-steps 2048 --normalize" none="--solver none --num-steps 64 --normalize"
       ppo="--num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --normalize" ;;

@@ -222,3 +222,18 @@ def test_documented_commands_run(command, tmp_path):
         write_d4rl(path, n=400, obs_dim=shape[0], act_dim=shape[1], length=50, scale=0.9)
         small["dataset"] = str(path)
     assert train(replace(args, **small))["num_updates"] >= 3
+
+
+def test_the_readmes_way_to_load_a_policy_works(point_data):
+    """Its lines as they stand, after a run whose policy has learnt to go home."""
+    train(tyro.cli(Args, args=[*FAST, "--dataset", str(point_data), "--eval-episodes", "0"]))
+    only_run(".").rename("runs/THAT_RUN")
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    env = gym.make("Point-v0")
+    obs, total = env.reset(seed=0)[0], 0.0
+    for _ in range(20):
+        names = {"env": env, "obs": obs}
+        exec(lines, names)
+        obs, rew, *_ = env.step(names["action"])
+        total += rew
+    assert total > -4

@@ -168,6 +168,7 @@ def triad():
 def policy_gradients():
     """policy_gradients.sh: return by steps and by wall time."""
     rows = read("policy_gradients.csv") + read("sb3.csv")
+    rows = [r | {"step": round(int(r["step"]), -4)} for r in rows]  # rollouts end at slightly other steps
     names = {"ppo": "ppo.py", "npg_kfac": "K-FAC", "npg_trpo": "TRPO", "npg_none": "plain gradient"}
     names |= {"SB3 ppo": "SB3's PPO"}
     envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})

@@ -19,6 +19,7 @@ from cql_continuous import (
     conservative_term,
     critic_loss,
     dormant,
+    dual_loss,
     log_mean_exp,
     peak,
     proposal_kind,
@@ -641,3 +642,9 @@ def test_verdict_without_known_returns():
         del m["q_minus_return"], m["return_std"]
     name, sentence = verdict(history, make_args(num_updates=4000))
     assert name == "no sign of trouble" and "nan" not in sentence
+
+
+def test_a_multiplier_at_its_bound_can_come_back():
+    x = torch.tensor(math.log(1e6), requires_grad=True)
+    (slope,) = torch.autograd.grad(dual_loss(x, torch.tensor(-2.0)), x)
+    assert float(slope) == pytest.approx(2e6, rel=1e-4)  # descent lowers it

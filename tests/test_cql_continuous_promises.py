@@ -851,3 +851,9 @@ def test_reserve_asks_the_machine(free, fits, monkeypatch, capsys):
     except SystemExit as e:
         assert e.code == 2 and not fits
     assert "thing: 10.0 MiB on cpu" in capsys.readouterr().out
+
+
+def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    words = shlex.split(cql.command(cql.Args(), Path("runs/x")))
+    assert words == ["torchrun", "--nproc_per_node=4", "cql_continuous.py", "--resume", "runs/x"]

@@ -258,6 +258,14 @@ def test_a_factor_that_is_not_positive_definite_raises_the_damping_and_says_so(c
     assert all(torch.isfinite(x).all() for x in factors.buffers())
 
 
+def test_a_raised_damping_lasts_until_the_next_refresh():
+    learner, _ = a_learner(BOX, damping=1e-3)
+    factors, batch = learner.policy_factors, a_batch(learner.agent)
+    factors.damping = 10.0
+    learner.policy_step(batch)
+    assert factors.damping == 1e-3
+
+
 # -------------------------------------------------------------------------------- solvers, trust region
 @SPACES
 def test_conjugate_gradients_and_the_exact_solve_agree(space):

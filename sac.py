@@ -249,10 +249,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = (
-            self.weight[: len(x)],
-            self.bias[: len(x)],
-        )  # x for fewer than n: the first layers alone
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # x for fewer than n: the first layers
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -419,13 +416,13 @@ def train(args: Args) -> dict:
     device, saved = set_up(args), find_checkpoint(args)
     if saved and not args.save_dataset and (done := finished(saved, "global_step", args.total_timesteps)):
         return done
-    step, updates, first_update = 0, 0, args.learning_starts
+    step, updates, idle_steps = 0, 0, args.learning_starts  # updates = utd (step - idle_steps)
     episodes, returns, info = [], np.full(1, math.nan), {}
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, act_dim = check_boxes(envs, args.env_id)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     if saved:
-        step, updates, first_update = (saved[k] for k in ("step", "updates", "first_update"))
+        step, updates, idle_steps = (saved[k] for k in ("step", "updates", "idle_steps"))
         episodes, returns = saved["episodes"], np.array(saved["returns"])
         info = {k: v.to(device) for k, v in saved["losses"].items()}
     capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
@@ -440,7 +437,7 @@ def train(args: Args) -> dict:
         elif args.save_dataset:
             fail(f"--save-dataset: {saved['folder']} was saved without its replay")
         else:  # refill before the next update
-            first_update = step + args.learning_starts - updates / args.utd
+            idle_steps = step + args.learning_starts - updates / args.utd
         restore_random_state(saved["random"])
     if args.learning_starts >= args.total_timesteps:
         print(f"--learning-starts {args.learning_starts:,}: every action is random, nothing is trained")
@@ -455,7 +452,7 @@ def train(args: Args) -> dict:
     def save():
         check_finite(updates, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        state |= {"step": step, "updates": updates, "first_update": first_update, "losses": info}
+        state |= {"step": step, "updates": updates, "idle_steps": idle_steps, "losses": info}
         state |= {"episodes": episodes, "returns": returns.tolist()}
         run.save("checkpoint.pt", state | {"replay": replay.checkpoint() if args.checkpoint_replay else None})
 
@@ -468,7 +465,7 @@ def train(args: Args) -> dict:
                 act = torch.rand_like(act) * 2 - 1
             stored, ended = player.step(act, replay)
             before, step = step, step + stored
-            while updates < int(args.utd * (step - first_update) + 1e-9):
+            while updates < int(args.utd * (step - idle_steps) + 1e-9):
                 updates += 1
                 info |= update(updates % args.policy_frequency == 0)
 

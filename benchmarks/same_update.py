@@ -1,7 +1,7 @@
 """Updates of sac.py, td3.py and cql_continuous.py beside a peer's: the same weights, minibatches and noise.
 
-  sb3/bin/pip install tyro && sb3/bin/python benchmarks/same_update.py sac td3         # Stable-Baselines3
-  peer/bin/pip install tyro tensorboard && peer/bin/python benchmarks/same_update.py cql    # d3rlpy
+  sb3/bin/pip install tyro && sb3/bin/python benchmarks/same_update.py sac td3            # Stable-Baselines3
+  peer/bin/pip install tyro tensorboard && peer/bin/python benchmarks/same_update.py cql  # d3rlpy
 
 Both do --updates updates on the same random minibatches (HalfCheetah's shapes) through their own training
 code. Printed after each: the distance between our weights and theirs, relative to the distance that ours have
@@ -28,9 +28,6 @@ class Shapes(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (ACT,), np.float32)
 
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(OBS, np.float32), {}
-
 
 def random_batches(n: int, Batch):
     for _ in range(n):
@@ -38,162 +35,6 @@ def random_batches(n: int, Batch):
         columns |= {"next_obs": torch.randn(B, OBS), "done": (torch.rand(B) < 0.1).float()}
         columns |= {"next_act": torch.rand(B, ACT) * 2 - 1}  # SARSA's
         yield Batch(**{k: columns[k] for k in Batch._fields})
-
-
-def linears(net) -> list:
-    return [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
-
-
-def weights_of(critic) -> list:
-    """A stacked ensemble's weights as torch.nn.Linear has them: for each member, weight and bias of each layer."""
-    layers = [*critic.layers, critic.head]
-    return [p for i in range(critic.n) for x in layers for p in (x.weight[i].T, x.bias[i, 0])]
-
-
-def params(modules) -> list:
-    return [p for m in modules for p in (m.weight, m.bias)]
-
-
-@torch.no_grad()
-def copy_into(theirs: list, ours: list):
-    for p, q in zip(theirs, ours, strict=True):
-        p.copy_(q)
-
-
-class Same:
-    """Compares the weights of both after each update."""
-
-    def __init__(self, pairs: dict):
-        self.pairs = pairs  # name -> functions that give our and their tensors
-        self.start = {
-            k: torch.cat([p.detach().reshape(-1) for p in ours()]) for k, (ours, _) in pairs.items()
-        }
-
-    def show(self, update: int):
-        words = []
-        for k, (ours, theirs) in self.pairs.items():
-            mine, peers = (torch.cat([p.detach().reshape(-1) for p in both()]) for both in (ours, theirs))
-            moved, apart = (mine - self.start[k]).norm().item(), (mine - peers).norm().item()
-            words.append(f"{k} {apart / moved:.1e}" if moved else f"{k} {apart:.1e} (not moved)")
-        print(f"  update {update}: " + ", ".join(words))
-
-
-def stable_baselines(name: str, updates: int):
-    """SAC with a fixed and with a tuned temperature, or TD3, with their delays and target networks."""
-    import stable_baselines3 as sb3
-
-    module = __import__(name)
-    for alpha in (0.2, None) if name == "sac" else (None,):
-        torch.manual_seed(0)
-        args = module.Args(**({"alpha": alpha} if name == "sac" else {}))
-        ours = module.Learner(OBS, ACT, args, torch.device("cpu"))
-        for net in (
-            ours.critic,
-            ours.target,
-        ):  # its start near 0 gives gradients that rounding can turn around
-            net.head.weight.data *= 100
-        common = dict(policy="MlpPolicy", env=Shapes(), learning_rate=3e-4, batch_size=B, device="cpu")
-        common |= dict(policy_kwargs=dict(net_arch=[WIDTH, WIDTH]), buffer_size=B)
-        if name == "sac":
-            peer = sb3.SAC(**common, ent_coef="auto" if alpha is None else alpha)
-        else:
-            peer = sb3.TD3(**common)
-        if name == "sac":
-            peer.actor.action_dist.epsilon = 0.0  # its guard in log(1 - a^2 + 1e-6); sac.py's form needs none
-        peer._logger = SimpleNamespace(record=lambda *a, **k: None)
-
-        heads = (lambda a: params(linears(a.latent_pi) + [a.mu, a.log_std])) if name == "sac" else None
-        actor_of = heads or (lambda a: params(linears(a)))
-
-        def split_head(actor):  # sac.py has mean and log std in one layer
-            *hidden, last = linears(actor)
-            if name == "td3":
-                return params([*hidden, last])
-            (w, v), (b, c) = last.weight.chunk(2), last.bias.chunk(2)
-            return [*params(hidden), w, b, v, c]
-
-        pairs = {
-            "critic": (lambda: weights_of(ours.critic), lambda: params(linears(peer.critic))),
-            "target": (lambda: weights_of(ours.target), lambda: params(linears(peer.critic_target))),
-            "actor": (lambda: split_head(ours.actor), lambda: actor_of(peer.actor)),
-        }
-        if name == "td3":
-            pairs["target actor"] = (
-                lambda: split_head(ours.target_actor),
-                lambda: actor_of(peer.actor_target),
-            )
-        elif alpha is None:
-            pairs["log alpha"] = (lambda: [ours.log_alpha[None]], lambda: [peer.log_ent_coef])
-        for mine, theirs in pairs.values():
-            copy_into(theirs(), mine())
-        same = Same(pairs)
-        print(
-            f"{name}, "
-            + ("" if name == "td3" else f"alpha {alpha or 'tuned'}, ")
-            + "against Stable-Baselines3"
-        )
-        for i, batch in enumerate(random_batches(updates, module.Batch)):
-            seen = SimpleNamespace(
-                observations=batch.obs, actions=batch.act, next_observations=batch.next_obs,
-                rewards=batch.rew[:, None], dones=batch.done[:, None], discounts=None,
-            )  # fmt: skip
-            peer.replay_buffer = SimpleNamespace(sample=lambda *a, seen=seen, **k: seen)
-            noise = torch.randn(2, B, ACT)  # for the states, for the next states
-            with drawn(noise.flip(0) if name == "sac" else noise[1:]):
-                ours.update(batch, policy=(i + 1) % args.policy_frequency == 0)
-            with drawn(noise if name == "sac" else noise[1:]):
-                peer.train(1, B)
-            same.show(i + 1)
-
-
-def d3rlpy(updates: int):
-    """CQL(H) with the authors' estimator and a fixed temperature: d3rlpy tunes it before the policy's step."""
-    import cql_continuous as module
-    from d3rlpy.algos import CQLConfig
-    from d3rlpy.models.encoders import VectorEncoderFactory
-    from d3rlpy.torch_utility import TorchMiniBatch
-
-    torch.manual_seed(0)
-    args = module.Args(backup="mean", alpha=0.2, cql_proposals="three-sets", critic_depth=2, policy_depth=2)
-    ours = module.Learner(OBS, ACT, args, torch.device("cpu"))
-    for net in (ours.critic, ours.target):
-        net.head.weight.data *= 100
-    encoder = VectorEncoderFactory([WIDTH, WIDTH])
-    peer = CQLConfig(
-        actor_learning_rate=args.policy_lr, critic_learning_rate=args.q_lr, temp_learning_rate=0.0,
-        alpha_learning_rate=0.0, initial_temperature=0.2, initial_alpha=1.0, conservative_weight=args.cql_alpha,
-        n_action_samples=args.cql_samples, actor_encoder_factory=encoder, critic_encoder_factory=encoder,
-    ).create(device="cpu")  # fmt: skip
-    peer.create_impl((OBS,), ACT)
-    m = peer.impl.modules
-
-    def split_head(actor):
-        *hidden, last = linears(actor)
-        (w, v), (b, c) = last.weight.chunk(2), last.bias.chunk(2)
-        return [*params(hidden), w, b, v, c]
-
-    pairs = {
-        "critic": (lambda: weights_of(ours.critic), lambda: params(linears(m.q_funcs))),
-        "target": (lambda: weights_of(ours.target), lambda: params(linears(m.targ_q_funcs))),
-        "actor": (lambda: split_head(ours.actor), lambda: params(linears(m.policy))),
-    }
-    for mine, theirs in pairs.values():
-        copy_into(theirs(), mine())
-    same, n = Same(pairs), args.cql_samples
-    print("cql_continuous, --backup mean, alpha 0.2, against d3rlpy")
-    for i, batch in enumerate(random_batches(updates, module.Batch)):
-        column = {k: getattr(batch, k)[:, None] for k in ("rew", "done")}
-        seen = TorchMiniBatch(
-            batch.obs, batch.act, column["rew"], batch.next_obs, batch.next_act, column["rew"], column["done"],
-            intervals=torch.ones(B, 1), device="cpu",
-        )  # fmt: skip
-        normal = [torch.randn(B, n, ACT), torch.randn(B, n, ACT), torch.randn(B, 1, ACT)]
-        uniform = torch.rand(B, n, ACT)
-        with drawn(normal, [uniform]):
-            ours.update(lambda batch=batch: batch, cloning=False)
-        with drawn([x.transpose(0, 1) for x in normal], [uniform.flatten(0, 1)]):
-            peer.impl.inner_update(seen, i)
-        same.show(i + 1)
 
 
 class drawn:
@@ -207,19 +48,174 @@ class drawn:
 
         self.kept = (distribution._standard_normal, torch.randn, torch.rand)
         self.methods = (torch.Tensor.normal_, torch.Tensor.uniform_)
-        distribution._standard_normal = lambda shape, **k: self.normal.pop(0).reshape(shape)
-        torch.randn, torch.rand = lambda *a, **k: self.normal.pop(0), lambda *a, **k: self.uniform.pop(0)
-        torch.Tensor.normal_ = lambda x, mean=0.0, std=1.0, **k: x.copy_(mean + std * self.normal.pop(0))
-        torch.Tensor.uniform_ = lambda x, low=0.0, high=1.0, **k: x.copy_(
-            low + (high - low) * self.uniform.pop(0)
-        )
+        normal, uniform = lambda: self.normal.pop(0), lambda: self.uniform.pop(0)
+        distribution._standard_normal = lambda shape, **k: normal().reshape(shape)
+        torch.randn, torch.rand = lambda *a, **k: normal(), lambda *a, **k: uniform()
+        torch.Tensor.normal_ = lambda x, mean=0.0, std=1.0, **k: x.copy_(mean + std * normal())
+        torch.Tensor.uniform_ = lambda x, low=0.0, high=1.0, **k: x.copy_(low + (high - low) * uniform())
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, error, *_):
         import torch.distributions.normal as distribution
 
         distribution._standard_normal, torch.randn, torch.rand = self.kept
         torch.Tensor.normal_, torch.Tensor.uniform_ = self.methods
-        assert kind or not (self.normal or self.uniform), "some noise was not drawn"
+        assert error or not (self.normal or self.uniform), "some noise was not drawn"
+
+
+# --------------------------------------------------------- weights, as a list of tensors in the peers' order
+def of_linears(net) -> list:
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    return [p for m in layers for p in (m.weight, m.bias)]
+
+
+def of_stacked(critic) -> list:
+    """Member by member, layer by layer, each weight as torch.nn.Linear has it."""
+    layers = [*critic.layers, critic.head]
+    return [p for i in range(critic.n) for x in layers for p in (x.weight[i].T, x.bias[i, 0])]
+
+
+def of_gaussian(actor) -> list:
+    """The peers have two last layers, for the mean and for the log deviation; ours is one."""
+    *hidden, weight, bias = of_linears(actor)
+    return [*hidden, *(p for pair in zip(weight.chunk(2), bias.chunk(2)) for p in pair)]
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in tensors])
+
+
+def compare(title: str, pairs: dict, batches, update):
+    """pairs: name -> (function that gives our tensors, function that gives theirs)."""
+    for ours, theirs in pairs.values():
+        for p, q in zip(theirs(), ours(), strict=True):
+            p.data.copy_(q)
+    start = {k: flat(ours()).clone() for k, (ours, _) in pairs.items()}
+    print(title)
+    for i, batch in enumerate(batches):
+        update(i, batch)
+        words = []
+        for k, (ours, theirs) in pairs.items():
+            moved, apart = (flat(ours()) - start[k]).norm(), (flat(ours()) - flat(theirs())).norm()
+            words.append(f"{k} {apart / moved:.1e}" if moved else f"{k} {apart:.1e} (not moved)")
+        print(f"  update {i + 1}: " + ", ".join(words))
+
+
+def our_learner(module, args):
+    """With heads a hundred times as large: their start near 0 gives gradients that rounding turns around."""
+    torch.manual_seed(0)
+    learner = module.Learner(OBS, ACT, args, torch.device("cpu"))
+    for net in (learner.critic, learner.target):
+        net.head.weight.data *= 100
+    return learner
+
+
+def sac(updates: int, alpha: float | None):
+    """alpha None: tuned (sac.py descends Eq. 18 in alpha, Stable-Baselines3 in log alpha)."""
+    import sac as module
+    import stable_baselines3 as sb3
+
+    ours = our_learner(module, module.Args(alpha=alpha))
+    peer = sb3.SAC(
+        "MlpPolicy", Shapes(), learning_rate=3e-4, batch_size=B, buffer_size=B, device="cpu",
+        policy_kwargs=dict(net_arch=[WIDTH, WIDTH]), ent_coef="auto" if alpha is None else alpha,
+    )  # fmt: skip
+    peer._logger = SimpleNamespace(record=lambda *a, **k: None)
+    peer.actor.action_dist.epsilon = 0.0  # its guard in log(1 - a^2 + 1e-6); sac.py's form needs none
+    pairs = {
+        "critic": (lambda: of_stacked(ours.critic), lambda: of_linears(peer.critic)),
+        "target": (lambda: of_stacked(ours.target), lambda: of_linears(peer.critic_target)),
+        "actor": (lambda: of_gaussian(ours.actor), lambda: of_linears(peer.actor)),
+    }
+    if alpha is None:
+        pairs["log alpha"] = (lambda: [ours.log_alpha[None]], lambda: [peer.log_ent_coef])
+
+    def update(i, batch):
+        noise = torch.randn(2, B, ACT)  # for a' and a; the peer draws them in the other order
+        with drawn(noise):
+            ours.update(batch, policy=True)
+        with drawn(noise.flip(0)):
+            sb3_update(peer, batch)
+
+    batches = random_batches(updates, module.Batch)
+    compare(f"sac.py, alpha {alpha or 'tuned'}, and Stable-Baselines3", pairs, batches, update)
+
+
+def td3(updates: int):
+    import stable_baselines3 as sb3
+    import td3 as module
+
+    args = module.Args()
+    ours = our_learner(module, args)
+    peer = sb3.TD3(
+        "MlpPolicy", Shapes(), learning_rate=3e-4, batch_size=B, buffer_size=B, device="cpu",
+        policy_kwargs=dict(net_arch=[WIDTH, WIDTH]),
+    )  # fmt: skip
+    peer._logger = SimpleNamespace(record=lambda *a, **k: None)
+    pairs = {
+        "critic": (lambda: of_stacked(ours.critic), lambda: of_linears(peer.critic)),
+        "target": (lambda: of_stacked(ours.target), lambda: of_linears(peer.critic_target)),
+        "actor": (lambda: of_linears(ours.actor), lambda: of_linears(peer.actor)),
+        "target actor": (lambda: of_linears(ours.target_actor), lambda: of_linears(peer.actor_target)),
+    }
+
+    def update(i, batch):
+        noise = torch.randn(1, B, ACT)
+        with drawn(noise):
+            ours.update(batch, policy=(i + 1) % args.policy_frequency == 0)
+        with drawn(noise):
+            sb3_update(peer, batch)
+
+    compare("td3.py and Stable-Baselines3", pairs, random_batches(updates, module.Batch), update)
+
+
+def sb3_update(peer, batch):
+    seen = SimpleNamespace(
+        observations=batch.obs, actions=batch.act, next_observations=batch.next_obs,
+        rewards=batch.rew[:, None], dones=batch.done[:, None], discounts=None,
+    )  # fmt: skip
+    peer.replay_buffer = SimpleNamespace(sample=lambda *a, **k: seen)
+    peer.train(1, B)
+
+
+def cql(updates: int):
+    """CQL(H), the authors' estimator, a fixed temperature (d3rlpy tunes it before the policy's step)."""
+    import cql_continuous as module
+    from d3rlpy.algos import CQLConfig
+    from d3rlpy.models.encoders import VectorEncoderFactory
+    from d3rlpy.torch_utility import TorchMiniBatch
+
+    args = module.Args(backup="mean", alpha=0.2, cql_proposals="three-sets", critic_depth=2, policy_depth=2)
+    ours, n = our_learner(module, args), args.cql_samples
+    encoder = VectorEncoderFactory([WIDTH, WIDTH])
+    peer = CQLConfig(
+        actor_learning_rate=args.policy_lr, critic_learning_rate=args.q_lr, temp_learning_rate=0.0,
+        initial_temperature=0.2, alpha_learning_rate=0.0, initial_alpha=1.0,
+        conservative_weight=args.cql_alpha, n_action_samples=n,
+        actor_encoder_factory=encoder, critic_encoder_factory=encoder,
+    ).create(device="cpu")  # fmt: skip
+    peer.create_impl((OBS,), ACT)
+    theirs = peer.impl.modules
+    pairs = {
+        "critic": (lambda: of_stacked(ours.critic), lambda: of_linears(theirs.q_funcs)),
+        "target": (lambda: of_stacked(ours.target), lambda: of_linears(theirs.targ_q_funcs)),
+        "actor": (lambda: of_gaussian(ours.actor), lambda: of_linears(theirs.policy)),
+    }
+
+    def update(i, batch):
+        rew, done = batch.rew[:, None], batch.done[:, None]
+        seen = TorchMiniBatch(
+            batch.obs, batch.act, rew, batch.next_obs, batch.next_act, returns_to_go=rew, terminals=done,
+            intervals=torch.ones(B, 1), device="cpu",
+        )  # fmt: skip
+        normal = [torch.randn(B, n, ACT), torch.randn(B, n, ACT), torch.randn(B, 1, ACT)]
+        uniform = torch.rand(B, n, ACT)
+        with drawn(normal, [uniform]):
+            ours.update(lambda: batch, cloning=False)
+        with drawn([x.transpose(0, 1) for x in normal], [uniform.flatten(0, 1)]):
+            peer.impl.inner_update(seen, i)
+
+    title = "cql_continuous.py, --backup mean, alpha 0.2, and d3rlpy"
+    compare(title, pairs, random_batches(updates, module.Batch), update)
 
 
 def main():
@@ -230,7 +226,11 @@ def main():
     parser.add_argument("--updates", type=int, default=5)
     args = parser.parse_args()
     for name in args.scripts:
-        d3rlpy(args.updates) if name == "cql" else stable_baselines(name, args.updates)
+        if name == "sac":
+            sac(args.updates, alpha=0.2)
+            sac(args.updates, alpha=None)
+        else:
+            {"td3": td3, "cql": cql}[name](args.updates)
 
 
 if __name__ == "__main__":

@@ -292,9 +292,7 @@ class Network(nn.Module):
         head = lambda A: nn.Sequential(nn.Linear(D, A * self.K), nn.Unflatten(1, (A, self.K)))
         self.heads = nn.ModuleList(head(A) for A in actions)
         self.register_buffer("z", torch.linspace(args.v_min, args.v_max, 51))
-        if (
-            args.head == "c51"
-        ):  # start as a peak at 0: from a uniform start Q takes hundreds of copies to settle
+        if args.head == "c51":  # a peak at 0: from a uniform start Q takes hundreds of copies to settle
             for head, A in zip(self.heads, actions):
                 head[0].bias.data -= (self.z.abs() / (self.z[1] - self.z[0])).repeat(A)
         self.register_buffer("mean", torch.zeros(shape if not self.image else ()))
@@ -1535,6 +1533,7 @@ def flag(name: str) -> str:
 
 def check_limits(args, limits: dict):
     """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
     for name, value in asdict(args).items():
         least, most = limits.get(name, (0, 1e18))
         if isinstance(value, (int, float)) and not least <= value <= most:

@@ -880,6 +880,7 @@ def flag(name: str) -> str:
 
 def check_limits(args, limits: dict):
     """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
+    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
     for name, value in asdict(args).items():
         least, most = limits.get(name, (0, 1e18))
         if isinstance(value, (int, float)) and not least <= value <= most:

@@ -1,4 +1,4 @@
-"""Draws the README's figures from the numbers in benchmarks/raw, and prints the tables beside them.
+"""Draws the figures of README.md and benchmarks/README.md from the numbers in benchmarks/raw, and prints the tables beside them.
 
   python benchmarks/figures.py                 # all whose numbers are there
   python benchmarks/figures.py online triad

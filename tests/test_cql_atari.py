@@ -1799,9 +1799,9 @@ def test_torchrun_and_its_signal(cartpole):
 # ----------------------------------------------------------------------------------- commands, learning
 def documented_commands() -> list:
     commands = []
-    for file in ("README.md", "cql_atari.py"):
+    for file in ("README.md", "benchmarks/README.md", "cql_atari.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        text = text if file == "README.md" else text.split('"""')[1]
+        text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"(?:python|torchrun [^\n`#]*?) ?cql_atari\.py[^\n`#&|;]*", text)
     return sorted({" ".join(x.split()) for x in commands})
 

@@ -190,9 +190,9 @@ def test_tyro_refuses_what_is_no_number(capsys):
 def documented_commands() -> list[str]:
     """Every `python cql_continuous.py ...` of README and docstring, continued lines joined."""
     commands = []
-    for file in ("README.md", "cql_continuous.py"):
+    for file in ("README.md", "benchmarks/README.md", "cql_continuous.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        text = text if file == "README.md" else text.split('"""')[1]
+        text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"python cql_continuous\.py[^\n`#&|;]*", text)
     return sorted({" ".join(c.split()) for c in commands})
 

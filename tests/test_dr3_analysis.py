@@ -1395,9 +1395,9 @@ def test_the_figure_has_a_line_for_each_kind_and_says_what_it_shows(monkeypatch)
 
 def documented_commands() -> list:
     commands = []
-    for file in ("README.md", "dr3_analysis.py"):
+    for file in ("README.md", "benchmarks/README.md", "dr3_analysis.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        text = text if file == "README.md" else text.split('"""')[1]
+        text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"python dr3_analysis\.py[^\n`#&|;]*", text)
     return sorted({" ".join(c.split()) for c in commands})
 

@@ -636,9 +636,9 @@ def test_a_users_mistake_is_one_line_and_status_2(line, named, capsys):
 
 def documented_commands() -> list:
     commands = []
-    for file in ("README.md", "kfac_npg.py"):
+    for file in ("README.md", "benchmarks/README.md", "kfac_npg.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        text = text if file == "README.md" else text.split('"""')[1]
+        text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"python kfac_npg\.py[^\n`#&|;]*", text)
     return sorted({" ".join(c.split()) for c in commands})
 

@@ -686,9 +686,9 @@ def test_q_bound(script):
 def documented_commands() -> list:
     """Every `python sac.py ...` and `python td3.py ...` of README and docstrings, continued lines joined."""
     commands = []
-    for file in ("README.md", "sac.py", "td3.py"):
+    for file in ("README.md", "benchmarks/README.md", "sac.py", "td3.py"):
         text = (ROOT / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
-        text = text if file == "README.md" else text.split('"""')[1]
+        text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"python (?:sac|td3)\.py[^\n`#&|;]*", text)
     return sorted({" ".join(c.split()) for c in commands})
 

@@ -318,9 +318,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
     value_loss, entropy = 0.5 * error.mean(), agent.entropy(head).mean()
     bonus = args.ent_coef if args.entropy == "bonus" else 0.0
     loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10] entropy bonus
-    with (
-        torch.no_grad()
-    ):  # KL(pi_old || pi) by pi_old's actions: two unbiased estimates, the second never < 0
+    with torch.no_grad():  # KL(pi_old || pi), estimated twice without bias, the second never below 0
         info = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
         info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
     terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}

@@ -1,4 +1,4 @@
-"""Draws the figures of README.md and benchmarks/README.md from the numbers in benchmarks/raw, and prints the tables beside them.
+"""Draws the figures of README.md and benchmarks/README.md from benchmarks/raw, and prints their tables.
 
   python benchmarks/figures.py                 # all whose numbers are there
   python benchmarks/figures.py online triad

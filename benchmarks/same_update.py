@@ -1,12 +1,13 @@
-"""Updates of sac.py, td3.py and cql_continuous.py beside a peer's: the same weights, minibatches and noise.
+"""Updates of the scripts beside a peer's: the same weights, minibatches and noise.
 
-  sb3/bin/pip install tyro && sb3/bin/python benchmarks/same_update.py sac td3            # Stable-Baselines3
-  peer/bin/pip install tyro tensorboard && peer/bin/python benchmarks/same_update.py cql  # d3rlpy
+  sb3/bin/pip install tyro && sb3/bin/python benchmarks/same_update.py sac td3 ppo      # Stable-Baselines3
+  peer/bin/pip install tyro tensorboard && peer/bin/python benchmarks/same_update.py cql atari  # d3rlpy
 
 Both do --updates updates on the same random minibatches (HalfCheetah's shapes) through their own training
-code. Printed after each: the distance between our weights and theirs, relative to the distance that ours have
-moved. Rounding alone gives 1e-7 to 1e-4, since Adam divides by gradients that may be small differences; for
-target networks, which move by tau as much, 1e-3.
+code; ppo: on rollouts of 256 random steps in which episodes end, advantages included; atari: discrete CQL on
+vectors. Printed after each: the distance between our weights and theirs, relative to the distance that ours
+have moved. Rounding alone gives 1e-7 to 1e-4, since Adam divides by gradients that may be small differences;
+for target networks, which move by tau as much, 1e-3.
 """
 
 import argparse
@@ -168,6 +169,58 @@ def td3(updates: int):
     compare("td3.py and Stable-Baselines3", pairs, random_batches(updates, module.Batch), update)
 
 
+def ppo(updates: int):
+    """One minibatch an epoch, the whole rollout, since both shuffle. Their vf_coef multiplies the squared
+    error, ours half of it."""
+    import ppo as module
+    import stable_baselines3 as sb3
+
+    torch.manual_seed(0)
+    args = module.Args(num_minibatches=1, update_epochs=10, clip_vloss=False, vf_coef=1.0, normalize=False)
+    ours = module.Learner(Shapes.observation_space, Shapes.action_space, args, torch.device("cpu"))
+    peer = sb3.PPO(
+        "MlpPolicy", Shapes(), n_steps=B, batch_size=B, n_epochs=10, device="cpu", gamma=args.gamma,
+        learning_rate=args.learning_rate, gae_lambda=args.gae_lambda, ent_coef=args.ent_coef, vf_coef=0.5,
+        max_grad_norm=args.max_grad_norm, clip_range=args.clip_coef,
+    )  # fmt: skip
+    peer._logger = SimpleNamespace(record=lambda *a, **k: None)
+    peer.rollout_buffer = sb3.common.buffers.RolloutBuffer(
+        B, peer.observation_space, peer.action_space, "cpu", args.gae_lambda, args.gamma
+    )
+    net = peer.policy
+    pairs = {
+        "actor": (
+            lambda: [*of_linears(ours.agent.actor), ours.agent.log_std],
+            lambda: [*of_linears(net.mlp_extractor.policy_net), *of_linears(net.action_net), net.log_std],
+        ),
+        "critic": (
+            lambda: of_linears(ours.agent.critic),
+            lambda: [*of_linears(net.mlp_extractor.value_net), *of_linears(net.value_net)],
+        ),
+    }
+
+    def rollouts():
+        for _ in range(updates):
+            obs, act, rew = torch.randn(B + 1, 1, OBS), torch.randn(B, 1, ACT), torch.randn(B, 1)
+            over = (torch.rand(B, 1) < 0.05).float()  # each end a terminal one, no rows spent on resets
+            with torch.no_grad():
+                head, value = module.over_rows(ours.agent, obs)
+                logp = ours.agent.log_prob(head[:-1, 0], act[:, 0])[:, None]
+            yield module.Rollout(obs, act, logp, value, rew, over, over, torch.ones_like(over), None)
+
+    def update(i, r):
+        peer.rollout_buffer.reset()
+        first = np.append(1.0, r.over[:-1].numpy())
+        for t in range(B):
+            row = (r.obs[t].numpy(), r.act[t].numpy(), r.rew[t].numpy(), first[t : t + 1])
+            peer.rollout_buffer.add(*row, r.value[t], r.logp[t])
+        peer.rollout_buffer.compute_returns_and_advantage(r.value[B], r.over[-1].numpy())
+        peer.train()
+        ours.update(r)
+
+    compare("ppo.py and Stable-Baselines3", pairs, rollouts(), update)
+
+
 def sb3_update(peer, batch):
     seen = SimpleNamespace(
         observations=batch.obs, actions=batch.act, next_observations=batch.next_obs,
@@ -218,11 +271,54 @@ def cql(updates: int):
     compare(title, pairs, random_batches(updates, module.Batch), update)
 
 
+def atari(updates: int):
+    """Double Q-learning with 200 quantiles and the conservative term, on vectors; targets copied every third
+    time."""
+    import cql_atari as module
+    import d3rlpy
+    from d3rlpy.torch_utility import TorchMiniBatch
+
+    torch.manual_seed(0)
+    args = module.Args(env_id=("CartPole-v1",), n_step=1, cql_alpha=4.0, width=WIDTH // 16)
+    ours = module.Learner((OBS,), [ACT], args, torch.device("cpu"))
+    peer = d3rlpy.algos.DiscreteCQLConfig(
+        learning_rate=args.learning_rate, optim_factory=d3rlpy.optimizers.AdamFactory(eps=0.01 / 32),
+        alpha=args.cql_alpha, n_critics=1, target_update_interval=3,
+        q_func_factory=d3rlpy.models.QRQFunctionFactory(n_quantiles=200),
+        encoder_factory=d3rlpy.models.encoders.VectorEncoderFactory([WIDTH, WIDTH]),
+    ).create(device="cpu")  # fmt: skip
+    peer.create_impl((OBS,), ACT)
+    theirs = peer.impl.modules
+    pairs = {
+        "network": (lambda: of_linears(ours.net), lambda: of_linears(theirs.q_funcs)),
+        "target": (lambda: of_linears(ours.target), lambda: of_linears(theirs.targ_q_funcs)),
+    }
+
+    def update(i, batch):
+        rew, done = batch.rew[:, None], (batch.discount == 0).float()[:, None]
+        seen = TorchMiniBatch(
+            batch.obs, batch.act[:, None], rew, batch.next_obs, batch.act[:, None], returns_to_go=rew,
+            terminals=done, intervals=torch.ones(B, 1), device="cpu",
+        )  # fmt: skip
+        ours.update([batch])
+        if i % 3 == 0:
+            ours.refresh_target()
+        peer.impl.inner_update(seen, i)
+
+    def batches():
+        for _ in range(updates):
+            discount = args.gamma * (torch.rand(B) > 0.1)
+            act = torch.randint(ACT, (B,))
+            yield module.Batch(torch.randn(B, OBS), act, torch.randn(B), torch.randn(B, OBS), discount)
+
+    compare("cql_atari.py, 200 quantiles, and d3rlpy", pairs, batches(), update)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scripts", nargs="+", choices=["sac", "td3", "cql"])
+    parser.add_argument("scripts", nargs="+", choices=["sac", "td3", "ppo", "cql", "atari"])
     parser.add_argument("--updates", type=int, default=5)
     args = parser.parse_args()
     for name in args.scripts:
@@ -230,7 +326,7 @@ def main():
             sac(args.updates, alpha=0.2)
             sac(args.updates, alpha=None)
         else:
-            {"td3": td3, "cql": cql}[name](args.updates)
+            {"td3": td3, "ppo": ppo, "cql": cql, "atari": atari}[name](args.updates)
 
 
 if __name__ == "__main__":

@@ -665,14 +665,13 @@ def write_own(folder: Path, raw: dict, fill):
     try:
         temporary.mkdir(parents=True)
         shape, dtype = raw["frames"]
-        fill(np.lib.format.open_memmap(temporary / "observations.npy", "w+", dtype, shape))
-        names = {
-            "act": "actions",
-            "rew": "rewards",
-            "terminal": "terminals",
-            "real": "real",
-            "begins": "begins",
-        }
+        frames = np.lib.format.open_memmap(temporary / "observations.npy", "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk says so here; a mapped write would kill the process
+            with open(temporary / "observations.npy", "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, f.seek(0, os.SEEK_END))
+        fill(frames)
+        names = {"act": "actions", "rew": "rewards", "terminal": "terminals"}
+        names |= {"real": "real", "begins": "begins"}
         for key, name in names.items():
             np.save(temporary / f"{name}.npy", raw[key])
         whole = raw["whole"].tolist()

@@ -1137,6 +1137,19 @@ def test_a_damaged_set_of_our_own_is_named_in_one_line(damage, cartpole, capsys)
     refused(lambda: load(folder, envs), capsys, named)
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys):
+    """A sparse mapped file would take the frames without a word, and the process would die of a SIGBUS."""
+
+    def full(descriptor, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused(
+        lambda: c.collect("CartPole-v1", tiny(collect_steps=200), CPU), capsys, "datasets", "No space left"
+    )
+    assert not list(Path("datasets").iterdir())
+
+
 def test_two_runs_that_make_the_same_set_at_once_both_have_it(monkeypatch):
     """Of a sweep's processes each makes it; the second finds the first one's in its place."""
     real = c.write_own

@@ -79,6 +79,7 @@ import sys
 import threading
 import time
 import timeit
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -524,7 +525,10 @@ class Data:
         """frames (rows, H, W) uint8 or (rows, d) float32; columns: numpy arrays (rows,)."""
         self.args, self.device, self.stacks = args, device, 0
         self.mapped = frames._mmap if isinstance(frames, np.memmap) else None
-        self.frames = torch.from_numpy(frames)
+        if self.mapped:
+            self.mapped.madvise(mmap.MADV_RANDOM)  # else each of a batch's reads fetches 128 KiB
+        with warnings.catch_warnings(action="ignore"):  # "not writable": mapped frames are not to be
+            self.frames = torch.from_numpy(frames)
         if args.storage == "device":
             self.frames = self.frames.to(device)
         for name, array in columns.items():
@@ -633,7 +637,7 @@ def read_own(folder: Path, args: Args, device) -> dict:
     for name in ("observations", "actions", "rewards", "terminals", "real", "begins"):
         path = folder / f"{name}.npy"
         try:
-            x = arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
+            x = arrays[name] = np.load(path, "r", allow_pickle=False)  # "c" fails beyond the memory's size
             dims = {"u": 3, "f": 2}.get(x.dtype.kind) if name == "observations" else 1
             if x.ndim != dims or x.dtype.kind not in kinds.get(name, "biu"):
                 raise ValueError(f"shape {x.shape} of {x.dtype}")

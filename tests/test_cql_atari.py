@@ -979,6 +979,16 @@ def test_columns_and_frames_take_at_most_102_hundredths_of_the_frames(tmp_path):
     assert data.frames.untyped_storage().nbytes() == raw < size < 1.02 * raw
 
 
+def test_a_mapped_set_is_mapped_read_only(tmp_path):
+    """The kernel counts a private writable mapping against memory and refuses one that is larger."""
+    big_set(tmp_path / "x", 3_000)
+    raw = c.read_own(tmp_path / "x", tiny(storage="mmap"), CPU)
+    assert isinstance(raw["frames"], np.memmap) and not raw["frames"].flags.writeable
+    assert load(tmp_path / "x", ATARI, storage="mmap").stack(torch.tensor([1, 997]))[
+        :, -1, 0, 0
+    ].tolist() == [0, 1]
+
+
 def resident() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 

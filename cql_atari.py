@@ -47,7 +47,7 @@ Two games; four processes; two machines (this line on each, with its own node_ra
 
 While it trains, `diagnostics/q_data` should settle and not fall, `td_error` be small, `srank` not collapse.
 The run ends with a verdict, the numbers that it rests on, and the flag to try next. (The bare run's verdict
-is *underfitting*, in part for a reason that no network mends: twenty rewards of random play are noisy targets.)
+is *underfitting*, in part for a reason that no network mends: 20 rewards of random play are noisy targets.)
 
 --dataset takes a folder written by an earlier run; a DQN Replay folder (`$store$_observation_ckpt.N.gz` ...,
 ROMs of 2019, rewards clipped); or a Minari id. --fraction 0.01 is 1 % of it: the first 10,000 rows of every
@@ -173,7 +173,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 20
-    """steps of reward before the bootstrap (authors: 1); 20 suits random play in long moves, 1 to 5 the rest"""
+    """steps of reward before the bootstrap (authors: 1); 20 suits random play in long moves, 1 to 5 others"""
     double: bool = True
     """the online network chooses a', the target network values it (authors: off)"""
     learning_rate: float = 1e-4

@@ -222,7 +222,27 @@ def kfac_cost():
     save(figure, "kfac_cost")
 
 
-FIGURES = {f.__name__: f for f in (online, updates_per_step, triad, policy_gradients, gae_lambda, kfac_cost)}
+def atari_heads():
+    """atari_heads.sh"""
+    rows, panels = read("atari_heads.csv"), {RETURN: "return", "diagnostics/srank": "srank of phi(s)"}
+    panels |= {"diagnostics/feature_dot": "phi(s) . phi(s')", "diagnostics/td_error": "TD error / variance"}
+    names = {f"{h}_alpha{a}": f"{h}, alpha {a}" for h in ("dqn", "c51", "qr") for a in ("0.1", "0")}
+    names |= {"c51_alpha0.1_dr3": "c51, 0.1, DR3", "c51_alpha0.1_unit": "c51, 0.1, unit norm"}
+    env = rows[0]["env_id"]
+    figure, axes = plt.subplots(4, 1, figsize=(7.5, 11), sharex=True)
+    for axis, (tag, title) in zip(axes, panels.items()):
+        plot(axis, rows, env, names, tag)
+        axis.set(ylabel=title)
+        print(f"{title}\n{table(rows, env, names, tag=tag)}")
+    axes[2].set_yscale("symlog")
+    axes[0].set(title=env)
+    axes[-1].set(xlabel="updates")
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, "atari_heads")
+
+
+FIGURES = (online, updates_per_step, triad, policy_gradients, gae_lambda, kfac_cost, atari_heads)
+FIGURES = {f.__name__: f for f in FIGURES}
 
 
 def main():

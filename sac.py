@@ -192,7 +192,7 @@ class Args:
 
 
 LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "num_critics": (1, 100), "utd": (1e-3, 1e3)}  # least, most
-LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64), "buffer_size": (1, 1e12), "dropout": (0, 0.99)}
+LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64), "buffer_size": (2, 1e12), "dropout": (0, 0.99)}
 LIMITS |= {"target_entropy": (-1e6, 1e6)} | dict.fromkeys(["policy_lr", "q_lr"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs", "target_subset"], (1, 1e6))
 LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "rollout_steps", "log_frequency"], (1, 1e12))

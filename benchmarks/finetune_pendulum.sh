@@ -7,9 +7,9 @@ export OMP_NUM_THREADS=1
 file=datasets/Pendulum-v1_sac-replay_8000_seed1_v1.hdf5
 [ -f "$file" ] || python cql_continuous.py --num-updates 1
 run="python cql_continuous.py --dataset $file --eval-frequency 500 --diagnostics-frequency 500 --bc-steps 0"
-run="$run --critic-width 128 --policy-width 128 --batch-size 128 --cql-samples 2 --policy-lr 3e-4 --tau 0.01"
+run="$run --critic-width 128 --policy-width 128 --batch-size 128 --policy-lr 3e-4 --tau 0.01"
 for seed in ${1:-1 2 3}; do
-  $run --seed $seed --exp-name offline_then_online --num-updates 2_000 --online-steps 3_000
+  $run --seed $seed --exp-name offline_then_online --num-updates 2_000 --online-steps 3_000 --cql-samples 2
   $run --seed $seed --exp-name online_only --num-updates 1 --online-steps 5_000 --offline-share 0 --cql-alpha 0 \
     --backup-entropy
 done

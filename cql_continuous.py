@@ -274,9 +274,9 @@ def squashed_log_prob(u, mean, log_std):
 class StackedLinear(nn.Module):
     """n independent linear layers as one batched product: (n, B, in) -> (n, B, out)."""
 
-    def __init__(self, n: int, fan_in: int, fan_out: int, bound: float | None = None):
+    def __init__(self, n: int, fan_in: int, fan_out: int):
         super().__init__()
-        bound = fan_in**-0.5 if bound is None else bound  # torch.nn.init would misread a 3-D tensor's fan
+        bound = fan_in**-0.5  # nn.Linear's; torch.nn.init would misread a 3-D tensor's fan
         self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
@@ -298,7 +298,7 @@ class Critic(nn.Module):
         if args.vib_coef > 0:
             self.bottleneck = StackedLinear(self.n, sizes[-1], 2 * args.vib_dim)
             sizes.append(args.vib_dim)
-        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts near 0
+        self.head = StackedLinear(self.n, sizes[-1], 1)
 
     def hidden(self, obs, act):
         """Activations of the hidden layers at rows (R, obs), (R, act): a list of (n, R, width)."""

@@ -242,9 +242,9 @@ def squashed_log_prob(u, mean, log_std):
 class StackedLinear(nn.Module):
     """n independent linear layers as one batched product: (n, B, in) -> (n, B, out)."""
 
-    def __init__(self, n: int, fan_in: int, fan_out: int, bound: float | None = None):
+    def __init__(self, n: int, fan_in: int, fan_out: int):
         super().__init__()
-        bound = fan_in**-0.5 if bound is None else bound  # torch.nn.init would misread a 3-D tensor's fan
+        bound = fan_in**-0.5  # nn.Linear's; torch.nn.init would misread a 3-D tensor's fan
         self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
@@ -263,7 +263,7 @@ class Critic(nn.Module):
         self.n, self.args = args.num_critics, args
         sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
         self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.head = StackedLinear(self.n, sizes[-1], 1, bound=3e-3)  # Q starts near 0
+        self.head = StackedLinear(self.n, sizes[-1], 1)
 
     def hidden(self, obs, act):
         """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""

@@ -862,7 +862,7 @@ def strict_fp32():
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

@@ -541,7 +541,9 @@ DAMAGES = {
     "99 %": cut(0.99),
     "text": lambda path: path.write_text("not a checkpoint\n"),
     "flipped byte": flip,
-    "crafted": lambda path: torch.save({"script": "cql_continuous", "format": 1, "x": Crafted()}, path),
+    "crafted": lambda path: torch.save(
+        {"script": "cql_continuous", "format": cql.FORMAT, "x": Crafted()}, path
+    ),
     "crafted, no zip": raw_pickle,
     "another script's": altered(lambda saved: saved.update(script="sac")),
     "another format": altered(lambda saved: saved.update(format=999)),

@@ -26,7 +26,7 @@ QUIET = dict(eval_episodes=0, checkpoint_frequency=0, cuda=False)
 ONLINE = QUIET | dict(env_id="HalfCheetah-v5", diagnostics_frequency=0)
 RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own
     "cql_continuous": QUIET
-    | dict(critic_depth=3, policy_depth=3, cql_samples=10, num_updates=60, bc_steps=0),
+    | dict(critic_depth=3, policy_depth=3, cql_samples=10, num_updates=60, bc_steps=0, collect_steps=1_100),
     "cql_atari": QUIET | dict(num_updates=60, collect_steps=2_000, diagnostics_frequency=0),
     "dr3_analysis": dict(cuda=False, num_updates=60, checkpoint_frequency=0, diagnostics_frequency=0),
     "sac": ONLINE | dict(total_timesteps=800, learning_starts=300),

@@ -52,6 +52,12 @@ def test_no_number_slips_through(script, capsys):
     assert len(names) > 10 and not passed
 
 
+@pytest.mark.parametrize("script", [x for x in SCRIPTS if x != "dr3_analysis"])
+def test_evaluations_of_a_hundred_million_environments_are_refused(script, capsys):
+    module = importlib.import_module(script)
+    assert refused(capsys, lambda: module.check(module.Args(eval_episodes=10**8)))
+
+
 MISFITS = {  # spaces that the script cannot learn from, and ids that do not exist
     "cql_continuous": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "nomodule:Foo-v0"),
     "cql_atari": ("Pendulum-v1", "FrozenLake-v1", "Nope-v0", "ALE/Nope-v5", "ALE/Pong-v4"),

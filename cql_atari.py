@@ -8,7 +8,7 @@ never tried it, and finds the most overestimated one. Over finitely many actions
 What alpha multiplies is a cross-entropy with Q as logits: behaviour cloning's loss beside Q-learning's. What
 a value is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
 
-  c51  51 atoms z in [v_min, v_max], cross-entropy to the projected r + gamma^n z'      arXiv 1707.06887
+  c51  51 atoms z in [v_min, v_max], cross-entropy to the projected R + gamma^m z'      arXiv 1707.06887
   qr   200 quantiles, Huber quantile loss                                               arXiv 1710.10044
   dqn  a number, Huber loss                                                             Nature 518:529
   rem  200 numbers, Huber loss of a random convex mixture of them                       arXiv 1907.04543
@@ -16,16 +16,16 @@ a value is, and with it the TD error, is the head's matter; Q(s,a) above is its 
   symbol           in the code                          shape
   s, a             batch.obs .act                       (B, 4, 84, 84) uint8 or (B, d); (B,)
   R                batch.rew                            (B,), r_0 + gamma r_1 + ..., at most n rewards
-  s'               batch.next_obs                       as s, m <= n steps later
+  s'               batch.next_obs                       as s, m <= n steps later; unused where terminated
   gamma^m          batch.discount                       (B,), 0 where the episode terminated
   phi(s)           net.features(obs)                    (B, D), what the last linear layer reads
   logits, atoms    net.heads[g](phi)                    (B, A, K), each game g has its own actions A
   Q(s,a)           net.q(out)                           (B, A)
   alpha            --cql-alpha                          authors, QR head: 4 at 1 % of DQN Replay, 1 at 10 %
 
-phi depends on the state alone, so that DR3 here is the mean of phi(s).phi(s') over rows that bootstrap (the
-authors' Atari code takes its absolute value, which after a ReLU is the same, and keeps terminal rows); the
-paper's phi(s,a) would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its
+phi depends on the state alone, so that DR3 here is the mean of phi(s).phi(s') over the minibatch, terminal
+rows counted as 0 (the authors' Atari code takes its absolute value, the same after a ReLU, and keeps them);
+the paper's phi(s,a) would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its
 norm (arXiv 2211.15144). With --n-step above 1 the rewards of the data's own actions count as if the greedy
 policy had taken them: faster, and biased.
 Several games share the encoder; each minibatch holds as many rows of one as of another.
@@ -338,7 +338,7 @@ def pick(out, act):
 
 
 def project(z, p, rew, discount):
-    """Mass of r + gamma^n z, probabilities p (B, K), on the atoms z (K,): (B, K) (arXiv 1707.06887, Alg. 1).
+    """Mass of R + gamma^m z, probabilities p (B, K), on the atoms z (K,): (B, K) (arXiv 1707.06887, Alg. 1).
 
     An atom that lands between two neighbours is shared by nearness, one outside goes to the edge.
     """
@@ -514,11 +514,11 @@ STACK = 4  # frames that a network sees
 class Data:
     """Rows of one game: row i is (frame, action, reward) i; the frames lie where --storage says.
 
-    `real` rows are transitions, and the row after a real one is its next state. An episode that was cut, by
-    time or by the end of a file, ends with a row that is not real and only holds its last frame. `age` counts
-    the frames of the same episode before a row, up to 3: beyond them a stack is zero. `train` and `holdout`
-    list real rows, split by episodes; `starts` the first rows of episodes; `returns_to_go` is discounted, NaN
-    where a cut hides more than 1 % of it.
+    `real` rows are transitions; unless it is terminal, a row's next state is the row after it. An episode
+    that was cut, by time or by the end of a file, ends with a row that is not real and only holds its last
+    frame. `age` counts the frames of the same episode before a row, up to 3: beyond them a stack is zero.
+    `train` and `holdout` list real rows, split by episodes; `starts` the first rows of episodes;
+    `returns_to_go` is discounted, NaN where a cut hides more than 1 % of it.
     """
 
     def __init__(self, frames, columns: dict, args: Args, device):
@@ -610,13 +610,14 @@ def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
     for array in (raw["act"], rew, terminal, real, raw["begins"], *some):
         digest.update(np.ascontiguousarray(array))
     returns = returns[whole] if whole.any() else returns
+    of = f"the {whole.sum():,} whole ones" if whole.any() else "these pieces, none of them whole,"
     mean = float(returns.mean())
     to_go = np.full(len(real), np.nan, np.float32)
     to_go[at] = g
     columns = {"act": raw["act"].astype(np.int64), "rew": rew, "terminal": terminal, "real": real}
     columns |= {"age": np.minimum(age, STACK - 1).astype(np.uint8), "returns_to_go": to_go}
     columns |= {"train": at[~held_rows], "holdout": at[held_rows], "starts": at[first][age[at[first]] == 0]}
-    if not len(columns["starts"]):
+    if not len(columns["starts"]):  # pieces of DQN Replay all begin with three frames of their past
         columns["starts"] = at[first]
     data = Data(frames, columns, args, device)
     data.info = {"dataset": str(path), "dataset_sha256": digest.hexdigest(), "dataset_return_mean": mean}
@@ -624,7 +625,7 @@ def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
     data.info |= {"terminals": int(terminal[at].sum())} | raw.get("made_by", {})
     print(
         f"{path}: {len(at):,} transitions in {len(first):,} episodes, {ended.sum():,} ended by a terminal "
-        f"state{raw['note']}\n  returns of the {whole.sum():,} whole ones {mean:.1f} mean, "
+        f"state{raw['note']}\n  returns of {of} {mean:.1f} mean, "
         f"{returns.min():.1f} min, {returns.max():.1f} max\n"
         f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out"
     )
@@ -782,8 +783,8 @@ def read_dqn_replay(folder: Path, args: Args, device) -> dict:
             first = args.subset == "first"
             n = min(budget, x["size"]) if first else max(1, round(args.fraction * x["size"]))
             oldest = x["cursor"] if first else 0
-            after = [n - (lo - oldest) % x["size"] for lo, _ in spans]  # rows of n from lo on
-            spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, after)]
+            left = [n - (lo - oldest) % x["size"] for lo, _ in spans]  # of the n rows, from lo on; < 0: none
+            spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, left)]
             budget -= n
         pieces += [(x, int(lo), int(hi)) for lo, hi in spans if hi - lo >= STACK]  # the others hold no stack
     if not pieces:
@@ -1055,7 +1056,8 @@ def collect(env_id: str, args: Args, device) -> Path:
             progress.show(seen, {"return": np.nanmean(ended[-20:]) if len(ended) > 1 else math.nan})
     begins = np.flatnonzero(raw["begins"])
     last = np.append(begins[1:], rows) - 1
-    raw["whole"] = (last % T < T - 1) | closed[last // T]  # pieces that the end of a stream did not cut
+    # pieces that the end of a stream did not cut; its last row may have closed an episode, too
+    raw["whole"] = (last % T < T - 1) | closed[last // T]
     if learning:
         returns, _ = evaluate(learner, Envs(env_id, 10, args), 0, args)
         raw["made_by"] = {"collector_return_mean": float(returns.mean())}
@@ -1153,13 +1155,14 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
             low, high = data.info["reward_min"], data.info["reward_max"]
             out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
             out["q_range"] = (high - low) / (1 - args.gamma)
+            out["q_lift"] = args.cql_alpha / (1 - args.gamma)  # Huber: Q - y = alpha; c51, qr: roughly
             moments.append({k: float(v) for k, v in out.items()})
         phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))
         shared = spectrum(phi) | alignment(phi, phi_next, weight)
         shared["dormant"] = dormant([torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)])
     net.train()
     out = {k: float(np.mean([m[k] for m in moments])) for k in moments[0] if all(k in m for m in moments)}
-    out |= {k: max(m[k] for m in moments) for k in ("q_max", "q_bound", "q_range")}
+    out |= {k: max(m[k] for m in moments) for k in ("q_max", "q_bound", "q_range", "q_lift")}
     return out | {k: float(v) for k, v in shared.items()}
 
 
@@ -1456,8 +1459,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
-    if getattr(args, "cql_variant", "H") != "eq1":  # raising Q of the data's actions may lift it by that much
-        ceiling += args.cql_alpha / 2 / (1 - args.gamma)
+    ceiling += end["q_lift"]  # raising Q of the data's actions may lift it by that much
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1508,7 +1510,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

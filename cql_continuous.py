@@ -5,15 +5,16 @@ on top of soft actor-critic, arXiv 1812.05905. Q-learning from a fixed dataset D
 for Q at actions that D never shows, and the policy seeks out those that are overestimated. CQL pushes Q down
 at the actions of a distribution mu and up at those of the data:
 
-  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]      + 1/2 E_D (Q - B Q)^2    (Eq. 4)
-  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ]  + 1/2 E_D (Q - B Q)^2    (Eq. 3)
-  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )              + 1/2 E_D (Q - B Q)^2
-  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                 + 1/2 E_D (Q - B Q)^2
+  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]      + 1/2 E_D (Q - T Q)^2    (Eq. 4)
+  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ]  + 1/2 E_D (Q - T Q)^2    (Eq. 3)
+  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )              + 1/2 E_D (Q - T Q)^2
+  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                 + 1/2 E_D (Q - T Q)^2
 
-with B Q = r + gamma E_{a'~pi(.|s')} Q_target(s',a'), and CQL(rho) for R(mu) = -KL(mu || rho). Two scales
-differ from the paper: the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5 is
-alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d, is reported as the log of
-a *mean* (less d log 2), so that a Q which ignores the action has a gap of 0.
+with T Q = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are what is left when
+mu maximises its term less the regulariser KL(mu || Unif), KL(mu || rho). Two scales differ from the paper:
+the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5 is alpha = 2.5 above; and the
+log-sum-exp, an integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so
+that a Q which ignores the action has a gap of 0.
 
 Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The data readers
 and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
@@ -21,11 +22,11 @@ and the blocks marked `shared`, which sibling scripts have too, can be skipped a
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
   Q_i(s,a)           critic(obs, act)                       (n, B), or (n, B, M) for M actions a state
-  phi_i(s,a)         critic.features(obs, act)              (n, B, D), what the last linear layer reads
-  mu, rho            proposals()                            (B, M, act), densities (B, M)
+  phi_i(s,a)         critic.features(obs, act)[0]           (n, B, D), what the last linear layer reads
+  mu, rho            proposals()                            (B, M, act), log p - log Unif (B, M)
   y                  backup()                               (B,)
   pi(a|s)            actor                                  tanh of a Gaussian
-  alpha              --cql-alpha, log_cql_alpha             scalar, the conservative weight
+  2 alpha            --cql-alpha, log_cql_alpha             scalar, the conservative weight
   (SAC's) alpha      --alpha, log_alpha                     scalar, the entropy temperature
   tau                --tau                                  Polyak rate of the target critic
 
@@ -165,7 +166,7 @@ class Args:
     cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"
     """which objective: CQL(H), CQL(rho), Eq. 2 or Eq. 1"""
     cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
-    """p. three-sets (H's default): Unif, pi(.|s), pi(.|s') apart; mixture: their half; policy (else): pi"""
+    """where actions are drawn: three-sets (H's default); mixture, 1/2 pi + 1/2 Unif; policy (else), pi"""
     cql_samples: int = 4
     """N, sampled actions of each proposal set (authors: 10)"""
     cql_temperature: float = 1.0
@@ -281,7 +282,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # x for fewer than n: the first layers
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # td3.py's policy asks the first critic only
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -347,7 +351,8 @@ class Batch(NamedTuple):
 def backup(actor, target, log_alpha, batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_i(s', a'), (B,).
 
-    With `max` each critic takes its own best of the samples, and a' is the best one of their minimum.
+    With `max` each critic takes its own best of the samples, and a' is the best one of their minimum; with
+    --backup-entropy the minimum is less alpha log pi(a'|s'), as in SAC.
     """
     if args.backup == "sarsa":
         next_act = batch.next_act[:, None]
@@ -459,9 +464,9 @@ def cloning_loss(learner, batch: Batch, args: Args):
     return loss, {"actor_loss": loss.detach(), "entropy": -logp.mean()}
 
 
-def dual_loss(log_x, slack):
-    """Gradient descent on this raises x while slack > 0: x is the multiplier of the constraint slack <= 0."""
-    return -log_x.exp() * slack
+def dual_loss(log_x, excess):
+    """Descending this raises x while excess > 0: x is the multiplier of the constraint excess <= 0."""
+    return -log_x.exp() * excess
 
 
 def memory(args: Args, inputs: int) -> int:
@@ -518,9 +523,10 @@ class Learner(nn.Module):
                 for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
                     p_target.lerp_(p, args.tau)
             if args.cql_target_gap is not None:
-                slack = q_info["cql_loss"] - args.cql_target_gap
-                self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, slack))
-                self.log_cql_alpha.data.clamp_(max=math.log(1e6))  # the authors' bound, but it can come back
+                excess = q_info["cql_loss"] - args.cql_target_gap
+                self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, excess))
+                # the authors clamp in the loss, whose gradient is 0 above the bound: it would stay there
+                self.log_cql_alpha.data.clamp_(max=math.log(1e6))
             info |= q_info
         for _ in range(args.policy_updates):
             loss, pi_info = self.loss["cloning_loss" if cloning else "actor_loss"](self, sample(), args)
@@ -997,6 +1003,9 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
         r_max = r_max + args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
     out["q_bound"] = r_max if r_max < 0 and data.info["terminals"] else r_max / (1 - args.gamma)
     out["q_range"] = (r_max - r_min) / (1 - args.gamma)
+    # the data's actions come to rest at 2 (Q - y) = weight, at every step of the backup
+    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
+    out["q_lift"] = weight / 2 / (1 - args.gamma)
     return {k: float(v) for k, v in out.items()}
 
 
@@ -1266,8 +1275,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     since = [h["q_data"] for h in late if h["step"] > top["step"]]
     fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
     ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
-    if getattr(args, "cql_variant", "H") != "eq1":  # raising Q of the data's actions may lift it by that much
-        ceiling += args.cql_alpha / 2 / (1 - args.gamma)
+    ceiling += end["q_lift"]  # raising Q of the data's actions may lift it by that much
     flags = advice(args)
     numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
@@ -1318,7 +1326,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

@@ -11,31 +11,32 @@ product), so that each step has the predicted KL delta, also where d is only an 
 
 F has a row for each parameter: 4,610 for a small policy here, 60 million for AlexNet. K-FAC (Martens, Grosse,
 arXiv 1503.05671; for policies ACKTR, arXiv 1708.05144) writes it in small factors. In the papers' letters,
-which mean other things elsewhere: a layer s = W a, its input a with a 1 appended for the bias, and
-g = grad_s log pi for each row:
+which mean other things elsewhere: a layer s = W a, its input a with a 1 appended for the bias. With
+e = grad_s log pi for each row, G the part of g that is shaped like W, and (x) the Kronecker product:
 
-  grad_W log pi = g a^T,    vec(g a^T) = g (x) a          (row-major, as torch flattens W)
-  F_W = E[ g g^T (x) a a^T ]  ~  E[g g^T] (x) E[a a^T] = S (x) A
+  grad_W log pi = e a^T,    vec(e a^T) = e (x) a          (row-major, as torch flattens W)
+  F_W = E[ e e^T (x) a a^T ]  ~  E[e e^T] (x) E[a a^T] = S (x) A
   (S (x) A)^-1 vec(G) = vec( S^-1 G A^-1 )
 
 so that AlexNet's last layer, 1000 x 4096, needs matrices of 1000 and 4097 rows instead of one of 4 million.
 Two approximations: F is block-diagonal, no terms between layers; and the expectation of a product is taken
-as the product of expectations. Damping l is split over the factors, (A + w sqrt(l) I) and (S + sqrt(l) / w I)
-with w^2 = (tr A / dim A) / (tr S / dim S). For the critic F is the Gauss-Newton matrix, g = dV/ds: nothing is
-sampled. The log-deviations of a Gaussian policy are no layer: their Fisher matrix is 2 I exactly, their step
-g / (2 + l).
+as the product of expectations. The other solvers, too, solve a damped system, (F + l I) d = g; here l is
+split over the factors, A + w sqrt(l) I and S + sqrt(l) / w I, w^2 = (tr A / dim A) / (tr S / dim S). For the
+critic F is the Gauss-Newton matrix, e = dV/ds: nothing is sampled. The log-deviations of a Gaussian policy
+are no layer: their Fisher matrix is 2 I exactly, their step g / (2 + l).
 
   symbol        in the code                       shape
   a, s          inputs and outputs of a Linear    (B, in), (B, out)
   A, S          factors()                         (in + 1, in + 1), (out, out)
-  G, d          gradient and direction            a list like the parameters
+  g, d          gradient and direction            a list like the parameters
   delta         --max-kl                          scalar, trust region
   l             --damping                         scalar
   d^T F d       quadratic()                       scalar, exact, by one forward-mode product
   A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
 
 Where to read: from the Fisher matrix to Learner.critic_step is the algorithm; train() is the loop. The
-blocks marked `shared`, which sibling scripts have too, can wait (their remarks on Atari are ppo.py's).
+blocks marked `shared`, which sibling scripts have too, can wait (their marks [1], [C1] and remarks on Atari
+are ppo.py's).
 
 K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
   python kfac_npg.py
@@ -379,18 +380,18 @@ class KFAC(nn.Module):
                 self.register_buffer(name, torch.zeros(n, n))
                 self.register_buffer("L" + name, torch.eye(n))  # Cholesky factor of the damped one
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.depth = len(net.layers)
+        self.num_layers = len(net.layers)
 
     def factors(self, record: list, scalar):
-        """A = E[a a^T] and S = E[g g^T] from a recorded pass, g = grad_s of each row's own term of `scalar`.
+        """A = E[a a^T] and S = E[e e^T] from a recorded pass, e = grad_s of each row's own term of `scalar`.
 
-        `scalar` is a sum over rows, not a mean: so g has no 1 / B."""
+        `scalar` is a sum over rows, not a mean: so e has no 1 / B."""
         out = {}
         with strict_fp32():
-            gradients = torch.autograd.grad(scalar, [s for _, s in record])
-            for i, ((a, _), g) in enumerate(zip(record, gradients)):
+            backpropagated = torch.autograd.grad(scalar, [s for _, s in record])
+            for i, ((a, _), e) in enumerate(zip(record, backpropagated)):
                 a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
-                out[f"A{i}"], out[f"S{i}"] = a.T @ a / len(a), g.T @ g / len(g)
+                out[f"A{i}"], out[f"S{i}"] = a.T @ a / len(a), e.T @ e / len(e)
         return out
 
     def update(self, record: list, scalar, refresh: bool = True):
@@ -406,7 +407,7 @@ class KFAC(nn.Module):
     def factorise(self):
         """Cholesky of A + w sqrt(l) I and S + sqrt(l) / w I. If one is not positive definite in floating
         point, the damping is raised tenfold until the next refresh, and a line says so."""
-        for i in range(self.depth):
+        for i in range(self.num_layers):
             A, S = getattr(self, f"A{i}"), getattr(self, f"S{i}")
             if not (torch.isfinite(A).all() and torch.isfinite(S).all()):
                 fail(f"K-FAC: the factors of layer {i} are not finite; the last checkpoint is from before", 3)
@@ -425,18 +426,18 @@ class KFAC(nn.Module):
         """S^-1 [G_W G_b] A^-1 for each layer; gradients W, b, W, b, ..."""
         out = []
         with strict_fp32():
-            for i in range(self.depth):
+            for i in range(self.num_layers):
                 G = torch.cat([gradients[2 * i], gradients[2 * i + 1][:, None]], 1)  # (out, in + 1)
                 d = torch.cholesky_solve(G, getattr(self, f"LS{i}"))
                 d = torch.cholesky_solve(d.T, getattr(self, f"LA{i}")).T
                 out += [d[:, :-1], d[:, -1]]
         return out
 
-    def quadratic(self, d: list):
+    def kronecker_quadratic(self, d: list):
         """d^T (S (x) A) d = sum over layers of tr(D^T S D A): what the factors, undamped, say of d^T F d."""
         total = 0.0
         with strict_fp32():
-            for i in range(self.depth):
+            for i in range(self.num_layers):
                 D = torch.cat([d[2 * i], d[2 * i + 1][:, None]], 1)
                 total = total + (D * (getattr(self, f"S{i}") @ D @ getattr(self, f"A{i}"))).sum()
         return total
@@ -510,7 +511,7 @@ class Learner(nn.Module):
         return batch._replace(advantage=scaled)
 
     def policy_step(self, batch: Batch, diagnosing: bool = False) -> dict:
-        """theta <- theta + sqrt(2 delta / d^T F d) d, d = F^-1 g; with --solver none a step of Adam on g."""
+        """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g; with --solver none a step of Adam on g."""
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
         objective = surrogate(agent, batch, args)
         g = [*torch.autograd.grad(objective, params)]
@@ -548,12 +549,13 @@ class Learner(nn.Module):
         info |= {"kl": kl, "kl_predicted": 0.5 * scale**2 * dFd}
         info |= {"gain": gain, "gain_predicted": scale * flat(g) @ flat(d)}
         if args.solver == "kfac":
-            own = self.policy_factors.quadratic(d) + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
+            own = self.policy_factors.kronecker_quadratic(d)
+            own = own + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
             info |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
         return info
 
     def natural(self, batch: Batch, g: list) -> list:
-        """d = F^-1 g by the solver asked for."""
+        """d = (F + l I)^-1 g by the solver asked for."""
         args, agent = self.args, self.agent
         if args.solver == "cg":
             damped = lambda d: [x + args.damping * y for x, y in zip(fisher_product(agent, batch.obs, d), d)]
@@ -588,7 +590,7 @@ class Learner(nn.Module):
                 p.grad = x
             self.optim["critic"].step()
             return loss.detach()
-        self.critic_factors.update(record, v.sum())  # g = dV/ds: Gauss-Newton, nothing sampled
+        self.critic_factors.update(record, v.sum())  # e = dV/ds: Gauss-Newton, nothing sampled
         d = self.critic_factors.solve([-x for x in g])
         with torch.no_grad():
             Jd = tangent(critic, batch.obs, d)[1][:, 0]
@@ -600,7 +602,7 @@ class Learner(nn.Module):
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
         """Of K-FAC's direction d for the gradient g: the worst condition number of the factors; for at most
         2,000 parameters also the cosine, in the Fisher inner product <x, y> = x^T F y, of d and of g itself
-        with the exact natural gradient."""
+        with the exact (and equally damped) natural gradient."""
         out = {"policy_condition": self.policy_factors.condition()}
         if len(flat(g)) > 2000:
             return out
@@ -748,8 +750,8 @@ class Rollout(NamedTuple):
     """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
 
     t      obs[t]               over[t]  valid[t]
-    k      s, an action, r      1        1         obs[k + 1] is the true last observation
-    k + 1  that one             0        0         its action is ignored, its reward 0
+    k      s                    1        1
+    k + 1  the true last one    0        0         its action is ignored, its reward 0
     k + 2  a new episode's s_0  0        1
     """
 
@@ -759,7 +761,7 @@ class Rollout(NamedTuple):
     value: torch.Tensor  # (T + 1, N)
     rew: torch.Tensor  # (T, N), scaled or clipped as the training sees it
     terminated: torch.Tensor  # (T, N)
-    over: torch.Tensor  # (T, N), terminated or truncated
+    over: torch.Tensor  # (T, N), terminated (in Atari also by a lost life, without a reset) or truncated
     valid: torch.Tensor  # (T, N)
     raw_obs: torch.Tensor | None  # (valid rows, obs), for the normaliser
 
@@ -778,7 +780,7 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     return advantage
 
 
-def over_rows(agent, obs) -> tuple:
+def in_chunks(agent, obs) -> tuple:
     """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
     pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
     return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
@@ -790,7 +792,7 @@ class Player:
     def __init__(self, envs, seed: int):
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
-        self.over = np.zeros(self.n, bool)
+        self.over = np.zeros(self.n, bool)  # where the next row is a reset
         self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
         self.discounted = np.zeros(self.n)
 
@@ -820,10 +822,10 @@ class Player:
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
         obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
-        head, value = over_rows(learner.agent, obs)  # once a rollout is cheaper than once a step
+        head, value = in_chunks(learner.agent, obs)  # once a rollout is cheaper than once a step
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
-            rew = np.sign(rew)  # [A6]
+            rew = np.sign(rew)  # [A6] clipped rewards
         elif args.normalize:
             rew = self.scaled(rew, over, valid, learner, args)
         rew, terminated, over, valid = (
@@ -833,7 +835,7 @@ class Player:
         return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
+        """Rewards divided by the running deviation of the discounted return, then clipped: [C8] [C9]."""
         sums = np.zeros_like(rew, dtype=np.float64)
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
@@ -1043,7 +1045,7 @@ def strict_fp32():
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

@@ -248,7 +248,7 @@ class Agent(nn.Module):
         """What policy and value read: frames through the shared network, vectors as they are; (B, D)."""
         if not self.image:
             return obs
-        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)  # [A9]
+        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)  # [A9] to [0, 1]
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
             return self.encoder(x).float()
 
@@ -340,7 +340,8 @@ class Learner(nn.Module):
         self.optim = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def standardised(self, obs):
-        """Observations of an environment (numpy) as the networks see them, on the device [C6] [C7]."""
+        """Observations of an environment (numpy) as the networks see them, on the device:
+        standardised [C6] and clipped [C7]."""
         obs = torch.as_tensor(obs, device=self.device)
         if obs.ndim == 4:  # frames
             return obs
@@ -377,7 +378,7 @@ class Learner(nn.Module):
         """Advantages and the flat batch of valid rows: rows of a reset are left out."""
         args, value = self.args, rollout.value
         if args.recompute_advantages:  # a critic's pass over (T + 1) x N rows
-            value = over_rows(self.agent, rollout.obs)[1]
+            value = in_chunks(self.agent, rollout.obs)[1]
         end = rollout.terminated if args.bootstrap_truncation else rollout.over
         rew = rollout.rew
         if args.entropy == "return":
@@ -477,9 +478,9 @@ def train(args: Args) -> dict:
     progress = Progress("training", args.total_timesteps, step)
     with StopSignal() as stop:
         while step < args.total_timesteps and not stop.signum:
-            if args.anneal_lr:  # [4]
+            if args.anneal_lr:  # [4] the learning rate falls to 0
                 learner.optim.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.total_timesteps)
-            rollout, ended = player.collect(learner, args)  # [1]
+            rollout, ended = player.collect(learner, args)  # [1] vectorised: N environments, T steps
             info = learner.update(rollout)
             before, step = step, step + int(rollout.valid.sum())
             check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
@@ -552,8 +553,8 @@ class Rollout(NamedTuple):
     """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
 
     t      obs[t]               over[t]  valid[t]
-    k      s, an action, r      1        1         obs[k + 1] is the true last observation
-    k + 1  that one             0        0         its action is ignored, its reward 0
+    k      s                    1        1
+    k + 1  the true last one    0        0         its action is ignored, its reward 0
     k + 2  a new episode's s_0  0        1
     """
 
@@ -563,7 +564,7 @@ class Rollout(NamedTuple):
     value: torch.Tensor  # (T + 1, N)
     rew: torch.Tensor  # (T, N), scaled or clipped as the training sees it
     terminated: torch.Tensor  # (T, N)
-    over: torch.Tensor  # (T, N), terminated or truncated
+    over: torch.Tensor  # (T, N), terminated (in Atari also by a lost life, without a reset) or truncated
     valid: torch.Tensor  # (T, N)
     raw_obs: torch.Tensor | None  # (valid rows, obs), for the normaliser
 
@@ -582,7 +583,7 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     return advantage
 
 
-def over_rows(agent, obs) -> tuple:
+def in_chunks(agent, obs) -> tuple:
     """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
     pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
     return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
@@ -594,7 +595,7 @@ class Player:
     def __init__(self, envs, seed: int):
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
-        self.over = np.zeros(self.n, bool)
+        self.over = np.zeros(self.n, bool)  # where the next row is a reset
         self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
         self.discounted = np.zeros(self.n)
 
@@ -624,10 +625,10 @@ class Player:
         must_be_finite(self.obs, "an observation", args)
         must_be_finite(rew, "a reward", args)
         obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
-        head, value = over_rows(learner.agent, obs)  # once a rollout is cheaper than once a step
+        head, value = in_chunks(learner.agent, obs)  # once a rollout is cheaper than once a step
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
-            rew = np.sign(rew)  # [A6]
+            rew = np.sign(rew)  # [A6] clipped rewards
         elif args.normalize:
             rew = self.scaled(rew, over, valid, learner, args)
         rew, terminated, over, valid = (
@@ -637,7 +638,7 @@ class Player:
         return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards divided by the running deviation of the discounted return, then clipped [C8] [C9]."""
+        """Rewards divided by the running deviation of the discounted return, then clipped: [C8] [C9]."""
         sums = np.zeros_like(rew, dtype=np.float64)
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
@@ -847,7 +848,7 @@ def strict_fp32():
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

@@ -249,7 +249,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # x for fewer than n: the first layers
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # td3.py's policy asks the first critic only
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -297,7 +300,7 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y, (B,): the soft Bellman backup of Eq. 5."""
     next_act, next_logp = learner.actor.sample(batch.next_obs, generator)
     q = learner.target(batch.next_obs, next_act)  # (n, B)
-    if args.target_subset:
+    if args.target_subset:  # REDQ: another random subset at each update
         q = q[torch.rand(len(q), generator=generator, device=q.device).argsort()[: args.target_subset]]
     value = q.amin(0) - learner.log_alpha.exp() * next_logp
     return next_act, batch.rew + args.gamma * (1 - batch.done) * value
@@ -329,7 +332,8 @@ def temperature_loss(log_alpha, entropy, target_entropy: float):
 
 
 def memory(args: Args, inputs: int) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations with their
+    gradients in three passes."""
     n, width, depth = args.num_critics, args.critic_width, args.critic_depth
     actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
     return 20 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
@@ -450,7 +454,7 @@ def train(args: Args) -> dict:
         return learner.update(replay.sample(args.batch_size), policy)
 
     def save():
-        check_finite(updates, info | dict(learner.named_parameters()))
+        check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
         state |= {"step": step, "updates": updates, "idle_steps": idle_steps, "losses": info}
         state |= {"episodes": episodes, "returns": returns.tolist()}
@@ -473,7 +477,7 @@ def train(args: Args) -> dict:
             diagnosing, logging = updates and every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
             if diagnosing or scoring or logging:
-                check_finite(updates, info | dict(learner.named_parameters()))
+                check_finite(step, info | dict(learner.named_parameters()))
             for episode in ended:
                 run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
                 episodes = [*episodes, episode[0]][-10:]
@@ -515,7 +519,7 @@ class Replay:
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
         self.widths = {"obs": obs_dim, "act": act_dim, "rew": 1, "next_obs": obs_dim, "done": 1}
-        self.widths |= {"timeout": 1, "env": 1}  # read by write() only
+        self.widths |= {"timeout": 1, "env": 1}  # for the file that write() makes
         reserve(4 * capacity * sum(self.widths.values()), "replay buffer", device)
         self.rows = torch.zeros(capacity, sum(self.widths.values()), device=device)
         self.size = torch.zeros((), dtype=torch.float64, device=device)
@@ -556,6 +560,8 @@ class Replay:
 
     def write(self, path: Path, box, **attributes):
         """The transitions as a D4RL-layout HDF5 file, environment by environment, actions in its bounds."""
+        if self.added > len(self.rows):
+            fail(f"{path}: the replay holds only the last {len(self.rows):,} of {self.added:,} transitions")
         c = {k: v.cpu() for k, v in self.column(self.rows[: self.added]).items()}
         order = c["env"][:, 0].argsort(stable=True).numpy()
         c = {k: v.numpy()[order] for k, v in c.items()}
@@ -912,7 +918,7 @@ def strict_fp32():
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

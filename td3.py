@@ -194,7 +194,7 @@ def check(args: Args):
 
 # ------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Deterministic policy pi(s) on the box [-1, 1]^d."""
+    """Deterministic policy pi(s) on the box [-1, 1]^act."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -216,7 +216,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # x for fewer than n: the first layers
+        weight, bias = (
+            self.weight[: len(x)],
+            self.bias[: len(x)],
+        )  # td3.py's policy asks the first critic only
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -227,7 +230,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.n, self.args = args.num_critics, args
+        self.n = args.num_critics
         sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
         self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
         self.head = StackedLinear(self.n, sizes[-1], 1)
@@ -286,7 +289,8 @@ def actor_loss(learner, batch: Batch, args: Args):
 
 
 def memory(args: Args, inputs: int) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations with their
+    gradients in three passes."""
     n, width, depth = args.num_critics, args.critic_width, args.critic_depth
     actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
     return 20 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
@@ -400,7 +404,7 @@ def train(args: Args) -> dict:
         return learner.update(replay.sample(args.batch_size), policy)
 
     def save():
-        check_finite(updates, info | dict(learner.named_parameters()))
+        check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
         state |= {"step": step, "updates": updates, "idle_steps": idle_steps, "losses": info}
         state |= {"episodes": episodes, "returns": returns.tolist()}
@@ -423,7 +427,7 @@ def train(args: Args) -> dict:
             diagnosing, logging = updates and every(args.diagnostics_frequency), every(args.log_frequency)
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
             if diagnosing or scoring or logging:
-                check_finite(updates, info | dict(learner.named_parameters()))
+                check_finite(step, info | dict(learner.named_parameters()))
             for episode in ended:
                 run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
                 episodes = [*episodes, episode[0]][-10:]
@@ -465,7 +469,7 @@ class Replay:
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
         self.widths = {"obs": obs_dim, "act": act_dim, "rew": 1, "next_obs": obs_dim, "done": 1}
-        self.widths |= {"timeout": 1, "env": 1}  # read by write() only
+        self.widths |= {"timeout": 1, "env": 1}  # for the file that write() makes
         reserve(4 * capacity * sum(self.widths.values()), "replay buffer", device)
         self.rows = torch.zeros(capacity, sum(self.widths.values()), device=device)
         self.size = torch.zeros((), dtype=torch.float64, device=device)
@@ -506,6 +510,8 @@ class Replay:
 
     def write(self, path: Path, box, **attributes):
         """The transitions as a D4RL-layout HDF5 file, environment by environment, actions in its bounds."""
+        if self.added > len(self.rows):
+            fail(f"{path}: the replay holds only the last {len(self.rows):,} of {self.added:,} transitions")
         c = {k: v.cpu() for k, v in self.column(self.rows[: self.added]).items()}
         order = c["env"][:, 0].argsort(stable=True).numpy()
         c = {k: v.numpy()[order] for k, v in c.items()}
@@ -862,7 +868,7 @@ def strict_fp32():
 
 
 # === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 # Arguments (of all scripts) that may differ on --resume; every other one must be the same.
 MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
 eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video

@@ -1,17 +1,23 @@
-"""Where each script's time goes: a short training under torch's profiler, its largest costs.
+"""What each script costs: rate, share of the matmul limit, peak memory, its largest costs.
 
   python benchmarks/profile_scripts.py                 # all; writes benchmarks/raw/profile.csv
   python benchmarks/profile_scripts.py sac td3 --top 5
 
-Shares are of the processor time of operators, on one thread; `outside` is the share of the wall time that no
-operator accounts for: Python, the environments, files. The profiler itself slows Python by a third or so.
+Each script trains three times for a short while, in a process of its own: plainly, for the rate and the peak
+memory (resident, PyTorch's own 300 MiB or so included); with its floating-point operations counted, those of
+matrix products and convolutions; and under torch's profiler. The share of the limit is the plain run's
+operations a second over those of a product of 2,048 x 2,048 matrices just before it. Shares of costs are of
+the processor time of operators; `outside` is the share of the profiled wall time that no operator accounts
+for: Python, the environments, files. The profiler itself slows Python by a third or so.
 """
 
 import argparse
 import csv
 import importlib
+import json
 import os
-import shutil
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,35 +25,62 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-QUIET = dict(eval_episodes=0, checkpoint_frequency=0, cuda=False)
-ONLINE = QUIET | dict(env_id="HalfCheetah-v5", diagnostics_frequency=0)
-RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own
+QUIET = dict(eval_episodes=0, checkpoint_frequency=0, diagnostics_frequency=0, cuda=False)
+ONLINE = QUIET | dict(env_id="HalfCheetah-v5", total_timesteps=1_000)
+ROLLOUT = ONLINE | dict(total_timesteps=8_192, num_envs=1, num_steps=2_048)
+RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own; what the rate counts
     "cql_continuous": QUIET
     | dict(critic_depth=3, policy_depth=3, cql_samples=10, num_updates=60, bc_steps=0, collect_steps=1_100),
-    "cql_atari": QUIET | dict(num_updates=60, collect_steps=2_000, diagnostics_frequency=0),
-    "dr3_analysis": dict(cuda=False, num_updates=60, checkpoint_frequency=0, diagnostics_frequency=0),
-    "sac": ONLINE | dict(total_timesteps=800, learning_starts=300),
-    "td3": ONLINE | dict(total_timesteps=800, learning_starts=300),
-    "ppo": ONLINE
-    | dict(total_timesteps=6_144, num_envs=1, num_steps=2_048, num_minibatches=32, update_epochs=10),
-    "kfac_npg": ONLINE | dict(total_timesteps=6_144, num_envs=1, num_steps=2_048),
+    "cql_atari": QUIET | dict(num_updates=60, collect_steps=2_000),
+    "dr3_analysis": dict(cuda=False, num_updates=120, checkpoint_frequency=0, diagnostics_frequency=0),
+    "sac": ONLINE | dict(learning_starts=1),
+    "td3": ONLINE | dict(learning_starts=1),
+    "ppo": ROLLOUT | dict(num_minibatches=32, update_epochs=10),
+    "kfac_npg": ROLLOUT,
 }
 
 
-def operators(script: str) -> list[tuple[str, float]]:
-    """(operator, seconds of its own), the largest first, and what of the wall time is none of theirs."""
-    module = importlib.import_module(script)
-    args = module.Args(**RUNS[script] | {"diagnostics_frequency": 0})
+def product_limit(n: int = 2048, repeats: int = 10) -> float:
+    """Floating-point operations per second of a product of two n x n matrices in fp32."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    a @ b
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    return 2 * n**3 * repeats / (time.perf_counter() - begin)
+
+
+def measure(script: str, top: int) -> dict:
+    """One row of the table; called in a process of its own."""
+    module, settings = importlib.import_module(script), RUNS[script]
+    counted = "num_updates" if "num_updates" in settings else "total_timesteps"
+    train = lambda **changes: module.train(module.Args(**settings | changes))
+    if "collect_steps" in settings:
+        train(num_updates=1)  # makes the data
+    limit = product_limit()
+    begin = time.perf_counter()
+    summary = train(seed=1)
+    rate = next(v for k, v in summary.items() if k.endswith("_per_second"))
+    row = {"script": script, "unit": counted, "per_second": rate, "seconds": time.perf_counter() - begin}
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with FlopCounterMode(display=False) as flops:
+        train(seed=1, run_dir="counted")
+    row["mflop_each"] = flops.get_total_flops() / settings[counted] / 1e6
+    row["limit_gflops"] = limit / 1e9
+    row["share_of_limit"] = rate * row["mflop_each"] * 1e6 / limit
     begin = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        module.train(args)
+        train(seed=1, run_dir="profiled")
     wall = time.perf_counter() - begin
     found = [(e.key, e.self_cpu_time_total / 1e6) for e in seen.key_averages()]
     found = sorted((x for x in found if not x[0].startswith("Optimizer.")), key=lambda x: -x[1])
-    return [*found, ("outside", max(0.0, wall - sum(t for _, t in found)))]
+    total = sum(t for _, t in found)
+    row["costs"] = ", ".join(f"{name.removeprefix('aten::')} {t / total:.0%}" for name, t in found[:top])
+    return row | {"outside": max(0.0, 1 - total / wall)}
 
 
 def main():
@@ -56,22 +89,30 @@ def main():
     )
     parser.add_argument("scripts", nargs="*", default=list(RUNS))
     parser.add_argument("--top", type=int, default=3)
+    parser.add_argument("--here", action="store_true", help="measure the one script in this process")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows, home, folder = [], os.getcwd(), tempfile.mkdtemp()
-    os.chdir(folder)  # datasets and runs are made there
+    if options.here:
+        print(json.dumps(measure(options.scripts[0], options.top)))
+        return
+    rows = []
     for script in options.scripts:
-        *found, outside = operators(script)
-        total = sum(t for _, t in found)
-        costs = [(name, t / total) for name, t in found[: options.top]]
-        share = outside[1] / (outside[1] + total)
-        words = ", ".join(f"{name} {x:.0%}" for name, x in costs)
-        print(f"\n{script}: {words} of the operators' time; outside of them {share:.0%} of the wall time")
-        rows += [[script, name, f"{x:.4f}"] for name, x in [*costs, ("outside", share)]]
-    os.chdir(home)
-    shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory() as folder:  # datasets and runs are made there
+            line = [
+                sys.executable,
+                str(HERE / "profile_scripts.py"),
+                script,
+                "--here",
+                "--top",
+                str(options.top),
+            ]
+            done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ)
+        done.check_returncode()
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     with open(HERE / "raw" / "profile.csv", "w", newline="") as f:
-        csv.writer(f).writerows([["script", "cost", "share"], *rows])
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1348,6 +1348,7 @@ def test_diagnostics_against_loops(head, double):
         "cql_gap": np.mean(np.log(np.exp(qs).mean(1)) - q),
         "q_bound": 1.25 / (1 - 0.9),
         "q_range": 2.5 / (1 - 0.9),
+        "q_lift": args.cql_alpha / (1 - 0.9),
         "feature_dot": np.mean([(a @ b).item() for a, b, w in phis if w]),
         "feature_norm": np.mean([a.norm().item() for a, _, _ in phis]),
         "v_s0": np.mean([q_of(net, data.stack(r[None])[0]).max().item() for r in data.starts]),

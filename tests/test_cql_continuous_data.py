@@ -1,5 +1,6 @@
 """Reading of datasets in cql_continuous.py: each row where it belongs, each bad file refused in one line."""
 
+import math
 import os
 import re
 import signal
@@ -15,7 +16,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, one_thread, only_run, write_d4rl
-from cql_continuous import Args, Data, Learner, collect, dataset_path, load, make_env, returns_to_go, train
+from cql_continuous import (
+    Args,
+    Batch,
+    Data,
+    Learner,
+    collect,
+    dataset_path,
+    diagnose,
+    load,
+    make_env,
+    returns_to_go,
+    train,
+)
 
 # numpy's warnings would be further lines on the user's stderr, which promises a single one
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -1330,3 +1343,56 @@ def test_memory_and_time_of_200_000_transitions(tmp_path):
     print(f"{size / 1e6:.1f} MB of arrays, peak + {growth / 1e6:.1f} MB, {seconds:.2f} s")
     assert 0.9 * size < growth <= 1.3 * size + 10e6, (size, growth)
     assert seconds < 2
+
+
+# ----------------------------------------------------------------------------------- the numbers of a moment
+@pytest.mark.parametrize(
+    "changes, weight",
+    [({"cql_alpha": 3.0}, 3.0), ({"cql_target_gap": 2.0}, 7.0), ({"cql_variant": "eq1"}, 0.0)],
+    ids=["fixed", "lagrange", "eq1"],
+)
+def test_diagnose_against_loops(tmp_path, changes, weight):
+    write_flat(tmp_path / "d.hdf5", random_episodes(np.random.default_rng(0), 30, 12))
+    sizes = dict(gamma=0.8, backup="mean", critic_width=16, policy_width=16, holdout=0.2)
+    args = Args(**sizes, **changes)
+    data = read(tmp_path / "d.hdf5", **sizes, **changes)
+    torch.manual_seed(0)
+    learner = Learner(data.obs.shape[1], data.act.shape[1], args, torch.device("cpu"))
+    if args.cql_target_gap is not None:
+        learner.log_cql_alpha.data.fill_(math.log(7.0))
+    for p in learner.critic.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # away from the target network
+    found = diagnose(learner, data, args)
+    critic, target = learner.critic, learner.target
+    one = lambda net, s, a: net(s[None], a[None])[:, 0]  # (n,)
+    pi = lambda s: torch.tanh(learner.actor(s[None])[0])[0]
+
+    def by_hand(rows):
+        q, y, lows, to_go, dots = [], [], [], [], []
+        for i in rows.tolist():
+            b = Batch(*(x[0] for x in data.batch(torch.tensor([i]))))
+            y.append(float(b.rew + args.gamma * (1 - b.done) * one(target, b.next_obs, pi(b.next_obs)).min()))
+            q.append(one(critic, b.obs, b.act).detach().numpy())
+            lows.append([q[-1].min(), float(one(critic, b.obs, pi(b.obs)).min())])
+            if not math.isnan(data.returns_to_go[i]):
+                to_go.append((lows[-1][0], float(data.returns_to_go[i])))
+            pairs = (b.obs, b.act), (b.next_obs, pi(b.next_obs))
+            phi = [critic.features(s[None], a[None])[0][0, 0] for s, a in pairs]
+            dots += [float(phi[0] @ phi[1])] * int(b.done == 0)
+        return np.array(q), np.array(y), np.array(lows).mean(0), np.array(to_go), np.mean(dots)
+
+    with torch.no_grad():
+        q, y, (q_data, q_pi), to_go, dot = by_hand(data.train)
+        assert len(to_go) >= 32
+        off = (to_go[:, 0] - to_go[:, 1]).mean()
+        expected = {"td_error": ((q - y[:, None]) ** 2).mean() / y.var(ddof=1)}
+        expected |= {"q_data": q_data, "q_pi": q_pi}
+        expected |= {"q_minus_return": off, "return_std": to_go[:, 1].std(ddof=1), "feature_dot": dot}
+        q, y, *_ = by_hand(data.holdout)
+        expected["td_error_holdout"] = ((q - y[:, None]) ** 2).mean() / y.var(ddof=1)
+        starts = [one(critic, data.obs[i], pi(data.obs[i])).min().item() for i in data.starts]
+    low, high = data.rew.min().item(), data.rew.max().item()
+    expected |= {"v_s0": np.mean(starts), "q_bound": high / 0.2, "q_range": (high - low) / 0.2}
+    expected["q_lift"] = weight / 2 / 0.2
+    for k, v in expected.items():
+        assert abs(found[k] - v) < 1e-3 * max(1, abs(v)), (k, found[k], v)

@@ -1030,6 +1030,34 @@ def test_claims_name_their_numbers():
     assert found[RESCUES][1] == "srank 240 -> 99, 240 for sarsa"
 
 
+def without_errors(results: dict, *targets: str) -> dict:
+    """As outside the gridworld: errors to the returns, and none for these targets."""
+    for target, cures in results.items():
+        for metrics in cures.values():
+            error = metrics.pop("q_error")
+            if target not in targets:
+                metrics["return_error"] = error
+    return results
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("mc", "sarsa", "td"))])
+def test_errors_are_compared_wherever_both_are_known(order):
+    """mc has no error outside the gridworld, since it is fitted to those returns."""
+    levels = {"mc": {}, "sarsa": {"q_error": 1.0}, "td": {"srank": 150, "q_error": 2.0}}
+    results = planted(**{k: levels[k] for k in order}, td__dr3={"q_error": 1.5})
+    found = d.claims(without_errors(results, "mc"))
+    assert found[ERRORS][0] == found[HELPS][0] == "supported (1 of 1 seeds)"
+    assert "return_error is 2.00 times that of sarsa" in found[ERRORS][1]
+
+
+def test_errors_are_not_compared_where_one_is_unknown():
+    for names in (("td", "mc"), ("mc", "td"), ("td", "q"), ("sarsa", "mc")):
+        found = d.claims(without_errors(planted(**{k: {} for k in names}), "mc", "q"))
+        assert ERRORS not in found
+    results = {"mc": planted(td={}, td__dr3={})["td"]}  # a cure of mc, which has no error
+    assert not {HELPS, HELPS.replace("td", "mc")} & set(d.claims(without_errors(results, "mc")))
+
+
 def test_claims_are_decided_seed_by_seed():
     """Paired: srank 100 against 200, then 300 against 200, whose means alone would say that nothing fell."""
     results = planted(sarsa={}, td={})

@@ -323,7 +323,7 @@ def test_no_tf32_in_the_factors(space):
     calls = {
         "factors": lambda: factors.update(record, logp),
         "solve": lambda: factors.solve(d),
-        "quadratic of the factors": lambda: factors.quadratic(d),
+        "quadratic of the factors": lambda: factors.kronecker_quadratic(d),
         "quadratic": lambda: k.quadratic(agent, batch.obs, d),
         "product": lambda: k.fisher_product(agent, batch.obs, d),
         "dense": lambda: k.dense_fisher(agent, batch.obs),
@@ -411,7 +411,7 @@ def test_what_is_logged_is_of_the_step_that_was_taken():
         assert torch.allclose(p, old + scale * x)
     assert torch.allclose(info["kl_predicted"], torch.tensor(args.max_kl * 0.8**4))
     assert torch.allclose(info["gain_predicted"], scale * k.flat(g) @ k.flat(taken))
-    own = learner.policy_factors.quadratic(taken) + 2 * (taken[-1] ** 2).sum()
+    own = learner.policy_factors.kronecker_quadratic(taken) + 2 * (taken[-1] ** 2).sum()
     assert torch.allclose(info["kl_kfac"], 0.5 * scale**2 * own)
 
 

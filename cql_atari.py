@@ -36,10 +36,12 @@ readers of files and the blocks marked `shared`, which sibling scripts have too,
 Quick, on data that it makes itself; the same without conservatism:
   python cql_atari.py
   python cql_atari.py --cql-alpha 0
+
 A serious run on 1 % of DQN Replay:
   python cql_atari.py --env ALE/Breakout-v5 --dataset Breakout/1/replay_logs --fraction 0.01 --width 32 \
       --cql-alpha 4 --n-step 1 --learning-rate 5e-5 --target-network-frequency 2_000 \
       --num-updates 6_250_000
+
 Two games; four processes; two machines (this line on each, with its own node_rank):
   python cql_atari.py --env ALE/Pong-v5 ALE/Breakout-v5 --encoder resnet
   torchrun --nproc_per_node=4 cql_atari.py --batch-size 128
@@ -98,7 +100,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "cql_atari"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds network, minibatches, collection and evaluation"""
@@ -207,6 +209,7 @@ LIMITS |= dict.fromkeys(["batch_size", "num_updates", "log_frequency"], (1, 1e12
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
     check_limits(args, LIMITS)
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "eval_frequency")
     only_if(args, args.head == "c51", f"with --head {args.head}", "v_min", "v_max")
     only_if(args, not args.dataset, "with --dataset", "collect", "collect_steps")
     random = args.collect == "random" and not args.dataset
@@ -430,7 +433,8 @@ class Learner(nn.Module):
         self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, eps=0.01 / 32, **flags)
 
     def update(self, batches: list[Batch], alone: bool = False) -> dict:
-        """One gradient step; unless `alone`, together with the other processes."""
+        """One gradient step; unless `alone`, together with the other processes. The target network moves when
+        the caller asks: refresh_target()."""
         mixture = torch.rand(self.net.K, device=self.net.z.device)
         loss, info = self.loss(self.net, self.target, batches, mixture / mixture.sum(), self.args)
         self.optim.zero_grad()
@@ -450,6 +454,7 @@ class Learner(nn.Module):
             net.mean.copy_(mean)
             net.std.copy_(std + 1e-3)  # an entry that never varies stays 0
 
+    @torch.no_grad()
     def q(self, obs, game: int):
         """Q(s,a) (B, A) without gradient, in chunks that bound the memory of activations."""
         return torch.cat([self.net.q(self.net.heads[game](self.net.features(x))) for x in obs.split(256)])
@@ -1155,7 +1160,9 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
             low, high = data.info["reward_min"], data.info["reward_max"]
             out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
             out["q_range"] = (high - low) / (1 - args.gamma)
-            out["q_lift"] = args.cql_alpha / (1 - args.gamma)  # Huber: Q - y = alpha; c51, qr: roughly
+            # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up to 0.5;
+            # beyond that the softmax alone holds them, near that size. c51's atoms end at v_max.
+            out["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
             moments.append({k: float(v) for k, v in out.items()})
         phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))
         shared = spectrum(phi) | alignment(phi, phi_next, weight)
@@ -1476,7 +1483,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
         ),
         "divergence": (
             end["q_max"] > ceiling,
-            f"Q reaches {end['q_max']:.3g}, these rewards allow {ceiling:.3g} at most: the backup "
+            f"Q reaches {end['q_max']:.3g}, these rewards allow about {ceiling:.3g}: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
         "sarsa passes": (
@@ -1727,8 +1734,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1813,6 +1821,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

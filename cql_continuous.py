@@ -33,6 +33,7 @@ and the blocks marked `shared`, which sibling scripts have too, can be skipped a
 Quick, on data that it makes itself; the same without conservatism (naive offline SAC: watch q_max):
   python cql_continuous.py
   python cql_continuous.py --cql-alpha 0
+
 A serious run on a D4RL file:
   python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 \
       --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
@@ -79,7 +80,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "cql_continuous"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds networks, minibatches, collection and evaluation"""
@@ -172,7 +173,7 @@ class Args:
     cql_temperature: float = 1.0
     """T in T log E exp(Q / T)"""
     cql_clip_diff: float | None = None
-    """lower clip of the conservative term of one state (AntMaze: -200)"""
+    """lower clip of the conservative term of one state (AntMaze: -208.9, which is -200 on CORL's scale)"""
     cql_target_gap: float | None = None
     """Lagrange threshold of losses/cql_loss; --cql-alpha is then where the multiplier starts. For CQL(H) with
     three sets it is tau - d log 2 - log(3N) for JaxCQL's and CORL's tau (AntMaze's 0.8: -8.1), and
@@ -216,6 +217,7 @@ LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
     check_limits(args, LIMITS)
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "eval_frequency")
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
     sampled = args.cql_alpha > 0 or args.backup == "max"
@@ -940,8 +942,8 @@ D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
 
 def normalized_score(env_id: str, value: float) -> float | None:
     """D4RL's score, 0 for a random and 100 for an expert policy; None where there is no reference."""
-    name = env_id.split("/")[-1].lower()
-    low, high = next((v for k, v in D4RL_REFERENCE.items() if name.startswith(k)), (None, None))
+    name = re.split("[-_]", env_id.split("/")[-1].lower())[0]
+    low, high = D4RL_REFERENCE.get(name, (None, None))
     return None if low is None else 100 * (value - low) / (high - low)
 
 
@@ -1096,6 +1098,8 @@ def train(args: Args) -> dict:
                 rate = progress.rate(step)
                 run.scalars({"losses/" + k: v for k, v in info.items()}, step)
                 run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
+                if online and player.returns:
+                    run.scalars({"charts/online_return": np.mean(player.returns[-5:])}, step)
             with progress.paused(diagnosing or scoring):
                 if diagnosing:
                     moment = diagnose(learner, data, args)
@@ -1292,7 +1296,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
         ),
         "divergence": (
             end["q_max"] > ceiling,
-            f"Q reaches {end['q_max']:.3g}, these rewards allow {ceiling:.3g} at most: the backup "
+            f"Q reaches {end['q_max']:.3g}, these rewards allow about {ceiling:.3g}: the backup "
             f"feeds on overestimated actions. Try {flags['divergence']}",
         ),
         "sarsa passes": (
@@ -1543,8 +1547,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1629,6 +1634,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

@@ -40,6 +40,7 @@ Quick; then the serious run:
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \
       --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
+
 Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
   python dr3_analysis.py --problem dataset --dataset replay.hdf5
@@ -83,7 +84,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "dr3_analysis"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """the first of --seeds seeds, and the one of the data"""
@@ -720,8 +721,9 @@ def claims(results: dict) -> dict:
     in all seeds, `not supported` if in none, else `undecided`. A rank falls if it ends 15 % below that of
     sarsa (without sarsa: of mc), does not if it loses at most 5 % after the first quarter. A dot product
     rises with bootstrapping if it ends above twice that one's and gains more than 10 % in the second half;
-    while Q has settled, if it gains that where mean Q moves by less than 10 %. DR3 must bring the dot product to that of sarsa, and at least 10 %
-    down; a rescue is a rank 5 % above td's and within 15 % of sarsa's; a lower error is 10 % lower.
+    while Q has settled, if it gains that where mean Q moves by less than 10 %. DR3 must bring the dot product
+    to that of sarsa, and at least 10 % down; a rescue is a rank 5 % above td's and within 15 % of sarsa's; a
+    lower error is 10 % lower.
     """
     out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
     error = "q_error" if any("q_error" in r["none"] for r in results.values()) else "return_error"
@@ -849,6 +851,7 @@ def table(results: dict) -> str:
         for cure, metrics in cures.items():
             cells = [metrics[n] if n in metrics else None for n in names]
             text = [f"{c['final']:.3g} +- {c['final_interval']:.2g}" if c else "" for c in cells]
+            text = [x.removesuffix(" +- 0") for x in text]  # of a single seed
             lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(20) for x in text))
     return "\n".join(lines)
 
@@ -1194,8 +1197,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1280,6 +1284,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

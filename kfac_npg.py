@@ -42,10 +42,13 @@ K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
   python kfac_npg.py --solver exact --width 16
+
 The plain gradient, an advantage actor-critic:
   python kfac_npg.py --solver none --num-envs 8 --num-steps 16 --learning-rate 1e-3
+
 K-FAC's direction beside the exact one (`diagnostics/fisher_cosine_kfac`, for at most 2,000 parameters):
   python kfac_npg.py --width 16
+
 MuJoCo:
   python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
       --normalize
@@ -89,7 +92,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "kfac_npg"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds networks, actions and environments"""
@@ -201,7 +204,7 @@ def check(args: Args):
     only_if(args, args.critic_solver == "adam", "with --critic-solver kfac", "critic_lr")
     only_if(args, args.critic_solver == "kfac", "with --critic-solver adam", "critic_damping")
     only_if(args, args.depth > 0, "with --depth 0", "width")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.solver == "exact" and args.damping == 0:
         fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")
@@ -486,7 +489,8 @@ class Learner(nn.Module):
         return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
 
     def update(self, rollout, diagnosing: bool = False) -> dict:
-        """One policy step, then --critic-updates value steps, on all valid rows."""
+        """One policy step, then --critic-updates value steps, on all valid rows. Afterwards train() moves the
+        observations' normaliser."""
         batch = self.batch_of(rollout)
         before = self.agent.critic(batch.obs)[:, 0].detach()
         info = self.policy_step(batch, diagnosing)
@@ -601,10 +605,10 @@ class Learner(nn.Module):
 
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
         """Of K-FAC's direction d for the gradient g: the worst condition number of the factors; for at most
-        2,000 parameters also the cosine, in the Fisher inner product <x, y> = x^T F y, of d and of g itself
-        with the exact (and equally damped) natural gradient."""
+        2,000 parameters, and with damping, also the cosine of d, and of g itself, with the exact (and equally
+        damped) natural gradient, in the Fisher inner product <x, y> = x^T F y."""
         out = {"policy_condition": self.policy_factors.condition()}
-        if len(flat(g)) > 2000:
+        if len(flat(g)) > 2000 or self.args.damping == 0:  # F alone is singular for a softmax
             return out
         best, F_of = self.exact(batch, g), lambda x: flat(fisher_product(self.agent, batch.obs, x))
         for name, x in (("kfac", d), ("gradient", g)):
@@ -790,6 +794,8 @@ class Player:
     """Steps the environments, T at a time."""
 
     def __init__(self, envs, seed: int):
+        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)  # where the next row is a reset
@@ -811,7 +817,7 @@ class Player:
             valid[t] = ~self.over
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            self.obs, rew[t], ended_here, cut, infos = self.envs.step(to_env(actions[t], space))
+            self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
             self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
@@ -863,7 +869,7 @@ def must_be_finite(x: np.ndarray, what: str, args):
         fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
 
 
-def to_env(act, space) -> np.ndarray:
+def clip_to_env(act, space) -> np.ndarray:
     """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
     its first; the sample stays as it was."""
     act = act.cpu().numpy()
@@ -875,7 +881,7 @@ def to_env(act, space) -> np.ndarray:
 def acting(learner, obs, space) -> np.ndarray:
     """The policy's mode, for evaluation."""
     head = learner.agent.policy(learner.standardised(obs))
-    return to_env(learner.agent.mode(head), space)
+    return clip_to_env(learner.agent.mode(head), space)
 
 
 def evaluate(learner, envs, args: Args) -> np.ndarray:
@@ -932,6 +938,8 @@ def env_states(envs) -> list | None:
         return None
     for env in envs.envs:
         e = env.unwrapped
+        if env.spec.additional_wrappers:  # they may hold state of their own
+            return None
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
         if type(e).__module__.startswith("gymnasium.envs.classic_control"):
             inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
@@ -1262,8 +1270,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1348,6 +1357,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

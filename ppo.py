@@ -31,6 +31,7 @@ CartPole, then the same faster:
   python ppo.py
   python ppo.py --total-timesteps 100_000 --num-envs 8 --num-steps 32 --num-minibatches 1 \
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
+
 Acrobot, Pendulum, MuJoCo, Atari:
   python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 --normalize
   python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 256 --update-epochs 10 \
@@ -78,7 +79,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "ppo"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds networks, actions, minibatches and environments"""
@@ -192,7 +193,7 @@ def check(args: Args):
     only_if(args, not atari, "on Atari", "capture_video")
     only_if(args, args.ent_coef > 0, "with --ent-coef 0", "entropy")
     only_if(args, args.update_epochs > 1, "with --update-epochs 1", "recompute_advantages", "target_kl")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and not atari:
         fail("--precision bf16 has no effect outside Atari")
@@ -349,7 +350,8 @@ class Learner(nn.Module):
         return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
 
     def update(self, rollout) -> dict:
-        """--update-epochs passes over the rollout's valid rows in shuffled minibatches [6]; mean losses."""
+        """--update-epochs passes over the rollout's valid rows in shuffled minibatches [6]; mean losses.
+        train() moves the learning rate and, afterwards, the observations' normaliser."""
         args, infos, batch = self.args, [], self.batch_of(rollout)
         unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
         for epoch in range(args.update_epochs):
@@ -593,6 +595,8 @@ class Player:
     """Steps the environments, T at a time."""
 
     def __init__(self, envs, seed: int):
+        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)  # where the next row is a reset
@@ -614,7 +618,7 @@ class Player:
             valid[t] = ~self.over
             if args.normalize:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            self.obs, rew[t], ended_here, cut, infos = self.envs.step(to_env(actions[t], space))
+            self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
             self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
@@ -666,7 +670,7 @@ def must_be_finite(x: np.ndarray, what: str, args):
         fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
 
 
-def to_env(act, space) -> np.ndarray:
+def clip_to_env(act, space) -> np.ndarray:
     """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
     its first; the sample stays as it was."""
     act = act.cpu().numpy()
@@ -678,7 +682,7 @@ def to_env(act, space) -> np.ndarray:
 def acting(learner, obs, space) -> np.ndarray:
     """The policy's mode, for evaluation."""
     head = learner.agent.policy(learner.standardised(obs))
-    return to_env(learner.agent.mode(head), space)
+    return clip_to_env(learner.agent.mode(head), space)
 
 
 def evaluate(learner, envs, args: Args) -> np.ndarray:
@@ -735,6 +739,8 @@ def env_states(envs) -> list | None:
         return None
     for env in envs.envs:
         e = env.unwrapped
+        if env.spec.additional_wrappers:  # they may hold state of their own
+            return None
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
         if type(e).__module__.startswith("gymnasium.envs.classic_control"):
             inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
@@ -1065,8 +1071,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1151,6 +1158,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

@@ -33,9 +33,11 @@ Where to read: networks, losses and Learner.update are the algorithm; train() is
 
 Quick, Pendulum:
   python sac.py
+
 A MuJoCo baseline:
   python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000 \
       --eval-frequency 10_000 --checkpoint-frequency 100_000
+
 DroQ, then REDQ (its authors' target entropies: -1 Hopper, -3 HalfCheetah, Walker2d, -4 Ant, -2 Humanoid):
   python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \
       --target-entropy -1 --layer-norm --dropout 0.01
@@ -55,6 +57,7 @@ While it trains,
   grows for ever: H_target is out of reach);
 - `overestimation` is positive while alpha is large, since Q then holds the entropy, and negative for long
   after: Q needs about 1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
+
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 `--num-envs` does not change the updates per step: `--utd` counts stored steps of all environments.
 
@@ -93,7 +96,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "sac"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds networks, exploration, minibatches and environments"""
@@ -206,7 +209,7 @@ def check(args: Args):
         fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
     only_if(args, args.num_critics > 1, "with one critic", "actor_q", "target_subset")
     only_if(args, args.alpha is None, "with a fixed --alpha", "target_entropy")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 
@@ -588,6 +591,8 @@ class Player:
     """
 
     def __init__(self, envs, seed: int):
+        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)  # episodes that ended with the last step
@@ -770,6 +775,8 @@ def env_states(envs) -> list | None:
         return None
     for env in envs.envs:
         e = env.unwrapped
+        if env.spec.additional_wrappers:  # they may hold state of their own
+            return None
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
         if type(e).__module__.startswith("gymnasium.envs.classic_control"):
             inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
@@ -1135,8 +1142,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1221,6 +1229,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

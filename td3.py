@@ -28,11 +28,14 @@ Where to read: networks, losses and Learner.update are the algorithm; train() is
 
 Quick, Pendulum:
   python td3.py
+
 A MuJoCo baseline:
   python td3.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 25_000 \
       --eval-frequency 10_000 --checkpoint-frequency 100_000
+
 DDPG, which is three switches:
   python td3.py --env Hopper-v5 --num-critics 1 --policy-noise 0 --policy-frequency 1
+
 In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches two thirds to
 a fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah: compare on the former.
 
@@ -83,7 +86,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = "td3"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run folder's name"""
     seed: int = 1
     """seeds networks, exploration, minibatches and environments"""
@@ -188,7 +191,7 @@ def check(args: Args):
     check_limits(args, LIMITS)
     check_dataset_flags(args)
     only_if(args, args.policy_noise > 0, "without --policy-noise", "noise_clip")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 
@@ -319,7 +322,8 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
-        """Actions in [-1, 1] for an environment's observations: pi(s), with noise to explore."""
+        """Actions in [-1, 1] for an environment's observations: pi(s), with noise to explore. (Noise with a
+        memory would have to go into checkpoint(), and be cleared where episodes end.)"""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         act = self.actor(obs)
         if explore:  # a draw for each environment and dimension
@@ -538,6 +542,8 @@ class Player:
     """
 
     def __init__(self, envs, seed: int):
+        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
         self.envs, self.n = envs, envs.num_envs
         self.obs, _ = envs.reset(seed=seed)
         self.over = np.zeros(self.n, bool)  # episodes that ended with the last step
@@ -720,6 +726,8 @@ def env_states(envs) -> list | None:
         return None
     for env in envs.envs:
         e = env.unwrapped
+        if env.spec.additional_wrappers:  # they may hold state of their own
+            return None
         state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
         if type(e).__module__.startswith("gymnasium.envs.classic_control"):
             inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
@@ -1085,8 +1093,9 @@ def find_checkpoint(args) -> dict | None:
     if "random" not in saved:
         fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
     for k, v in given.items():
-        if saved["args"].get(k) != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {saved['args'].get(k)}, this command {v}")
+        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
+        if before != v:
+            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
     for k, v in saved["learner"]["networks"].items():
         if not v.isfinite().all():
             fail(f"--resume {path}: {k} is not finite")
@@ -1171,6 +1180,7 @@ class Run:
             fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
     def save(self, name: str, state: dict):
+        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
         os.fsync(self.csv.fileno())
         state |= {"script": Path(__file__).stem, "format": FORMAT}
         state |= {"args": self.header["args"], "info": self.info}

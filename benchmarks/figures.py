@@ -5,8 +5,9 @@
 
 The numbers come from `report.py runs/* --curves benchmarks/raw/NAME.csv` after the script that is named
 beside each figure below, and from the peers' scripts. A curve is the mean over seeds, its band runs from the
-lowest to the highest seed. In tables: interquartile mean over seeds [95 % bootstrap interval, resampled
-within each environment] (Agarwal et al., arXiv 2108.13264), then the seeds themselves.
+lowest to the highest seed. In tables: interquartile mean over seeds [95 % bootstrap interval, arXiv
+2108.13264; with fewer than five seeds the lowest and the highest, since that bootstrap of three covers the
+truth in three cases of four only], then the seeds themselves.
 """
 
 import csv
@@ -85,7 +86,7 @@ def table(rows, env: str, names: dict, at: int | None = None, tag: str = RETURN)
         if not points or (at and at not in points):
             continue
         values = list(points[at or max(points)].values())
-        low, high = bootstrap([values])
+        low, high = bootstrap([values]) if len(values) >= 5 else (min(values), max(values))
         seeds = ", ".join(f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values)
         lines.append(f"| {env} | {label} | {iqm(values):,.1f} [{low:,.1f}, {high:,.1f}] | {seeds} |")
     return "\n".join(lines)
@@ -191,6 +192,7 @@ def policy_gradients():
 def gae_lambda():
     """gae_lambda.sh"""
     rows = read("gae_lambda.csv")
+    rows = [r | {"step": round(int(r["step"]), -4)} for r in rows]  # rollouts end at slightly other steps
     names = {f"lambda_{x}": f"lambda = {x}" for x in ("0", "0.5", "0.9", "0.95", "1")}
     envs = list(dict.fromkeys(r["env_id"] for r in rows))
     figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.5), squeeze=False)

@@ -18,6 +18,12 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
 COLUMNS = """script env_id exp_name seed num_updates batch_size cql_alpha dataset_return_mean bc_return_mean
 final_return_mean final_return_std selected_return_mean selected_step collector_return_mean normalized_score
 overestimation q_max q_bound td_error td_error_holdout cql_gap q_minus_return srank feature_dot verdict
@@ -51,13 +57,16 @@ def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
                 curves[r["tag"]].append((int(r["step"]), float(r["value"])))
     header = json.loads((folder / "args.json").read_text())
     row = header["args"] | {"script": header["script"]}
+    if isinstance(row["env_id"], list):  # cql_atari.py's games
+        row["env_id"] = " ".join(row["env_id"])
     summary = folder / "summary.json"
     row |= json.loads(summary.read_text()) if summary.exists() else {}
     row |= {
         k.removeprefix("diagnostics/"): v[-1][1] for k, v in curves.items() if k.startswith("diagnostics/")
     }
     if at is not None:  # the summary speaks of the end
-        row |= {k: None for k in row if k.startswith(("selected_", "verdict", "normalized"))}
+        of_the_end = ("selected_", "verdict", "normalized", "final_return_std")
+        row |= {k: None for k in row if k.startswith(of_the_end)}
         row["final_return_mean"] = (
             curves["eval/episodic_return"][-1][1] if curves["eval/episodic_return"] else None
         )
@@ -72,7 +81,7 @@ def interval(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.4g}" if values else ""
     mean, n = statistics.mean(values), len(values)
-    half = (T_QUANTILE[n - 2] if n <= 10 else 1.96) * statistics.stdev(values) / n**0.5
+    half = (T_QUANTILE[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * statistics.stdev(values) / n**0.5
     return f"{mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]"
 
 
@@ -142,29 +151,27 @@ def sweep(rows: list[dict]) -> str:
 
 
 def draw(runs: list[tuple[dict, dict]], path: str):
-    """A panel for each of PANELS, a line for each group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """A panel for each of PANELS, a line for each group: mean and range of its runs, read off between their
+    own steps where those differ."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
-    names = list(dict.fromkeys(row["exp_name"] for row, _ in runs))
+    groups = list(dict.fromkeys((row["env_id"], row["exp_name"]) for row, _ in runs))
+    several = len({env for env, _ in groups}) > 1
     for axis, (tag, title) in zip(axes.flat, PANELS.items()):
-        for name, (colour, line) in zip(names, STYLES * 9):
-            by_step = defaultdict(list)
-            for row, curves in runs:
-                if row["exp_name"] == name:
-                    for step, value in curves[tag]:
-                        by_step[step].append(value)
-            steps = sorted(by_step)
-            axis.plot(steps, [statistics.mean(by_step[s]) for s in steps], line, color=colour, label=name)
-            low, high = ([f(by_step[s]) for s in steps] for f in (min, max))
-            axis.fill_between(steps, low, high, color=colour, alpha=0.15)
+        for (env, name), (colour, line) in zip(groups, STYLES * 9):
+            group = [c[tag] for row, c in runs if (row["env_id"], row["exp_name"]) == (env, name)]
+            mine = [np.array(points).T for points in group if points]
+            if not mine:
+                continue
+            first, last = max(x[0] for x, _ in mine), min(x[-1] for x, _ in mine)
+            steps = mine[0][0][(mine[0][0] >= first) & (mine[0][0] <= last)]
+            values = np.array([np.interp(steps, x, y) for x, y in mine])
+            label = f"{env} {name}" if several else name
+            axis.plot(steps, values.mean(0), line, color=colour, label=label)
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15)
         axis.set_title(title, fontsize=10)
     for axis in axes[1]:
         axis.set_xlabel("updates (offline) or environment steps")
-    if len(names) > 1:
+    if len(groups) > 1:
         axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -1348,7 +1348,7 @@ def test_diagnostics_against_loops(head, double):
         "cql_gap": np.mean(np.log(np.exp(qs).mean(1)) - q),
         "q_bound": 1.25 / (1 - 0.9),
         "q_range": 2.5 / (1 - 0.9),
-        "q_lift": args.cql_alpha / (1 - 0.9),
+        "q_lift": args.cql_alpha / (1 - 0.9**args.n_step),
         "feature_dot": np.mean([(a @ b).item() for a, b, w in phis if w]),
         "feature_norm": np.mean([a.norm().item() for a, _, _ in phis]),
         "v_s0": np.mean([q_of(net, data.stack(r[None])[0]).max().item() for r in data.starts]),
@@ -1503,7 +1503,7 @@ def test_measuring_changes_nothing(cartpole):
     for precision in ("fp32", "bf16"):
         args = short(cartpole, precision=precision, run_dir=f"{precision}/loud")
         c.train(args)
-        off = dict(diagnostics_frequency=0, eval_frequency=0, eval_episodes=0, checkpoint_frequency=0)
+        off = dict(diagnostics_frequency=0, eval_frequency=2_000, eval_episodes=0, checkpoint_frequency=0)
         c.train(replace(args, run_dir=f"{precision}/quiet", log_frequency=60, **off))
         (loud,), (quiet,) = (list(Path(precision, x).iterdir()) for x in ("loud", "quiet"))
         a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (loud, quiet))

@@ -1033,10 +1033,10 @@ def test_claims_name_their_numbers():
 def without_errors(results: dict, *targets: str) -> dict:
     """As outside the gridworld: errors to the returns, and none for these targets."""
     for target, cures in results.items():
-        for metrics in cures.values():
-            error = metrics.pop("q_error")
+        for entries in cures.values():
+            error = entries.pop("q_error")
             if target not in targets:
-                metrics["return_error"] = error
+                entries["return_error"] = error
     return results
 
 

@@ -120,3 +120,33 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     }
     assert figures.curves(rows, "E", "SB3 sac", figures.RETURN) == {100: {"1": 7.5}}
     assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"
+
+
+def test_several_games_have_one_name(plant):
+    folder = plant("a", 1, curves(), env_id=["ALE/Pong-v5", "ALE/Breakout-v5"])
+    row, _ = report.read_run(folder)
+    assert row["env_id"] == "ALE/Pong-v5 ALE/Breakout-v5" and "Breakout" in report.table([row])
+
+
+def test_a_line_is_the_mean_of_one_group(plant, tmp_path):
+    """Two environments of one exp_name are two lines; seeds whose steps differ are read off between them."""
+    tag = list(report.PANELS)[1]
+    flat = lambda value, steps: {tag: [(s, value) for s in steps], "eval/episodic_return": [(1, 0.0)]}
+    folders = [plant("a", 1, flat(10.0, (100, 200, 300))), plant("a", 2, flat(500.0, (101, 203, 306)))]
+    folders.append(plant("a", 3, flat(-1000.0, (100, 200, 300)), env_id="F"))
+    report.draw([report.read_run(f) for f in folders], tmp_path / "x.png")
+    lines = report.plt.gcf().axes[1].get_lines()
+    assert [line.get_label() for line in lines] == ["E a", "F a"]
+    assert lines[0].get_xdata().tolist() == [200, 300] and set(lines[0].get_ydata()) == {255.0}
+    assert set(lines[1].get_ydata()) == {-1000.0}
+    report.plt.close()
+
+
+def test_lambda_takes_all_seeds_though_their_steps_differ(monkeypatch, capsys, tmp_path):
+    row = lambda seed, step, value: {"env_id": "E", "exp_name": "lambda_1", "seed": str(seed), "step": step,
+                                     "tag": figures.RETURN, "value": value}  # fmt: skip
+    rows = [row(1, 100_013, 500), row(2, 100_104, 100), row(3, 99_990, 300)]
+    monkeypatch.setattr(figures, "read", lambda name: rows)
+    monkeypatch.setattr(figures, "save", lambda figure, name: None)
+    figures.gae_lambda()
+    assert "300.0 [100.0, 500.0] | 500, 100, 300" in capsys.readouterr().out

@@ -54,6 +54,8 @@ def fix(root: Path):
             position = (
                 next(i for i, x in enumerate(all_lines) if BEGIN.match(x) and BEGIN.match(x)[1] == name) + 1
             )
+            if lines != original:
+                print(f"{path.name}: block '{name}' overwritten with that of {canonical}")
             all_lines[position : position + len(lines)] = original
             text = "\n".join(all_lines) + "\n"
         path.write_text(text)

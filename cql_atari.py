@@ -209,7 +209,6 @@ LIMITS |= dict.fromkeys(["batch_size", "num_updates", "log_frequency"], (1, 1e12
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
     check_limits(args, LIMITS)
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "eval_frequency")
     only_if(args, args.head == "c51", f"with --head {args.head}", "v_min", "v_max")
     only_if(args, not args.dataset, "with --dataset", "collect", "collect_steps")
     random = args.collect == "random" and not args.dataset

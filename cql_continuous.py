@@ -217,7 +217,6 @@ LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_
 def check(args: Args):
     """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
     check_limits(args, LIMITS)
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "eval_frequency")
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
     only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
     sampled = args.cql_alpha > 0 or args.backup == "max"

@@ -204,7 +204,7 @@ def check(args: Args):
     only_if(args, args.critic_solver == "adam", "with --critic-solver kfac", "critic_lr")
     only_if(args, args.critic_solver == "kfac", "with --critic-solver adam", "critic_damping")
     only_if(args, args.depth > 0, "with --depth 0", "width")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.solver == "exact" and args.damping == 0:
         fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")

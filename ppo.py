@@ -193,7 +193,7 @@ def check(args: Args):
     only_if(args, not atari, "on Atari", "capture_video")
     only_if(args, args.ent_coef > 0, "with --ent-coef 0", "entropy")
     only_if(args, args.update_epochs > 1, "with --update-epochs 1", "recompute_advantages", "target_kl")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
     if args.precision == "bf16" and not atari:
         fail("--precision bf16 has no effect outside Atari")

@@ -209,7 +209,7 @@ def check(args: Args):
         fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
     only_if(args, args.num_critics > 1, "with one critic", "actor_q", "target_subset")
     only_if(args, args.alpha is None, "with a fixed --alpha", "target_entropy")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 

@@ -191,7 +191,7 @@ def check(args: Args):
     check_limits(args, LIMITS)
     check_dataset_flags(args)
     only_if(args, args.policy_noise > 0, "without --policy-noise", "noise_clip")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video", "eval_frequency")
+    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
     only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
 
 

@@ -849,9 +849,10 @@ def table(results: dict) -> str:
     lines = ["target cure".ljust(22) + "".join(n.rjust(20) for n in names)]
     for target, cures in results.items():
         for cure, metrics in cures.items():
-            cells = [metrics[n] if n in metrics else None for n in names]
-            text = [f"{c['final']:.3g} +- {c['final_interval']:.2g}" if c else "" for c in cells]
-            text = [x.removesuffix(" +- 0") for x in text]  # of a single seed
+            cells = [metrics.get(n) for n in names]
+            several = bool(cells[0]) and len(cells[0]["final_seeds"]) > 1
+            half = lambda c: f" +- {c['final_interval']:.2g}" * several  # noqa: B023
+            text = [f"{c['final']:.3g}{half(c)}" if c else "" for c in cells]
             lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(20) for x in text))
     return "\n".join(lines)
 

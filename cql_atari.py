@@ -143,7 +143,7 @@ class Args:
 
     # --- length, size and data
     num_updates: int = 6_000
-    """gradient steps (authors: 6_250_000 on 1 % of DQN Replay)"""
+    """gradient steps (12_500_000 in the authors' defaults)"""
     batch_size: int = 32
     """B, transitions in a minibatch of all games and processes together"""
     collect: Literal["random", "dqn"] = "random"

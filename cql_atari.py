@@ -479,7 +479,10 @@ def join(args: Args):
         return
     gpu = args.cuda and torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if local >= torch.cuda.device_count():
+            fail(f"more processes here than GPUs ({torch.cuda.device_count()}): start fewer, or --no-cuda")
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -543,7 +546,7 @@ class Data:
     def stack(self, rows):
         """Observations (B, 4, H, W), the latest frame last, of rows (B,); of vectors (B, d). One gather."""
         where = rows if self.back is None else (rows[:, None] - self.back).clamp(min=0)
-        x = self.frames[where.to(self.frames.device)].to(self.device, non_blocking=True)
+        x = self.frames[where.to(self.frames.device)].to(self.device)
         self.stacks += 1
         if self.mapped and self.stacks % 100 == 0:
             self.mapped.madvise(mmap.MADV_DONTNEED)  # else all pages read so far stay resident
@@ -1233,8 +1236,6 @@ def train(args: Args) -> dict:
         step, history = saved["step"], saved["history"]
         returns = [np.array(x) for x in saved["returns"]]
         restore_random_state(saved["random"])
-        if device.type == "cuda" and processes()[1] > 1:  # all processes draw alike
-            torch.cuda.set_rng_state(saved["random"]["cuda"][0])
     facts = {"dataset": " ".join(paths), "dataset_sha256": digest}
     for key in ("dataset_return_mean", "collector_return_mean"):
         values = [data.info[key] for data in games if key in data.info]
@@ -1338,17 +1339,18 @@ class GraphedUpdate:
 
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
+        self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
+        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the warm-up
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
             return self.fn(*key)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 out = self.fn(*key)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return out
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
@@ -1573,6 +1575,8 @@ def set_up(args) -> torch.device:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.precision == "tf32" and device.type == "cpu":
         fail("--precision tf32 needs a GPU")
+    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
     if args.precision == "bf16" and device.type == "cpu":
         x, seconds = torch.ones(512, 512), []
         for y in (x, x.bfloat16()):
@@ -1586,6 +1590,7 @@ def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
     free = size
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
     elif os.path.exists("/proc/meminfo"):
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -1670,13 +1675,15 @@ def write_beside(path: Path):
 
 
 def random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+    """Of the CPU, and of the one GPU that a run uses."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
 def restore_random_state(saved: dict):
     torch.set_rng_state(saved["cpu"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if saved["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(saved["cuda"][0])
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -342,7 +342,7 @@ def dense_fisher(agent: Agent, obs):
         fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
         if agent.discrete:
             return fisher
-        return torch.block_diag(fisher, 2 * torch.eye(len(agent.log_std)).to(fisher))
+        return torch.block_diag(fisher, torch.diag(torch.full_like(agent.log_std, 2).to(fisher)))
 
 
 def flat(d: list):
@@ -417,7 +417,7 @@ class KFAC(nn.Module):
             mean_A, mean_S = ((x.trace() / len(x)).clamp(min=1e-30) for x in (A, S))
             w = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
             for name, x, scale in ((f"A{i}", A, w), (f"S{i}", S, 1 / w)):
-                eye = torch.eye(len(x)).to(x)
+                eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
                 L, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
                 if bad:
                     self.damping = max(10 * self.damping, 1e-8)
@@ -578,7 +578,7 @@ class Learner(nn.Module):
 
     def exact(self, batch: Batch, g: list) -> list:
         fisher = dense_fisher(self.agent, batch.obs)
-        eye = torch.eye(len(fisher)).to(fisher)
+        eye = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
         return unflat(torch.linalg.solve(fisher + self.args.damping * eye, flat(g)), g)
 
     def critic_step(self, batch: Batch):
@@ -1110,6 +1110,8 @@ def set_up(args) -> torch.device:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.precision == "tf32" and device.type == "cpu":
         fail("--precision tf32 needs a GPU")
+    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
     if args.precision == "bf16" and device.type == "cpu":
         x, seconds = torch.ones(512, 512), []
         for y in (x, x.bfloat16()):
@@ -1123,6 +1125,7 @@ def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
     free = size
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
     elif os.path.exists("/proc/meminfo"):
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -1207,13 +1210,15 @@ def write_beside(path: Path):
 
 
 def random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+    """Of the CPU, and of the one GPU that a run uses."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
 def restore_random_state(saved: dict):
     torch.set_rng_state(saved["cpu"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if saved["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(saved["cuda"][0])
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -68,6 +68,7 @@ import sys
 import threading
 import time
 import timeit
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -800,17 +801,18 @@ class GraphedUpdate:
 
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
+        self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
+        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the warm-up
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
             return self.fn(*key)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 out = self.fn(*key)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return out
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
@@ -933,6 +935,8 @@ def set_up(args) -> torch.device:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.precision == "tf32" and device.type == "cpu":
         fail("--precision tf32 needs a GPU")
+    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
     if args.precision == "bf16" and device.type == "cpu":
         x, seconds = torch.ones(512, 512), []
         for y in (x, x.bfloat16()):
@@ -946,6 +950,7 @@ def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
     free = size
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
     elif os.path.exists("/proc/meminfo"):
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -1030,13 +1035,15 @@ def write_beside(path: Path):
 
 
 def random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}  # [] without a GPU
+    """Of the CPU, and of the one GPU that a run uses."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
 def restore_random_state(saved: dict):
     torch.set_rng_state(saved["cpu"])
-    if len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if saved["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(saved["cuda"][0])
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -1877,3 +1877,14 @@ def test_learns_to_catch_from_random_play():
     )
     result = c.train(replace(args, eval_frequency=0))
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as e:
+        c.join(c.Args())
+    assert e.value.code == 2 and "more processes here than GPUs (1)" in capsys.readouterr().err

@@ -859,3 +859,12 @@ def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     words = shlex.split(cql.command(cql.Args(), Path("runs/x")))
     assert words == ["torchrun", "--nproc_per_node=4", "cql_continuous.py", "--resume", "runs/x"]
+
+
+def test_a_gpu_that_cannot_be_used_does_not_stop_a_save(monkeypatch):
+    """NVML may count GPUs that CUDA cannot initialise; the run is on the CPU and asks none of them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    saved = cql.random_state()
+    a = torch.rand(3)
+    cql.restore_random_state(saved)
+    assert torch.equal(torch.rand(3), a) and saved["cuda"] == []

@@ -1464,3 +1464,13 @@ def test_tds_rank_falls_below_sarsas():
     assert sarsa["srank"]["final"] > 0.95 * sarsa["srank"]["quarter"]
     assert td["feature_dot"]["final"] > 1.2 * sarsa["feature_dot"]["final"]
     assert result["claims"][RANK][0] == "supported (1 of 1 seeds)"
+
+
+def test_another_device_s_generators_are_refused(capsys):
+    learner = a_learner(targets=("sarsa", "td"), cures=())
+    saved = learner.checkpoint()
+    learner.restore(saved)
+    saved["draws"] = {seed: torch.zeros(16, dtype=torch.uint8) for seed in saved["draws"]}  # as a GPU's are
+    with pytest.raises(SystemExit) as e:
+        learner.restore(saved)
+    assert e.value.code == 2 and "was not on cpu" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What each script costs: rate, share of the matmul limit, peak memory, its largest costs.
 
-  python benchmarks/profile_scripts.py                 # all; writes benchmarks/raw/profile.csv
+  python benchmarks/profile_scripts.py                 # all; their rows of benchmarks/raw/profile.csv
   python benchmarks/profile_scripts.py sac td3 --top 5
 
 Each script trains three times for a short while, in a process of its own: plainly, for the rate and the peak
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 QUIET = dict(eval_episodes=0, checkpoint_frequency=0, diagnostics_frequency=0, cuda=False)
 ONLINE = QUIET | dict(env_id="HalfCheetah-v5", total_timesteps=1_000)
-ROLLOUT = ONLINE | dict(total_timesteps=8_192, num_envs=1, num_steps=2_048)
+ROLLOUT = ONLINE | dict(total_timesteps=4_096, num_envs=1, num_steps=2_048)
 RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own; what the rate counts
     "cql_continuous": QUIET
     | dict(critic_depth=3, policy_depth=3, cql_samples=10, num_updates=60, bc_steps=0, collect_steps=1_100),
@@ -94,7 +94,10 @@ def main():
     if options.here:
         print(json.dumps(measure(options.scripts[0], options.top)))
         return
-    rows = []
+    path, rows = HERE / "raw" / "profile.csv", {}
+    if path.exists():  # scripts that are not measured anew
+        with open(path) as f:
+            rows = {r["script"]: r for r in csv.DictReader(f)}
     for script in options.scripts:
         with tempfile.TemporaryDirectory() as folder:  # datasets and runs are made there
             line = [
@@ -107,12 +110,13 @@ def main():
             ]
             done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ)
         done.check_returncode()
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    with open(HERE / "raw" / "profile.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows[script] = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+        print(rows[script], flush=True)
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[script])
+            writer.writeheader()
+            writer.writerows(rows.values())
 
 
 if __name__ == "__main__":

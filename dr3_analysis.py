@@ -122,7 +122,7 @@ class Args:
     """side of the gridworld"""
     targets: tuple[Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"], ...] = ("mc", "sarsa", "td")
     """which targets"""
-    cures: tuple[str, ...] = ("dr3:1e-4",)
+    cures: tuple[str, ...] = ("dr3:3e-5",)
     """cures on --cure-target, each a run of its own"""
     cure_target: Literal["mc", "sarsa", "td", "td10", "q"] = "td"
     """the target that the cures are tried on"""

@@ -39,7 +39,7 @@ RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's ow
     "dr3_analysis": dict(cuda=False, num_updates=120, checkpoint_frequency=0, diagnostics_frequency=0),
     "sac": ONLINE | dict(learning_starts=1),
     "td3": ONLINE | dict(learning_starts=1),
-    "ppo": ROLLOUT | dict(num_minibatches=32, update_epochs=10),
+    "ppo": ROLLOUT | dict(total_timesteps=2_048, num_minibatches=32, update_epochs=10),
     "kfac_npg": ROLLOUT,
 }
 

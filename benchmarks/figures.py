@@ -236,7 +236,7 @@ def atari_heads():
         plot(axis, rows, env, names, tag)
         axis.set(ylabel=title)
         print(f"{title}\n{table(rows, env, names, tag=tag)}")
-    axes[2].set_yscale("symlog")
+    axes[2].set_yscale("log")
     axes[0].set(title=env)
     axes[-1].set(xlabel="updates")
     axes[0].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -1125,8 +1125,8 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
         return rows[torch.from_numpy(chosen).to(rows.device)]
 
     def judge(g, data, rows, suffix=""):
-        """One game's TD error, and its Q against the data's returns; also Q and features."""
-        q, y, found = [], [], []
+        """One game's TD error, and its Q against the data's returns; also Q, features, units' activity."""
+        q, y, found, active = [], [], [], []
         for part in rows.split(256):  # bounds the memory of activations
             record, batch = [], data.batch(part)
             phi, phi_next = net.features(batch.obs, record), net.features(batch.next_obs)
@@ -1134,7 +1134,7 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
             best = net.q(net.heads[g](phi_next) if args.double else out_next).argmax(1)
             y.append(batch.rew + batch.discount * target.q(out_next).gather(1, best[:, None])[:, 0])
             q.append(net.q(net.heads[g](phi)))
-            activity.append([h.abs().mean(0, keepdim=True) for h in record])
+            active.append([h.abs().mean(0, keepdim=True) for h in record])
             found.append((phi, phi_next, (batch.discount > 0).float()))
         q, y = torch.cat(q), torch.cat(y)
         q_data, to_go = q.gather(1, data.act[rows][:, None])[:, 0], data.returns_to_go[rows]
@@ -1143,16 +1143,14 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
         if known.sum() >= 32:
             out["q_minus_return" + suffix] = (q_data - to_go)[known].mean()
             out["return_std" + suffix] = to_go[known].std()
-        return out, q, q_data, found
+        return out, q, q_data, found, active
 
     net.eval()
     with strict_fp32():
         for g, data in enumerate(games):
-            kept = len(activity)
             held = judge(g, data, probe(data.holdout), "_holdout")[0] if len(data.holdout) else {}
-            del activity[kept:]  # held-out rows do not count
-            out, q, q_data, found = judge(g, data, probe(data.train))
-            pieces += found
+            out, q, q_data, found, active = judge(g, data, probe(data.train))
+            pieces, activity = pieces + found, activity + active
             out |= held | {"q_data": q_data.mean(), "q_pi": q.amax(1).mean(), "q_rand": q.mean()}
             out |= {
                 "q_max": q.max(),

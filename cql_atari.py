@@ -1161,7 +1161,7 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
             out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
             out["q_range"] = (high - low) / (1 - args.gamma)
             # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up to 0.5;
-            # beyond that the softmax alone holds them, near that size. c51's atoms end at v_max.
+            # beyond that only the softmax holds them. c51's atoms end at v_max.
             out["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
             moments.append({k: float(v) for k, v in out.items()})
         phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))

@@ -637,9 +637,7 @@ class Learner(nn.Module):
         load_optimizer(self.optim, saved["optim"])
         for seed, g in self.draw.items():
             if len(saved["draws"][seed]) != len(g.get_state()):
-                fail(
-                    f"--resume: that run was not on {self.taus.device.type}, whose random numbers are others"
-                )
+                fail(f"--resume: that run was not on {self.taus.device.type}, its random numbers differ")
             g.set_state(saved["draws"][seed])
 
 

@@ -1396,3 +1396,19 @@ def test_diagnose_against_loops(tmp_path, changes, weight):
     expected["q_lift"] = weight / 2 / 0.2
     for k, v in expected.items():
         assert abs(found[k] - v) < 1e-3 * max(1, abs(v)), (k, found[k], v)
+
+
+def test_scores_of_namesakes_are_not_given():
+    score = cql.normalized_score
+    assert score("Hopper-v5", -20.272305) == score("hopper-medium-v2", -20.272305) == 0.0
+    assert score("antmaze-umaze-v2", 1.0) == score("AntMaze_UMaze-v4", 1.0) == 100.0
+    assert score("HopperBulletEnv-v0", 1.0) is None and score("AntBall-v0", 1.0) is None
+
+
+def test_a_reward_that_is_a_numpy_scalar_is_stored():
+    env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda r: np.float32(r))
+    args = Args(critic_width=8, policy_width=8, reward_scale=2.0)
+    learner = Learner(3, 1, args, CPU)
+    player = cql.Player(env, 3, learner, args)
+    player.step(random=True)
+    assert player.rows == 1 and player.buffer["rew"][0] == pytest.approx(2 * player.episode_return)

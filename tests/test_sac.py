@@ -1,6 +1,7 @@
 """sac.py: its mathematics against independent answers, the shared replay and environments (whose canonical
 copy is there), accounting, promises of its own, and short trainings that must learn."""
 
+import importlib
 import itertools
 import json
 import math
@@ -725,3 +726,49 @@ def test_droq_learns_pendulum_from_fewer_steps():
     droq = dict(utd=5, policy_frequency=5, actor_q="mean", layer_norm=True, dropout=0.01)
     result = sac.train(sac.Args(total_timesteps=2_400, **droq, **FAST))
     assert result["final_return_mean"] > -600
+
+
+@SCRIPTS
+def test_a_replay_that_has_overflowed_is_not_written_as_whole(script, tmp_path, capsys):
+    replay = script.Replay(5, 1, 1, CPU)
+    for i in range(6):
+        replay.add(np.full((1, 7), float(i)))
+    with pytest.raises(SystemExit) as e:
+        replay.write(tmp_path / "d.hdf5", gym.spaces.Box(-1, 1, (1,)))
+    assert e.value.code == 2 and "only the last 5 of 6" in capsys.readouterr().err
+    assert not (tmp_path / "d.hdf5").exists()
+
+
+@SCRIPTS
+def test_a_flag_that_an_old_run_did_not_know_counts_as_its_default(script, capsys):
+    args = tiny(script, eval_episodes=0)
+    script.train(args)
+    path = only_run(".") / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["args"]["gamma"]
+    torch.save(saved, path)
+    assert script.find_checkpoint(replace(args, resume=str(path)))["step"] == saved["step"]
+    with pytest.raises(SystemExit) as e:
+        script.find_checkpoint(replace(args, resume=str(path), gamma=0.5))
+    assert e.value.code == 2 and "--gamma 0.99, this command 0.5" in capsys.readouterr().err
+
+
+def test_an_environment_with_a_wrapper_of_its_own_is_not_called_exact():
+    vector = lambda make: gym.vector.SyncVectorEnv([make])
+    plain, wrapped = (vector(f) for f in (
+        lambda: gym.make("Pendulum-v1"), lambda: gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))
+    ))  # fmt: skip
+    plain.reset(seed=0), wrapped.reset(seed=0)
+    assert len(sac.env_states(plain)) == 1 and sac.env_states(wrapped) is None
+
+
+@pytest.mark.parametrize("name", ["sac", "td3", "ppo", "kfac_npg"])
+def test_another_autoreset_is_refused(name, capsys):
+    mode = gym.vector.AutoresetMode
+    make = lambda m: gym.vector.SyncVectorEnv([lambda: gym.make("Pendulum-v1")], autoreset_mode=m)
+    script = importlib.import_module(name)
+    script.Player(make(mode.NEXT_STEP), 1)
+    for other in (mode.SAME_STEP, mode.DISABLED):
+        with pytest.raises(SystemExit) as e:
+            script.Player(make(other), 1)
+        assert e.value.code == 2 and "expected NEXT_STEP" in capsys.readouterr().err

@@ -670,3 +670,11 @@ def test_kfac_learns_cartpole():
     torch.set_default_dtype(torch.float32)
     args = k.Args(total_timesteps=25_000, eval_frequency=0, diagnostics_frequency=0)
     assert k.train(args)["final_return_mean"] > 300
+
+
+def test_without_damping_there_is_no_exact_direction_to_compare_with():
+    """The Fisher matrix of a softmax is singular."""
+    for damping in (0.0, 0.01):
+        learner, _ = a_learner(gym.spaces.Discrete(3), width=8, damping=damping)
+        out = learner.policy_step(a_batch(learner.agent, 300), diagnosing=True)
+        assert ("fisher_cosine_kfac" in out) == (damping > 0) and out["policy_condition"] > 1

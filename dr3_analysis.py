@@ -36,10 +36,11 @@ Cures, each a run of its own on --cure-target, c the weight of a term in the los
 Where to read: Members, Learner.targets and Learner.loss are the algorithm; diagnose and claims look at it;
 train() is the loop. The blocks marked `shared`, which sibling scripts have too, can be skipped at first.
 
-Quick; then the serious run:
+Quick, six minutes on two cores; the serious run; and a slow one, in which sarsa's dot products settle:
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \
       --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
+  python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --learning-rate 3e-4 --tau 0.005 --batch-size 256
 
 Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
@@ -116,7 +117,7 @@ class Args:
     """environment of --problem continuous (the other problems are filed under their own name)"""
     dataset: str | None = None
     """D4RL-layout HDF5 file of --problem dataset"""
-    transitions: int = 2_000
+    transitions: int = 1_000
     """size of the data (of --problem dataset its first rows, 0: all)"""
     grid: int = 8
     """side of the gridworld"""
@@ -132,13 +133,13 @@ class Args:
     # --- training
     num_updates: int = 15_000
     """gradient steps (the serious run: 50_000)"""
-    batch_size: int = 256
+    batch_size: int = 128
     """B, transitions in a minibatch"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """learning rate of Adam"""
     gamma: float = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: float = 0.05
     """Polyak rate of the target networks"""
     width: int = 256
     """units in a hidden layer"""
@@ -147,7 +148,7 @@ class Args:
 
 
 LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "grid": (3, 32), "depth": (1, 64)}  # least, most
-LIMITS |= {"learning_rate": (1e-12, 1e12), "seed": (0, 1e9)}
+LIMITS |= {"learning_rate": (1e-12, 1e12), "seed": (0, 1e9), "transitions": (0, 1e6)}
 LIMITS |= dict.fromkeys(["seeds", "width", "batch_size", "num_updates"], (1, 1e9))
 NUMBERED = ("dr3", "dr3abs", "dr3stop", "sl", "rank", "dropout", "tau", "l2", "refit")
 CURES = dict.fromkeys(NUMBERED, 1) | {"unit": 0, "layer": 0}  # how many numbers each takes
@@ -217,6 +218,7 @@ class Problem(NamedTuple):
     truth: dict  # target -> Q at the rows, by dynamic programming; {} where unknown
     greedy_return: Callable | None  # Q of all (state, action) pairs -> expected return of its greedy policy
     all_pairs: tuple | None  # (obs, act) of all pairs, for greedy_return
+    held: tuple | None = None  # (obs, act, mc) of episodes that are not trained on
 
 
 def scaled(rew):
@@ -233,7 +235,8 @@ def discounted_sums(rew, over, gamma: float):
 
 
 def continuous(args: Args, device) -> Problem:
-    """--transitions steps of a uniform policy; a tail after each 1,000 makes their returns whole to 1 %."""
+    """--transitions steps of a uniform policy, then 8,000 that are held out; a tail after each 1,000 makes
+    their returns whole to 1 %."""
     tail, episode = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1, 1000
     try:
         env = gym.make(args.env_id, max_episode_steps=episode + tail)
@@ -244,39 +247,45 @@ def continuous(args: Args, device) -> Problem:
     if not bounded or len(box.shape) != 1 or len(env.observation_space.shape or ()) != 1:
         found = f"{env.observation_space} and {box}"
         fail(f"--env-id {args.env_id}: found {found}, expected vectors and a bounded Box".replace("\n", " "))
-    rng, k = np.random.default_rng(args.seed), 0  # k rows kept; the tail is played and not trained on
-    columns = {x: [] for x in ("obs", "act", "rew", "done", "next", "keep")}
-    while k < args.transitions:
-        obs, _ = env.reset(seed=args.seed + k)
+    rng, wanted, rows = np.random.default_rng(args.seed), {"keep": args.transitions, "held": 8_000}, 0
+    columns = {x: [] for x in ("obs", "act", "rew", "done", "next", "use")}
+    while use := next((k for k in wanted if wanted[k] > 0), ""):  # of the rows of this episode
+        obs, _ = env.reset(seed=args.seed + rows)
         for t in range(episode + tail):
             act = rng.uniform(-1, 1, box.shape)
             next_obs, rew, terminated, truncated, _ = env.step(box.low + (act + 1) / 2 * (box.high - box.low))
-            keep = t < episode and k < args.transitions
-            k += keep
-            for name, x in zip(columns, (obs, act, rew, terminated, next_obs, keep)):
+            used = t < episode and wanted[use] > 0  # the tail is played and not used
+            wanted[use], rows = wanted[use] - used, rows + used
+            for name, x in zip(columns, (obs, act, rew, terminated, next_obs, use if used else "")):
                 columns[name].append(x)
             obs = next_obs
             if terminated or truncated:
                 break
         if not terminated and t + 1 < episode + tail:
             fail(f"--env-id {args.env_id}: has a time limit of its own, after {t + 1} steps")
+    use = np.array(columns.pop("use"))
     c = {name: np.array(x, np.float32) for name, x in columns.items()}
     over = (c["done"] > 0) | np.append((c["next"][:-1] != c["obs"][1:]).any(1), True)
     uniform = lambda s, m, g: torch.rand(len(s), m, *box.shape, generator=g, device=device) * 2 - 1
-    return from_columns(c, over, scaled(c["rew"]), c["keep"] > 0, uniform, uniform, args, device)
+    keep, held = use == "keep", use == "held"
+    return from_columns(c, over, scaled(c["rew"]), keep, held, uniform, uniform, args, device)
 
 
-def from_columns(c, over, rew, keep, fresh, choices, args: Args, device) -> Problem:
+def from_columns(c, over, rew, keep, held, fresh, choices, args: Args, device) -> Problem:
+    """`keep`, `held` (rows): which are trained on, and which, thinned to 2,048 at most, are held out."""
     mc = discounted_sums(rew, over, args.gamma)
     mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
     next_act = np.roll(c["act"], -1, 0)
     arrays = ((c["obs"] - mean) / std, c["act"], rew, c["done"], (c["next"] - mean) / std, next_act, mc)
-    tensors = [torch.from_numpy(np.ascontiguousarray(x[keep], np.float32)).to(device) for x in arrays]
-    return Problem(*tensors, fresh, choices, {}, None, None)
+    take = lambda x, rows: torch.from_numpy(np.ascontiguousarray(x[rows], np.float32)).to(device)
+    problem = Problem(*(take(x, keep) for x in arrays), fresh, choices, {}, None, None)
+    held = np.flatnonzero(held)[:: math.ceil(held.sum() / 2048) or 1]
+    return problem._replace(held=[take(arrays[i], held) for i in (0, 1, 6)]) if len(held) else problem
 
 
 def dataset(args: Args, device) -> Problem:
-    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned.
+    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned. Of
+    the episodes after those that --transitions takes, 8,000 rows are held out.
 
     Without `timeouts` an episode also ends where next_observations is not the next row."""
     h5py, path = need("h5py"), args.dataset
@@ -311,12 +320,14 @@ def dataset(args: Args, device) -> Problem:
     left = discounted_sums(np.ones(n), over, 1.0)  # rows to the end of the episode, itself included
     ends = np.flatnonzero(over)[np.searchsorted(np.flatnonzero(over), np.arange(n))]
     whole = (c["done"][ends] > 0) | (args.gamma**left < 0.01)
-    keep = whole & (~over | (c["done"] > 0))
-    if args.transitions:
-        keep &= np.cumsum(keep) <= args.transitions
+    usable = whole & (~over | (c["done"] > 0))
+    keep = usable & (np.cumsum(usable) <= (args.transitions or n))
     if keep.sum() < 32:
         fail(f"--dataset {path}: {keep.sum()} rows with a whole return and next action, expected 32 or more")
-    problem = from_columns(c, over, scaled(c["rew"]), keep, None, None, args, device)
+    episode = np.cumsum(over) - over
+    held = usable & (episode > episode[keep].max())
+    held &= np.cumsum(held) <= 8_000
+    problem = from_columns(c, over, scaled(c["rew"]), keep, held, None, None, args, device)
     low, high = problem.act.amin(0), problem.act.amax(0)
     actor = clone(problem, args, device)
 
@@ -400,7 +411,7 @@ def gridworld(args: Args, device) -> Problem:
     scale = np.abs(rew).max()
     fresh = lambda s, m, g: F.one_hot(torch.randint(4, (len(s), m), generator=g, device=device), 4).float()
     every = lambda s, m, g: torch.eye(4, device=device).expand(len(s), 4, 4)
-    problem = from_columns(c, done > 0, rew / scale, keep, fresh, every, args, device)
+    problem = from_columns(c, done > 0, rew / scale, keep, np.zeros_like(keep), fresh, every, args, device)
     beta, best = evaluate_policy(P, r, uniform, args.gamma) / scale, optimal_q(P, r, args.gamma) / scale
     at = lambda Q: torch.from_numpy(Q[state, act][keep].astype(np.float32)).to(device)
     truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), at(beta)) | {"q": at(best)}
@@ -645,13 +656,15 @@ class Learner(nn.Module):
 def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
     """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, the regulariser
     with the features and (on 256 rows) with the gradients of all weights in place of phi, mean Q, and its
-    error: q_error to the truth where that is known, else return_error to the single return that followed
-    (not for mc, which is trained on just that, nor for q, which is after another policy's)."""
+    error: q_error to the truth where that is known; else return_error to the single returns that followed
+    the trained rows, which a network can learn by heart, and return_error_holdout to those of episodes that
+    it was not trained on (not for q, which is after another policy's)."""
     p, net = learner.problem, learner.net
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(p.rew.device)
     rows, g = rows.expand(len(learner.members), -1), torch.Generator(p.rew.device).manual_seed(0)
     drawn = (f(p.next_obs[rows[0]], 10, g) for f in (p.fresh, p.choices))
     fresh, choices = (x.expand(len(rows), -1, -1, -1) for x in drawn)
+    error = lambda found, true: (found - true).pow(2).mean() / true.var().clamp(min=1e-12)
     out = []
     net.eval()
     with strict_fp32():
@@ -663,22 +676,25 @@ def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
         full_own, full_next = gradient_dots(net, x[:, :256], x_next[:, :256])
         pairs = p.all_pairs and torch.cat(p.all_pairs, -1).expand(len(rows), -1, -1)
         q_table = net(pairs) if pairs is not None else None
+        if p.held:
+            q_held = net(torch.cat(p.held[:2], -1).expand(len(rows), -1, -1))
         for i, m in enumerate(learner.members):
             phi = hidden[-1][i]
             one = spectrum(phi) | alignment(phi, phi_next[i], bootstraps) | {"q_mean": q[i].mean()}
             one["dormant"] = dormant([h[i] for h in hidden])
-            one["td_error"] = (q[i] - y[i]).pow(2).mean() / y[i].var().clamp(min=1e-12)
+            one["td_error"] = error(q[i], y[i])
             one["reg_sl"] = (phi**2).sum(-1).mean()
             dot = (phi * phi_next[i]).sum(-1) * bootstraps
             one["reg_td"] = one["reg_sl"] - args.gamma * dot.mean()
             one["reg_sl_full"] = full_own[i].mean()
             one["reg_td_full"] = one["reg_sl_full"] - args.gamma * (full_next[i] * bootstraps[:256]).mean()
             known = (p.truth[m.target] if p.truth else p.mc)[rows[0]]
-            error = (q[i] - known).pow(2).mean() / known.var().clamp(min=1e-12)
             if p.truth:
-                one |= {"truth": known.mean(), "q_error": error}
-            elif m.target not in ("mc", "q"):
-                one |= {"truth": known.mean(), "return_error": error}
+                one |= {"truth": known.mean(), "q_error": error(q[i], known)}
+            elif m.target != "q":
+                one |= {"truth": known.mean(), "return_error": error(q[i], known)}
+                if p.held:
+                    one["return_error_holdout"] = error(q_held[i], p.held[2])
             if q_table is not None:
                 one["greedy_return"] = p.greedy_return(q_table[i].view(-1, 4).double().cpu().numpy())
             out.append({k: float(v) for k, v in one.items()})
@@ -728,7 +744,7 @@ def claims(results: dict) -> dict:
     lower error is 10 % lower.
     """
     out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
-    error = "q_error" if any("q_error" in r["none"] for r in results.values()) else "return_error"
+    error = "q_error" if any("q_error" in r["none"] for r in results.values()) else "return_error_holdout"
     judged = [target for target in results if error in results[target]["none"]]
 
     def get(target, metric, when="final", cure="none"):
@@ -798,7 +814,7 @@ PANELS = {
     "reg_td": "regulariser R(phi) with bootstrapping",
     "q_mean": "mean Q (dotted: truth)",
     "q_error": "error to truth / its variance",
-    "return_error": "error to the return / its variance",
+    "return_error_holdout": "error to held-out returns / their variance",
     "td_error": "TD error / target's variance",
     "dormant": "share of dormant units",
 }
@@ -834,7 +850,7 @@ def draw(learner: Learner, steps: list, history: list, path: Path):
             if metric == "q_mean" and "truth" in history[-1][mine[0]]:
                 axis.axhline(history[-1][mine[0]]["truth"], color="grey", linestyle=":", linewidth=1)
         axis.set_title(title, fontsize=10)
-        if metric in ("feature_dot", "q_error", "return_error", "td_error"):
+        if metric in ("feature_dot", "q_error", "td_error"):
             axis.set_yscale("log")
     for axis in axes[1]:
         axis.set_xlabel("updates")
@@ -845,25 +861,27 @@ def draw(learner: Learner, steps: list, history: list, path: Path):
 
 
 def table(results: dict) -> str:
-    names = "feature_dot feature_cos srank dormant reg_td q_mean q_error return_error td_error greedy_return"
+    names = "feature_dot feature_cos srank dormant reg_td q_mean q_error return_error return_error_holdout"
+    names += " td_error greedy_return"
     found = [metrics for cures in results.values() for metrics in cures.values()]
     names = [n for n in names.split() if any(n in metrics for metrics in found)]
-    lines = ["target cure".ljust(22) + "".join(n.rjust(20) for n in names)]
+    lines = ["target cure".ljust(22) + "".join(n.rjust(21) for n in names)]
     for target, cures in results.items():
         for cure, metrics in cures.items():
             cells = [metrics.get(n) for n in names]
             several = bool(cells[0]) and len(cells[0]["final_seeds"]) > 1
             half = lambda c: f" +- {c['final_interval']:.2g}" * several  # noqa: B023
             text = [f"{c['final']:.3g}{half(c)}" if c else "" for c in cells]
-            lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(20) for x in text))
+            lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(21) for x in text))
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------- training
-def memory(problem: Problem, members: int, args: Args) -> int:
+def memory(problem: Problem, args: Args) -> int:
     """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of ten next
     actions, in an update or on the 2,048 rows of a measurement."""
     inputs = problem.obs.shape[1] + problem.act.shape[1]
+    members = (len(args.targets) + len(args.cures)) * args.seeds
     weights = args.width * (inputs + args.width * (args.depth - 1))
     return 4 * members * (5 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
 
@@ -877,7 +895,7 @@ def train(args: Args) -> dict:
         return done
     make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem]
     problem = make(args, device)
-    reserve(memory(problem, len(all_members(args)), args), "networks and one update, roughly", device)
+    reserve(memory(problem, args), "networks and one update, roughly", device)
     learner, step, steps, history, info = Learner(problem, args, device), 0, [], [], {}
     digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in problem[:7])).hexdigest()
     if saved and saved["info"].get("data_sha256") != digest:

@@ -3,6 +3,7 @@
   python -m venv sb3
   sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2 "gymnasium[mujoco,classic-control]"
   sb3/bin/python benchmarks/peer_sb3.py sac train --env HalfCheetah-v5 --seed 1 --steps 100000 --out curve.csv
+  sb3/bin/python benchmarks/peer_sb3.py ppo train --env Hopper-v5 --steps 500000 --normalize
   sb3/bin/python benchmarks/peer_sb3.py td3 speed --steps 3000
 
 `train` appends a line an evaluation (10 deterministic episodes in a second environment): peer, algorithm,
@@ -20,14 +21,15 @@ import numpy as np
 import stable_baselines3 as sb3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 
 def make(algo: str, env, seed: int, learning_starts: int):
     """Two hidden layers of 256 ReLU, batch 256, one update a step, learning rates 3e-4."""
     common = dict(policy="MlpPolicy", env=env, seed=seed, learning_starts=learning_starts, device="cpu")
     common |= dict(policy_kwargs=dict(net_arch=[256, 256]), learning_rate=3e-4, batch_size=256)
-    if algo == "ppo":  # its defaults: 2,048 steps, batches of 64, 10 epochs, two layers of 64
-        return sb3.PPO("MlpPolicy", env, seed=seed, device="cpu")
+    if algo == "ppo":  # its defaults: 2,048 steps, batches of 64, 10 epochs, 2 x 64; annealed
+        return sb3.PPO("MlpPolicy", env, lambda left: 3e-4 * left, seed=seed, device="cpu")
     common |= dict(train_freq=1, gradient_steps=1)
     if algo == "sac":
         return sb3.SAC(**common)
@@ -49,6 +51,8 @@ class Evaluate(BaseCallback):
         for i in range(self.args.eval_episodes):
             obs, done, total = self.env.reset(seed=1_000_000 + 1_000 * self.args.seed + i)[0], False, 0.0
             while not done:
+                if normalized := self.model.get_vec_normalize_env():
+                    obs = normalized.normalize_obs(obs)
                 act, _ = self.model.predict(obs, deterministic=True)
                 obs, rew, terminated, truncated, _ = self.env.step(act)
                 total, done = total + float(rew), terminated or truncated
@@ -89,9 +93,12 @@ def main():
     parser.add_argument("--learning-starts", type=int, default=5_000)
     parser.add_argument("--eval-frequency", type=int, default=5_000)
     parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--normalize", action="store_true", help="observations and rewards, by VecNormalize")
     parser.add_argument("--out", default="benchmarks/raw/sb3.csv")
     args = parser.parse_args()
     env = gym.make(args.env)
+    if args.normalize:
+        env = VecNormalize(DummyVecEnv([lambda: gym.make(args.env)]))
     if args.mode == "train":
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         model = make(args.algo, env, args.seed, args.learning_starts)

@@ -25,6 +25,6 @@ for env in $envs; do
     python kfac_npg.py $common --seed $seed --exp-name npg_trpo $npg --solver cg --line-search --damping 0.1
     python kfac_npg.py $common --seed $seed --exp-name npg_none $none
     [ -z "$peer" ] || [[ $env == *Pole* || $env == Pendulum* ]] ||
-      $peer benchmarks/peer_sb3.py ppo train --env $env --seed $seed --steps ${steps//_/} --eval-frequency 25000
+      $peer benchmarks/peer_sb3.py ppo train --env $env --seed $seed --steps ${steps//_/} --eval-frequency 25000 --normalize
   done
 done

@@ -236,7 +236,8 @@ for name, kind, kwargs in (
 
 @pytest.mark.parametrize("env_id, kept, length", [("Clock-v0", 1000, 1008), ("Clock7-v0", 7, 7)])
 def test_continuous_data(env_id, kept, length):
-    """gamma 0.5: a tail of 8 steps makes returns whole to 1 %. Terminal steps stay, cut ones do not exist."""
+    """gamma 0.5: a tail of 8 steps makes returns whole to 1 %. Terminal steps stay, cut ones do not exist.
+    8,000 rows of later episodes are held out, every fourth of them."""
     p = d.continuous(d.Args(env_id=env_id, transitions=1200, gamma=0.5), CPU)
     log = np.array(Clock.log)
     episode, t, act, rew = log.T
@@ -254,10 +255,16 @@ def test_continuous_data(env_id, kept, length):
     mean, std = obs[rows].mean(0), obs[rows].std(0) + 1e-3
     assert np.allclose(p.obs, (obs[rows] - mean) / std, atol=1e-4)
     assert np.allclose(p.next_obs, (obs[rows] + [0, 1] - mean) / std, atol=1e-4)
-    for i in range(0, 1200, 37):
-        end = ends[np.searchsorted(ends, rows[i])] + 1
-        total = sum(0.5**j * x / scale for j, x in enumerate(rew[rows[i] : end]))
-        assert abs(float(p.mc[i]) - total) < 1e-5
+    held = np.flatnonzero((t < kept) & (episode > episode[rows[-1]]))[:8000:4]
+    assert held.max() >= len(log) - max(length, 2 * 7), "more is played than is used"
+    assert [len(x) for x in p.held] == [2000] * 3
+    assert np.allclose(p.held[0], (obs[held] - mean) / std, atol=1e-4)
+    assert np.allclose(p.held[1][:, 0], (act[held] - 2) / 4, atol=1e-6)
+    for found, at in ((p.mc, rows), (p.held[2], held)):
+        for i in range(0, 1200, 37):
+            end = ends[np.searchsorted(ends, at[i])] + 1
+            total = sum(0.5**j * x / scale for j, x in enumerate(rew[at[i] : end]))
+            assert abs(float(found[i]) - total) < 1e-5
     assert p.truth == {} and p.greedy_return is None and p.all_pairs is None
     g = torch.Generator().manual_seed(0)
     for draw in (p.fresh, p.choices):
@@ -321,6 +328,19 @@ def test_dataset_rows(n, keys, quick_clone):
         assert abs(total - float(p.mc[k])) < 1e-5
     few = d.dataset(dataset_args("x.hdf5", transitions=210), CPU)
     assert torch.equal(few.rew, p.rew[:210]) and torch.equal(few.mc, p.mc[:210])
+    assert p.held is None  # nothing is left
+    later = [i for i in rows if i // 100 > rows[209] // 100]  # of whole episodes after the last one used
+    mean, std = h["observations"][rows[:210]].mean(0), h["observations"][rows[:210]].std(0) + 1e-3
+    assert np.allclose(few.held[0], (h["observations"][later] - mean) / std, atol=1e-5)
+    assert np.array_equal(few.held[1], h["actions"][later]) and len(later) > 300
+    assert torch.equal(few.held[2], p.mc[[rows.index(i) for i in later]])
+
+
+def test_at_most_8000_rows_are_held_out_and_a_quarter_of_them_measured(quick_clone):
+    with h5py.File(write_d4rl("x.hdf5", n=20_000)) as f:
+        rows, act = whole_rows(f["terminals"][()], f["timeouts"][()], 0.9), f["actions"][()]
+    p = d.dataset(dataset_args("x.hdf5", transitions=100), CPU)
+    assert np.array_equal(p.held[1], act[[i for i in rows if i >= 100][:8000:4]])
 
 
 def test_without_timeouts_episodes_end_where_next_observations_jump(quick_clone):
@@ -350,7 +370,7 @@ def test_the_clone_finds_a_gaussian_policy():
     write_d4rl("x.hdf5", n=4000, observations=obs, actions=act, next_observations=np.roll(obs, -1, 0))
     clone, d.clone = d.clone, lambda problem, args, device: clone(problem, args, device, steps=400)
     try:
-        p = d.dataset(dataset_args("x.hdf5"), CPU)
+        p = d.dataset(dataset_args("x.hdf5", batch_size=256), CPU)
     finally:
         d.clone = clone
     # standardised observations: undo it for the expected mean
@@ -888,8 +908,8 @@ def test_member_without_variance_gives_finite_numbers():
     learner = a_learner(p, seeds=1, cures=(), targets=("mc", "td", "q"), gamma=0.0)
     found = d.diagnose(learner, learner.args, 1)
     assert all(math.isfinite(x) for one in found for x in one.values())
-    names = [k for one in found for k in one if k.endswith("_error") and k != "td_error"]
-    assert names == ["return_error"]  # td's: mc is fitted to those returns, q values another policy
+    names = [[k for k in one if k.endswith("_error") and k != "td_error"] for one in found]
+    assert names == [["return_error"], ["return_error"], []]  # q values another policy
 
 
 # ------------------------------------------------------------------------------------ intervals, claims
@@ -1036,25 +1056,25 @@ def without_errors(results: dict, *targets: str) -> dict:
         for entries in cures.values():
             error = entries.pop("q_error")
             if target not in targets:
-                entries["return_error"] = error
+                entries |= {"return_error_holdout": error, "return_error": {k: [0.0] for k in error}}
     return results
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(("mc", "sarsa", "td"))])
 def test_errors_are_compared_wherever_both_are_known(order):
-    """mc has no error outside the gridworld, since it is fitted to those returns."""
+    """On held-out episodes: the returns that a network was trained on, it may know by heart."""
     levels = {"mc": {}, "sarsa": {"q_error": 1.0}, "td": {"srank": 150, "q_error": 2.0}}
     results = planted(**{k: levels[k] for k in order}, td__dr3={"q_error": 1.5})
     found = d.claims(without_errors(results, "mc"))
     assert found[ERRORS][0] == found[HELPS][0] == "supported (1 of 1 seeds)"
-    assert "return_error is 2.00 times that of sarsa" in found[ERRORS][1]
+    assert "return_error_holdout is 2.00 times that of sarsa" in found[ERRORS][1]
 
 
 def test_errors_are_not_compared_where_one_is_unknown():
     for names in (("td", "mc"), ("mc", "td"), ("td", "q"), ("sarsa", "mc")):
         found = d.claims(without_errors(planted(**{k: {} for k in names}), "mc", "q"))
         assert ERRORS not in found
-    results = {"mc": planted(td={}, td__dr3={})["td"]}  # a cure of mc, which has no error
+    results = {"mc": planted(td={}, td__dr3={})["td"]}  # a cure of mc, without held-out episodes
     assert not {HELPS, HELPS.replace("td", "mc")} & set(d.claims(without_errors(results, "mc")))
 
 
@@ -1260,7 +1280,7 @@ def test_resume_with_other_arguments_or_other_data_is_refused(no_figure, monkeyp
     d.train(tiny(num_updates=10))
     run = str(only_run("."))
     changes = dict(
-        cures=("unit",), targets=("td",), gamma=0.9, learning_rate=1e-3, grid=4, seeds=4, seed=5, width=9
+        cures=("unit",), targets=("td",), gamma=0.9, learning_rate=2e-3, grid=4, seeds=4, seed=5, width=9
     )
     for name, value in changes.items():
         args = tiny(num_updates=10, resume=run, **{name: value})
@@ -1344,10 +1364,16 @@ def test_memory_is_said_first(capsys):
     d.train(tiny(num_updates=2))
     said = re.search(r"networks and one update, roughly: ([\d.]+) MiB on", capsys.readouterr().out)
     p = d.gridworld(tiny(), CPU)
-    big = d.memory(p, 8, tiny(width=1000))
+    big = d.memory(p, tiny(width=1000, seeds=2))
+    assert len(d.all_members(tiny(seeds=2))) == 8
     parameters = 8 * (20 * 1000 + 1000 * 1000)
     assert float(said[1]) > 0 and big > 4 * 4 * parameters
-    assert d.memory(p, 16, tiny(width=1000)) == 2 * big
+    assert d.memory(p, tiny(width=1000, seeds=4)) == 2 * big
+
+
+@pytest.mark.parametrize("changes, named", [({"seeds": 10**8}, "GiB"), ({"transitions": 10**8}, "--trans")])
+def test_sizes_that_no_machine_has_are_refused_at_once(changes, named, capsys):
+    refused(lambda: d.train(tiny(**changes)), capsys, named)
 
 
 # --------------------------------------------------------------------------------- what a run leaves behind
@@ -1406,7 +1432,7 @@ def test_the_figure_has_a_line_for_each_kind_and_says_what_it_shows(monkeypatch)
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     learner = a_learner(targets=("sarsa", "td"), cures=("unit",), seeds=2)
-    panels = {k: v for k, v in d.PANELS.items() if k != "return_error"}  # one of the errors is there
+    panels = {k: v for k, v in d.PANELS.items() if k != "return_error_holdout"}  # one of the errors is there
     history = [[{k: 10.0 * s + i for k in panels} | {"truth": 7.0} for i in range(6)] for s in (1, 2, 3)]
     d.draw(learner, [1, 2, 3], history, Path("figure.png"))
     monkeypatch.undo()

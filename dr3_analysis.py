@@ -40,14 +40,16 @@ Quick, six minutes on two cores; the serious run; and a slow one, in which sarsa
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \
       --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
-  python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --learning-rate 3e-4 --tau 0.005 --batch-size 256
+  python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --batch-size 256 \
+      --learning-rate 3e-4 --tau 0.005
 
 Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
   python dr3_analysis.py --problem dataset --dataset replay.hdf5
 
-All members train together as one batched network. The run ends with a figure, a table, and a list that says
-which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
+All members train together as one batched network. Few rows are learned by heart, with the noise of their
+returns, so errors are compared on held-out episodes. The run ends with a figure, a table, and a list that
+says which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
 
 Known limits: observation vectors; the rank needs more transitions than --width. Left out on purpose: pixels.
 """

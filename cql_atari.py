@@ -1498,7 +1498,7 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            args.cql_alpha > 0 and gap < 0 and off < -1,
+            args.cql_alpha > 0 and gap < 0 and off < -1 and drift < 0.1,  # and Q no longer on its way up
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (

@@ -49,7 +49,9 @@ def read(name: str) -> list[dict]:
         rows = list(csv.DictReader(f))
     if name != "sb3.csv":
         return rows
-    return [r | {"exp_name": f"SB3 {r['algo']}", "tag": RETURN, "value": r["return_mean"]} for r in rows]
+    rows = [r | {"exp_name": f"SB3 {r['algo']}"} for r in rows]
+    rates = [r | {"tag": "charts/SPS", "value": float(r["step"]) / float(r["seconds"])} for r in rows]
+    return [r | {"tag": RETURN, "value": r["return_mean"]} for r in rows] + rates
 
 
 def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:
@@ -117,6 +119,7 @@ def updates_per_step():
     """updates_per_step.sh"""
     rows, env = read("updates_per_step.csv"), "Hopper-v5"
     names = {"sac_utd1": "SAC, 1 update a step", "sac_utd4": "SAC, 4", "sac_utd16": "SAC, 16"}
+    names |= {"sac_utd16_rare": "SAC, 16, policy once"}
     names |= {"droq_utd16": "DroQ, 16", "redq_utd16": "REDQ, 16"}
     panels = {RETURN: "return", "diagnostics/srank": "srank of the features"}
     panels |= {"diagnostics/td_error": "TD error / variance of target"}
@@ -169,7 +172,9 @@ def triad():
 def policy_gradients():
     """policy_gradients.sh: return by steps and by wall time."""
     rows = read("policy_gradients.csv") + read("sb3.csv")
-    rows = [r | {"step": round(int(r["step"]), -4)} for r in rows]  # rollouts end at slightly other steps
+    last = {e: max(int(r["step"]) for r in rows if r["env_id"] == e) for e in {r["env_id"] for r in rows}}
+    unit = {e: round(last[e] / 20, -3) for e in last}  # rollouts end at slightly other steps
+    rows = [r | {"step": int(unit[r["env_id"]] * round(int(r["step"]) / unit[r["env_id"]]))} for r in rows]
     names = {"ppo": "ppo.py", "npg_kfac": "K-FAC", "npg_trpo": "TRPO", "npg_none": "plain gradient"}
     names |= {"SB3 ppo": "SB3's PPO"}
     envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})

@@ -3,7 +3,7 @@
 #   bash benchmarks/gae_lambda.sh "1 2 3" && python benchmarks/figures.py gae_lambda
 set -euo pipefail
 export OMP_NUM_THREADS=1
-for seed in ${1:-"1 2 3"}; do
+for seed in ${1-1 2 3}; do
   for lambda in 0 0.5 0.9 0.95 1; do
     python ppo.py --seed $seed --gae-lambda $lambda --exp-name lambda_$lambda --total-timesteps 100_000 \
       --eval-frequency 10_000 --diagnostics-frequency 0

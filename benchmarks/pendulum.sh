@@ -3,7 +3,7 @@
 #   bash benchmarks/pendulum.sh "1 2 3" && python benchmarks/report.py runs/Pendulum-v1__* --csv benchmarks/raw/pendulum.csv
 set -euo pipefail
 export OMP_NUM_THREADS=1
-for seed in ${1:-"1 2 3"}; do
+for seed in ${1-1 2 3}; do
   python sac.py --seed $seed --eval-episodes 100 --eval-frequency 5_000
   python td3.py --seed $seed --eval-episodes 100 --eval-frequency 5_000
 done

@@ -127,9 +127,9 @@ def table(rows: list[dict]) -> str:
 def sweep(rows: list[dict]) -> str:
     """Which --cql-alpha to take: the TD error and the conservative term should both be small.
 
-    Both are ranked over the sweep, and the value whose worse rank is best is recommended: ranks need no
-    exchange rate between the two. Of values that tie the larger one, the more cautious. If the TD error
-    never falls below a tenth of the target's variance, no alpha fits both, and a larger model is due.
+    Of the values whose TD error is small, at most a tenth of the target's variance and twice the least of
+    the sweep, the one with the least gap. (Not the best by both ranks: the two move against each other, and
+    that names the middle of any grid.) If no TD error is below a tenth, a larger model is due.
     """
     lines, found = [["cql_alpha", "seeds", "td_error", "cql_gap", "q - return", "final return"]], []
     for (alpha,), group in sorted(grouped(rows, "cql_alpha").items()):
@@ -139,14 +139,15 @@ def sweep(rows: list[dict]) -> str:
         returns = [r["final_return_mean"] for r in group if r["final_return_mean"] is not None]
         cells = [spread([r[k] for r in group]) for k in ("td_error", "cql_gap")]
         lines.append([f"{alpha:g}", len(group), *cells, spread(known), spread(returns)])
-    ranks = [sorted(row[i] for row in found) for i in (1, 2)]
-    worse = lambda row: max(ranks[0].index(row[1]), ranks[1].index(row[2]))
-    best = min(found, key=lambda row: (worse(row), -row[0]))
-    advice = (
-        f"take --cql-alpha {best[0]:g}: TD error {best[1]:.3g} of the target's variance, gap {best[2]:.3g}"
-    )
-    if min(row[1] for row in found) > 0.1:
+    least = min(td for _, td, _ in found)
+    if least > 0.1:
         advice = "no alpha brings the TD error below a tenth of the target's variance: try a larger model"
+    else:
+        fitted = [row for row in found if row[1] <= min(0.1, 2 * least)]
+        alpha, td, gap = min(fitted, key=lambda row: row[2])
+        advice = f"take --cql-alpha {alpha:g}: TD error {td:.3g} of the target's variance, gap {gap:.3g}"
+        if alpha == found[-1][0]:
+            advice += "; it is the largest of the sweep, try still larger ones"
     return f"{markdown(lines)}\n\n{advice}"
 
 
@@ -200,6 +201,10 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
     runs = [read_run(folder, args.at) for folder in args.runs if (folder / "metrics.csv").exists()]
+    for (env, name), group in grouped([row for row, _ in runs], "env_id", "exp_name").items():
+        seeds = [r["seed"] for r in group]
+        if len({*seeds}) < len(seeds):
+            parser.error(f"several runs are {env} {name} with one seed ({sorted(seeds)}): choose among them")
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as f:

@@ -1,4 +1,4 @@
-r"""Why bootstrapping hurts deep Q-functions, and what helps: one network, the same batches, other targets.
+r"""What bootstrapping does to deep Q-functions, and what helps: one network, the same batches, other targets.
 
 Supervised learning and Q-learning fit the same network by the same optimiser; the target differs. Here it
 differs in one thing at a time, and the features phi(s,a), which the last linear layer reads, tell the story:
@@ -36,12 +36,12 @@ Cures, each a run of its own on --cure-target, c the weight of a term in the los
 Where to read: Members, Learner.targets and Learner.loss are the algorithm; diagnose and claims look at it;
 train() is the loop. The blocks marked `shared`, which sibling scripts have too, can be skipped at first.
 
-Quick, six minutes on two cores; the serious run; and a slow one, in which sarsa's dot products settle:
+Quick, six minutes on two cores; then the same in small steps, and many targets and cures:
   python dr3_analysis.py
-  python dr3_analysis.py --num-updates 50_000 --seeds 5 --targets mc sarsa td td10 q moving \
-      --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
   python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --batch-size 256 \
       --learning-rate 3e-4 --tau 0.005
+  python dr3_analysis.py --seeds 5 --targets mc sarsa td td10 q moving \
+      --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
 
 Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
@@ -134,7 +134,7 @@ class Args:
 
     # --- training
     num_updates: int = 15_000
-    """gradient steps (the serious run: 50_000)"""
+    """gradient steps"""
     batch_size: int = 128
     """B, transitions in a minibatch"""
     learning_rate: float = 1e-3
@@ -223,10 +223,6 @@ class Problem(NamedTuple):
     held: tuple | None = None  # (obs, act, mc) of episodes that are not trained on
 
 
-def scaled(rew):
-    return rew / np.abs(rew).max().clip(1e-30)
-
-
 def discounted_sums(rew, over, gamma: float):
     """The discounted sum of rewards to the end of each row's episode (or of the array)."""
     out, total = np.zeros(len(rew)), 0.0
@@ -270,11 +266,12 @@ def continuous(args: Args, device) -> Problem:
     over = (c["done"] > 0) | np.append((c["next"][:-1] != c["obs"][1:]).any(1), True)
     uniform = lambda s, m, g: torch.rand(len(s), m, *box.shape, generator=g, device=device) * 2 - 1
     keep, held = use == "keep", use == "held"
-    return from_columns(c, over, scaled(c["rew"]), keep, held, uniform, uniform, args, device)
+    return from_columns(c, over, keep, held, uniform, uniform, args, device)
 
 
-def from_columns(c, over, rew, keep, held, fresh, choices, args: Args, device) -> Problem:
+def from_columns(c, over, keep, held, fresh, choices, args: Args, device) -> Problem:
     """`keep`, `held` (rows): which are trained on, and which, thinned to 2,048 at most, are held out."""
+    rew = c["rew"] / np.abs(c["rew"][keep]).max().clip(1e-30)
     mc = discounted_sums(rew, over, args.gamma)
     mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
     next_act = np.roll(c["act"], -1, 0)
@@ -329,7 +326,7 @@ def dataset(args: Args, device) -> Problem:
     episode = np.cumsum(over) - over
     held = usable & (episode > episode[keep].max())
     held &= np.cumsum(held) <= 8_000
-    problem = from_columns(c, over, scaled(c["rew"]), keep, held, None, None, args, device)
+    problem = from_columns(c, over, keep, held, None, None, args, device)
     low, high = problem.act.amin(0), problem.act.amax(0)
     actor = clone(problem, args, device)
 
@@ -405,15 +402,15 @@ def gridworld(args: Args, device) -> Problem:
         s = t if t != S - 1 else int(rng.integers(S - 1))
     state, act, rew, done, after = (np.array(x) for x in zip(*rows))
     one_hot = np.eye(4, dtype=np.float32)
-    c = {"obs": features[state], "act": one_hot[act], "next": features[after]}
+    c = {"obs": features[state], "act": one_hot[act], "next": features[after], "rew": rew}
     c["done"] = done.astype(np.float32)
     keep = np.arange(len(state)) <= np.flatnonzero(done)[-1] if done.any() else np.zeros(len(state), bool)
     if not keep.any():
         fail(f"--transitions {args.transitions}: no episode reached the goal, take more or a smaller --grid")
-    scale = np.abs(rew).max()
+    scale = np.abs(rew[keep]).max()
     fresh = lambda s, m, g: F.one_hot(torch.randint(4, (len(s), m), generator=g, device=device), 4).float()
     every = lambda s, m, g: torch.eye(4, device=device).expand(len(s), 4, 4)
-    problem = from_columns(c, done > 0, rew / scale, keep, np.zeros_like(keep), fresh, every, args, device)
+    problem = from_columns(c, done > 0, keep, np.zeros_like(keep), fresh, every, args, device)
     beta, best = evaluate_policy(P, r, uniform, args.gamma) / scale, optimal_q(P, r, args.gamma) / scale
     at = lambda Q: torch.from_numpy(Q[state, act][keep].astype(np.float32)).to(device)
     truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), at(beta)) | {"q": at(best)}

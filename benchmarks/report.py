@@ -179,14 +179,19 @@ def draw(runs: list[tuple[dict, dict]], path: str):
 
 
 def write_curves(runs: list[tuple[dict, dict]], path: str):
-    """env_id, exp_name, seed, step, tag, value: a row for each point of CURVES."""
+    """env_id, exp_name, seed, step, tag, value: a row for each point of CURVES. A run of dr3_analysis.py
+    holds many networks: all that was measured, exp_name is `target cure`, seed the network's."""
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["env_id", "exp_name", "seed", "step", "tag", "value"])
         for row, curves in runs:
-            for tag in CURVES:
+            one = {tag: (row["exp_name"], row["seed"], tag) for tag in CURVES}
+            if row["script"] == "dr3_analysis":  # diagnostics/target/cure/seed/metric
+                parts = {tag: tag.split("/") for tag in curves if tag.startswith("diagnostics/")}
+                one = {tag: (f"{p[1]} {p[2]}", p[3], f"{p[0]}/{p[4]}") for tag, p in parts.items()}
+            for tag, (name, seed, short) in one.items():
                 for step, value in curves[tag]:
-                    writer.writerow([row["env_id"], row["exp_name"], row["seed"], step, tag, f"{value:.6g}"])
+                    writer.writerow([row["env_id"], name, seed, step, short, f"{value:.6g}"])
 
 
 def main():

@@ -244,7 +244,7 @@ def test_continuous_data(env_id, kept, length):
     rows = np.flatnonzero(t < kept)[:1200]
     ends = np.append(np.flatnonzero(np.diff(episode)), len(log) - 1)
     assert len(p.rew) == len(rows) == 1200 and set(t[ends]) == {length - 1}
-    scale = np.abs(rew).max()
+    scale = np.abs(rew[rows]).max()
     assert np.allclose(p.rew, rew[rows] / scale, atol=1e-6)
     assert np.allclose(p.act[:, 0], (act[rows] - 2) / 4, atol=1e-6)  # [-2, 6] seen as [-1, 1]
     assert -1 <= p.act.min() < -0.98 and 0.98 < p.act.max() <= 1
@@ -311,7 +311,7 @@ def test_dataset_rows(n, keys, quick_clone):
     if keys == "all":  # episodes of 100, in turn terminated and timed out, which lose their last 43
         assert len(rows) == (5 * 100 + 5 * 57 if n == 1000 else 5 * 100 + 4 * 57 + 7)
     p = d.dataset(dataset_args("x.hdf5"), CPU)
-    scale = np.abs(h["rewards"]).max()
+    scale = np.abs(h["rewards"][rows]).max()
     assert np.allclose(p.rew, h["rewards"][rows] / scale) and np.array_equal(p.act, h["actions"][rows])
     assert np.array_equal(p.done, h["terminals"][rows].astype(np.float32))
     mean, std = h["observations"][rows].mean(0), h["observations"][rows].std(0) + 1e-3
@@ -327,13 +327,14 @@ def test_dataset_rows(n, keys, quick_clone):
                 break
         assert abs(total - float(p.mc[k])) < 1e-5
     few = d.dataset(dataset_args("x.hdf5", transitions=210), CPU)
-    assert torch.equal(few.rew, p.rew[:210]) and torch.equal(few.mc, p.mc[:210])
+    units = np.abs(h["rewards"][rows[:210]]).max() / scale
+    assert torch.allclose(few.rew * units, p.rew[:210]) and torch.allclose(few.mc * units, p.mc[:210])
     assert p.held is None  # nothing is left
     later = [i for i in rows if i // 100 > rows[209] // 100]  # of whole episodes after the last one used
     mean, std = h["observations"][rows[:210]].mean(0), h["observations"][rows[:210]].std(0) + 1e-3
     assert np.allclose(few.held[0], (h["observations"][later] - mean) / std, atol=1e-5)
     assert np.array_equal(few.held[1], h["actions"][later]) and len(later) > 300
-    assert torch.equal(few.held[2], p.mc[[rows.index(i) for i in later]])
+    assert torch.allclose(few.held[2] * units, p.mc[[rows.index(i) for i in later]])
 
 
 def test_at_most_8000_rows_are_held_out_and_a_quarter_of_them_measured(quick_clone):

@@ -79,6 +79,14 @@ def test_the_rule_for_a_sweep_of_alpha(plant, points, expected):
     assert expected in report.sweep(rows)
 
 
+def test_a_seed_that_was_run_twice_is_refused(plant, monkeypatch, capsys):
+    folders = [plant("a", 1, curves()), plant("b", 1, curves(), exp_name="a"), plant("c", 2, curves())]
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders)])
+    with pytest.raises(SystemExit) as e:
+        report.main()
+    assert e.value.code == 2 and "E a with one seed ([1, 1])" in capsys.readouterr().err
+
+
 def test_the_command(plant, monkeypatch, capsys, tmp_path):
     folder = plant("a", 1, curves())
     out = [str(tmp_path / "rows.csv"), str(tmp_path / "figure.png")]
@@ -122,7 +130,17 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
         200: {"1": 4.0, "2": 4.0},
     }
     assert figures.curves(rows, "E", "SB3 sac", figures.RETURN) == {100: {"1": 7.5}}
+    assert figures.curves(rows, "E", "SB3 sac", "charts/SPS") == {100: {"1": 100 / 3}}
     assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"
+
+
+def test_networks_of_one_run_are_told_apart(plant, tmp_path):
+    tags = {"diagnostics/td/dr3:1e-4/2/srank": [(100, 7.0)], "charts/SPS": [(100, 3.0)]}
+    folder = plant("a", 1, tags)
+    header = json.loads((folder / "args.json").read_text()) | {"script": "dr3_analysis"}
+    (folder / "args.json").write_text(json.dumps(header))
+    report.write_curves([report.read_run(folder)], tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text().split()[1:] == ["E,td", "dr3:1e-4,2,100,diagnostics/srank,7"]
 
 
 def test_several_games_have_one_name(plant):

@@ -830,6 +830,21 @@ def test_diagnostics_by_loops():
                 assert abs(found[i][k] - value) < 1e-4 * max(1, abs(value)), (m, k, found[i][k], value)
 
 
+def test_errors_to_trained_and_to_held_out_returns():
+    held, mc = a_problem(n=30, seed=8), torch.linspace(-2, 5, 30)
+    p = a_problem(n=50, truth={})._replace(held=[held.obs, held.act, mc])
+    learner = a_learner(p, seeds=2, cures=("unit",), targets=("mc", "td", "q"), cure_target="td")
+    found = d.diagnose(learner, learner.args, 1)
+    for i, m in enumerate(learner.members):
+        assert ("return_error_holdout" in found[i]) == (m.target != "q"), m
+        if m.target == "q":
+            continue
+        for name, at, true in (("return_error", p, p.mc), ("return_error_holdout", held, mc)):
+            q = learner.net(torch.cat([at.obs, at.act], -1)[None], [i])[0].detach().double().numpy()
+            true = true.double().numpy()
+            assert abs(found[i][name] - np.mean((q - true) ** 2) / np.var(true, ddof=1)) < 1e-4, (m, name)
+
+
 def test_full_gradients_by_autograd_of_one_row(double):
     learner = a_learner(targets=("td",), cures=("unit", "layer"), cure_target="td", depth=2)
     g, net = torch.Generator().manual_seed(3), learner.net.eval()

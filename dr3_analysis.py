@@ -849,7 +849,7 @@ def draw(learner: Learner, steps: list, history: list, path: Path):
             if metric == "q_mean" and "truth" in history[-1][mine[0]]:
                 axis.axhline(history[-1][mine[0]]["truth"], color="grey", linestyle=":", linewidth=1)
         axis.set_title(title, fontsize=10)
-        if metric in ("feature_dot", "q_error", "td_error"):
+        if metric in ("q_error", "td_error"):
             axis.set_yscale("log")
     for axis in axes[1]:
         axis.set_xlabel("updates")

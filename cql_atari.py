@@ -1471,7 +1471,10 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     numbers = numbers.replace(" (nan held out)", "")
     drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
-    midway = history[len(history) // 2]["td_error"]  # still falling fast is not staying high
+    midway = history[len(history) // 2]
+    falling = td <= 0.6 * midway["td_error"]  # fast: that is not staying high
+    # on its way up from 0: the second half made good a tenth of what is missing
+    rising = (end["q_data"] - midway["q_data"]) / q_unit(end) > -0.1 * off
     sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
     if fall > 0.1:
         sign = f"the dataset's Q rose until update {top['step']:,} and fell by {fall:.2f} deviations since"
@@ -1498,11 +1501,11 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            args.cql_alpha > 0 and gap < 0 and off < -1 and drift < 0.1,  # and Q no longer on its way up
+            args.cql_alpha > 0 and gap < 0 and off < -1 and not rising,
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (
-            td > max(LOW_TD, 0.6 * midway) and gap > -0.5,  # a fitted conservative critic's gap is below 0
+            td > LOW_TD and not falling and gap > -0.5,  # a fitted conservative critic's gap is below 0
             f"{numbers}: both stay high, this critic cannot lower them. Try {flags['underfitting']}",
         ),
     }

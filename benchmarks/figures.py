@@ -173,7 +173,7 @@ def policy_gradients():
     """policy_gradients.sh: return by steps and by wall time."""
     rows = read("policy_gradients.csv") + read("sb3.csv")
     last = {e: max(int(r["step"]) for r in rows if r["env_id"] == e) for e in {r["env_id"] for r in rows}}
-    unit = {e: round(last[e] / 20, -3) for e in last}  # rollouts end at slightly other steps
+    unit = {e: max(1000, round(last[e] / 20, -3)) for e in last}  # rollouts end at slightly other steps
     rows = [r | {"step": int(unit[r["env_id"]] * round(int(r["step"]) / unit[r["env_id"]]))} for r in rows]
     names = {"ppo": "ppo.py", "npg_kfac": "K-FAC", "npg_trpo": "TRPO", "npg_none": "plain gradient"}
     names |= {"SB3 ppo": "SB3's PPO"}

@@ -206,7 +206,8 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
     runs = [read_run(folder, args.at) for folder in args.runs if (folder / "metrics.csv").exists()]
-    for (env, name), group in grouped([row for row, _ in runs], "env_id", "exp_name").items():
+    same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
+    for (env, name, *_), group in grouped([row for row, _ in runs], *same).items():
         seeds = [r["seed"] for r in group]
         if len({*seeds}) < len(seeds):
             parser.error(f"several runs are {env} {name} with one seed ({sorted(seeds)}): choose among them")

@@ -600,6 +600,11 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
             curve(np.minimum(np.linspace(0, 60, 40), 30), cql_gap=-9, q_minus_return=-40.0),
             {},
         ),
+        (
+            "alpha too large",
+            curve(np.linspace(20, 30, 40), cql_gap=-9.0, q_minus_return=-60.0),
+            {},
+        ),  # too slow
         # narrow data has such gaps by itself; where returns are unknown the gap alone says nothing
         ("no sign of trouble", curve(np.minimum(np.linspace(0, 60, 40), 30), cql_gap=-9.0), {}),
         (

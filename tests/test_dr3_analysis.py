@@ -302,7 +302,7 @@ def whole_rows(terminal, timeout, gamma) -> list:
 
 @pytest.mark.parametrize("n", [1000, 950])  # the last episode ends in a time-out, or in the middle
 @pytest.mark.parametrize("keys", ["all", "no next_observations", "no timeouts"])
-def test_dataset_rows(n, keys, quick_clone):
+def test_dataset_rows(n, keys, quick_clone, capsys):
     drop = {} if keys == "all" else {"timeouts": None} if keys == "no timeouts" else {"next_obs": False}
     with h5py.File(write_d4rl("x.hdf5", n=n, act_dim=2, **drop)) as f:
         h = {k: v[()] for k, v in f.items()}
@@ -329,7 +329,7 @@ def test_dataset_rows(n, keys, quick_clone):
     few = d.dataset(dataset_args("x.hdf5", transitions=210), CPU)
     units = np.abs(h["rewards"][rows[:210]]).max() / scale
     assert torch.allclose(few.rew * units, p.rew[:210]) and torch.allclose(few.mc * units, p.mc[:210])
-    assert p.held is None  # nothing is left
+    assert p.held is None and "nothing is said of errors" in capsys.readouterr().out
     later = [i for i in rows if i // 100 > rows[209] // 100]  # of whole episodes after the last one used
     mean, std = h["observations"][rows[:210]].mean(0), h["observations"][rows[:210]].std(0) + 1e-3
     assert np.allclose(few.held[0], (h["observations"][later] - mean) / std, atol=1e-5)

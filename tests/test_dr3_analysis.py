@@ -1310,6 +1310,19 @@ def test_resume_with_other_arguments_or_other_data_is_refused(no_figure, monkeyp
     refused(lambda: d.train(replace(args, resume=str(run), num_updates=6)), capsys, "other data")
 
 
+def test_resume_with_other_held_out_rows_is_refused(no_figure, monkeypatch, capsys):
+    d.train(tiny(num_updates=10, problem="continuous", grid=8))
+    make = d.continuous
+
+    def other(args, device):
+        problem = make(args, device)
+        return problem._replace(held=(problem.held[0] + 1, *problem.held[1:]))
+
+    monkeypatch.setattr(d, "continuous", other)
+    args = tiny(num_updates=20, problem="continuous", grid=8, resume=str(only_run(".")))
+    refused(lambda: d.train(args), capsys, "other data")
+
+
 def test_a_crafted_or_foreign_checkpoint_is_refused(capsys):
     class Crafted:
         def __reduce__(self):

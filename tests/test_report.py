@@ -87,6 +87,20 @@ def test_a_seed_that_was_run_twice_is_refused(plant, monkeypatch, capsys):
     assert e.value.code == 2 and "E a with one seed ([1, 1])" in capsys.readouterr().err
 
 
+def test_a_sweep_may_hold_one_name_and_seed_with_several_alphas_but_not_twice_with_one(
+    plant, monkeypatch, capsys
+):
+    alphas = {"a": 1.0, "b": 2.0, "c": 2.0}
+    folders = [plant(n, 1, curves(), exp_name="x", cql_alpha=alpha) for n, alpha in alphas.items()]
+    monkeypatch.setattr(sys, "argv", ["report.py", "--sweep", *map(str, folders[:2])])
+    report.main()
+    assert "take --cql-alpha" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report.py", "--sweep", *map(str, folders)])
+    with pytest.raises(SystemExit) as e:
+        report.main()
+    assert e.value.code == 2 and "E x with one seed ([1, 1])" in capsys.readouterr().err
+
+
 def test_the_command(plant, monkeypatch, capsys, tmp_path):
     folder = plant("a", 1, curves())
     out = [str(tmp_path / "rows.csv"), str(tmp_path / "figure.png")]

@@ -35,8 +35,8 @@ are no layer: their Fisher matrix is 2 I exactly, their step g / (2 + l).
   A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
 
 Where to read: from the Fisher matrix to Learner.critic_step is the algorithm; train() is the loop. The
-blocks marked `shared`, which sibling scripts have too, can wait (their marks [1], [C1] and remarks on Atari
-are ppo.py's).
+blocks marked `shared`, which sibling scripts have too, can wait (marks like [C5] and remarks on Atari
+there are ppo.py's).
 
 K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
   python kfac_npg.py
@@ -51,11 +51,12 @@ K-FAC's direction beside the exact one (`diagnostics/fisher_cosine_kfac`, for at
 
 MuJoCo:
   python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
-      --normalize
+      --normalize-obs --normalize-reward
 
-While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near --max-kl (far above: a
-smaller --max-kl). `kl_predicted` is --max-kl by construction when no line search acts. `kl_kfac`, what the
-factors alone say, can be several times smaller than `kl`: they leave out what the layers do together.
+While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near --max-kl (a single step's
+may be 7 % off at 0.01; far above: a smaller --max-kl). `kl_predicted` is --max-kl by construction when no
+line search acts. `kl_kfac`, what the factors alone say, can be several times smaller than `kl`: they leave
+out what the layers do together.
 Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
 
 Known limits: observation vectors and MLPs. Left out on purpose: convolutions (KFC), momentum, EKFAC, several
@@ -134,8 +135,10 @@ class Args:
     """N, environments stepped together"""
     num_steps: int = 512
     """T, steps of each environment for one policy step"""
-    normalize: bool = False
-    """running standardisation of observations, running scale of rewards (MuJoCo: on)"""
+    normalize_obs: bool = False
+    """running standardisation of observations (MuJoCo: on)"""
+    normalize_reward: bool = False
+    """rewards divided by the running deviation of the discounted return (MuJoCo: on)"""
 
     # --- policy gradient
     gamma: float = 0.99
@@ -474,8 +477,8 @@ class Learner(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         self.agent = Agent(obs_space, act_space, args)
-        self.obs_stats = Moments(obs_space.shape) if args.normalize else None
-        self.return_stats = Moments(()) if args.normalize else None
+        self.obs_stats = Moments(obs_space.shape) if args.normalize_obs else None
+        self.return_stats = Moments(()) if args.normalize_reward else None
         self.policy_factors = KFAC(self.agent.actor, args.damping, args.stats_decay)
         self.critic_factors = KFAC(self.agent.critic, args.critic_damping, args.stats_decay)
         self.to(device)
@@ -486,7 +489,7 @@ class Learner(nn.Module):
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
+        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize_obs else obs
 
     def update(self, rollout, diagnosing: bool = False) -> dict:
         """One policy step, then --critic-updates value steps, on all valid rows. Afterwards train() moves the
@@ -604,10 +607,13 @@ class Learner(nn.Module):
         return loss.detach()
 
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
-        """Of K-FAC's direction d for the gradient g: the worst condition number of the factors; for at most
-        2,000 parameters, and with damping, also the cosine of d, and of g itself, with the exact (and equally
-        damped) natural gradient, in the Fisher inner product <x, y> = x^T F y."""
+        """Of K-FAC's direction d for the gradient g: the worst condition number of the policy's factors, and
+        of the critic's before its steps; for at most 2,000 parameters, and with damping, also the cosine of
+        d, and of g itself, with the exact (and equally damped) natural gradient, in the Fisher inner product
+        <x, y> = x^T F y."""
         out = {"policy_condition": self.policy_factors.condition()}
+        if self.args.critic_solver == "kfac":
+            out["critic_condition"] = self.critic_factors.condition()
         if len(flat(g)) > 2000 or self.args.damping == 0:  # F alone is singular for a softmax
             return out
         best, F_of = self.exact(batch, g), lambda x: flat(fisher_product(self.agent, batch.obs, x))
@@ -689,7 +695,7 @@ def train(args: Args) -> dict:
             diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
             info = learner.update(rollout, diagnosing)
             check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
-            if args.normalize:
+            if args.normalize_obs:
                 learner.obs_stats.update(rollout.raw_obs)
 
             scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
@@ -815,7 +821,7 @@ class Player:
             observations.append(learner.standardised(self.obs))
             actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
             valid[t] = ~self.over
-            if args.normalize:
+            if args.normalize_obs:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
             self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
@@ -832,7 +838,7 @@ class Player:
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6] clipped rewards
-        elif args.normalize:
+        elif args.normalize_reward:
             rew = self.scaled(rew, over, valid, learner, args)
         rew, terminated, over, valid = (
             torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)

@@ -22,7 +22,8 @@ lambda trades bias for variance: 0 trusts the critic after one step, 1 trusts th
   c_v, c_e     --vf-coef, --ent-coef          scalars
 
 The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are marked where they
-happen: [1] to [13] in all environments, [C1] to [C9] for continuous actions, [A1] to [A9] for Atari.
+happen: [1] to [13] in all environments ([13] not for frames), [C1] to [C9] for continuous actions, [A1] to
+[A9] for Atari.
 
 Where to read: networks, ppo_loss and Learner.update are the algorithm; Player.collect makes a rollout;
 train() is the loop. The other blocks marked `shared`, which sibling scripts have too, can wait.
@@ -33,11 +34,13 @@ CartPole, then the same faster:
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
 
 Acrobot, Pendulum, MuJoCo, Atari:
-  python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 --normalize
+  python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 \
+      --normalize-obs --normalize-reward
   python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 256 --update-epochs 10 \
       --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0 --no-clip-vloss
-  python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
-      --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --normalize
+  python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 8 --num-steps 256 \
+      --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --no-clip-vloss \
+      --norm-adv none --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
 While it trains, `charts/episodic_return` should rise; `losses/explained_variance` approach 1;
@@ -123,8 +126,10 @@ class Args:
     """N, environments stepped together"""
     num_steps: int = 128
     """T, steps of each environment between updates"""
-    normalize: bool = False
-    """running standardisation of observations, running scale of rewards (MuJoCo: on)"""
+    normalize_obs: bool = False
+    """running standardisation of observations (MuJoCo: on)"""
+    normalize_reward: bool = False
+    """rewards divided by the running deviation of the discounted return (MuJoCo: on)"""
     sticky: float = 0.25
     """Atari: probability that the game repeats the last action"""
 
@@ -148,7 +153,7 @@ class Args:
     clip_coef: float = 0.2
     """eps: the ratio is clipped to 1 - eps .. 1 + eps"""
     clip_vloss: bool = True
-    """[9] hold V to V_old +- eps as well, eps in units of return: off where returns are large and unscaled"""
+    """hold V to V_old +- eps as well, eps in units of return: off where returns are large and unscaled"""
     ent_coef: float = 0.01
     """c_e, weight of the entropy"""
     entropy: Literal["bonus", "return"] = "bonus"
@@ -189,7 +194,8 @@ def check(args: Args):
     atari = args.env_id.startswith("ALE/")
     only_if(args, atari, "outside Atari", "sticky")
     only_if(args, not atari, "on Atari, which has the Nature network", "width", "depth", "activation")
-    only_if(args, not atari, "on Atari, whose frames are scaled by 255 and rewards clipped", "normalize")
+    only_if(args, not atari, "on Atari, whose frames are scaled by 255", "normalize_obs")
+    only_if(args, not atari, "on Atari, whose rewards are clipped", "normalize_reward")
     only_if(args, not atari, "on Atari", "capture_video")
     only_if(args, args.ent_coef > 0, "with --ent-coef 0", "entropy")
     only_if(args, args.update_epochs > 1, "with --update-epochs 1", "recompute_advantages", "target_kl")
@@ -333,8 +339,8 @@ class Learner(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         self.agent = Agent(obs_space, act_space, args)
-        self.obs_stats = Moments(obs_space.shape) if args.normalize else None
-        self.return_stats = Moments(()) if args.normalize else None
+        self.obs_stats = Moments(obs_space.shape) if args.normalize_obs else None
+        self.return_stats = Moments(()) if args.normalize_reward else None
         self.to(device)
         self.loss = torch.compile(ppo_loss) if args.compile else ppo_loss
         # [3] Adam's epsilon: 1e-5
@@ -347,7 +353,7 @@ class Learner(nn.Module):
         if obs.ndim == 4:  # frames
             return obs
         obs = obs.float()
-        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize else obs
+        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize_obs else obs
 
     def update(self, rollout) -> dict:
         """--update-epochs passes over the rollout's valid rows in shuffled minibatches [6]; mean losses.
@@ -406,11 +412,11 @@ class Learner(nn.Module):
 
 # ---------------------------------------------------------------------------------------- environments
 def atari(args: Args, n: int, training: bool):
-    """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], a life as an episode [A3],
-    fire on reset [A4], 84 x 84 gray [A5], four frames stacked [A7]; rewards are true here and
-    clipped in the rollout [A6]. Fire is pressed after a real reset only. After a lost life the policy must
-    press it itself; if it never does, the episode runs to the usual cap of 108,000 frames, in evaluations
-    too."""
+    """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], fire on reset [A4],
+    84 x 84 gray [A5], four frames stacked [A7]. Lives are reported here, and rewards are true: the rollout
+    ends learning's episodes with a life and clips. Fire is pressed after a real reset only. After a lost
+    life the policy must press it itself; if it never does, the episode runs to the usual cap of 108,000
+    frames, in evaluations too."""
     need("ale_py")
     game = re.sub(r"(?<!^)(?=[A-Z])", "_", args.env_id.removeprefix("ALE/").split("-")[0]).lower()
     try:
@@ -425,7 +431,7 @@ def make_train_envs(args: Args):
     game = args.env_id.startswith("ALE/")
     envs = atari(args, args.num_envs, True) if game else make_envs(args.env_id, args.num_envs)
     act, obs = envs.single_action_space, envs.single_observation_space
-    frames = obs.dtype == np.uint8 and obs.shape == (4, 84, 84)
+    frames = game and obs.dtype == np.uint8 and obs.shape == (4, 84, 84)
     if not isinstance(obs, gym.spaces.Box) or not (len(obs.shape) == 1 or frames):
         fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension, or ALE/...")
     discrete, box = (isinstance(act, kind) for kind in (gym.spaces.Discrete, gym.spaces.Box))
@@ -486,7 +492,7 @@ def train(args: Args) -> dict:
             info = learner.update(rollout)
             before, step = step, step + int(rollout.valid.sum())
             check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
-            if args.normalize:
+            if args.normalize_obs:
                 learner.obs_stats.update(rollout.raw_obs)
 
             every = lambda n: n > 0 and step // n > before // n  # noqa: B023
@@ -616,7 +622,7 @@ class Player:
             observations.append(learner.standardised(self.obs))
             actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
             valid[t] = ~self.over
-            if args.normalize:
+            if args.normalize_obs:
                 raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
             self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
@@ -633,7 +639,7 @@ class Player:
         logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
         if self.obs.ndim == 4:  # frames
             rew = np.sign(rew)  # [A6] clipped rewards
-        elif args.normalize:
+        elif args.normalize_reward:
             rew = self.scaled(rew, over, valid, learner, args)
         rew, terminated, over, valid = (
             torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)

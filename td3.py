@@ -180,11 +180,10 @@ class Args:
 
 
 LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "num_critics": (1, 100), "utd": (1e-3, 1e3)}  # least, most
-LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64)}
+LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64), "buffer_size": (2, 1e12)}
 LIMITS |= dict.fromkeys(["policy_lr", "q_lr"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs"], (1, 1e6))
 LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "rollout_steps", "log_frequency"], (1, 1e12))
-LIMITS["buffer_size"] = (1, 1e12)
 
 
 def check(args: Args):
@@ -220,8 +219,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        # of td3.py's policy x is for the first critic only
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # td3.py's policy asks the first only
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -342,6 +340,10 @@ class Learner(nn.Module):
             info |= pi_info
         return info
 
+    def least_q(self, obs, act):
+        """min Q(s,a), (B,), as in the target: what is reported as Q."""
+        return self.critic(obs, act).amin(0)
+
     def minimise(self, name: str, loss):
         params = self.optim[name].param_groups[0]["params"]
         self.optim[name].zero_grad()
@@ -371,7 +373,8 @@ def train(args: Args) -> dict:
     if args.rollout_dataset:
         return rollout(args)
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and not args.save_dataset and (done := finished(saved, "global_step", args.total_timesteps)):
+    done = finished(saved, "global_step", args.total_timesteps) if saved else None
+    if done and not args.save_dataset:
         return done
     step, updates, idle_steps = 0, 0, args.learning_starts  # updates = utd (step - idle_steps)
     episodes, returns, info = [], np.full(1, math.nan), {}
@@ -458,7 +461,7 @@ def train(args: Args) -> dict:
     if eval_envs:
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-    summary = run.finish(summary)
+    summary = run.finish(done or summary)  # done: it came back for --save-dataset alone
     if args.save_dataset:
         made_by = {"collector_return_mean": returns.mean()} if eval_envs and updates else {}
         replay.write(Path(args.save_dataset), envs.single_action_space, **made_by)
@@ -599,7 +602,7 @@ def check_dataset_flags(args: Args):
         folder = Path(path).parent
         if Path(path).exists() or not folder.is_dir() or not os.access(folder, os.W_OK):
             fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
-    enough = args.total_timesteps + args.num_envs
+    enough = args.total_timesteps + args.num_envs - 1  # the last step may store num_envs rows
     if args.save_dataset and (args.buffer_size < enough or not args.checkpoint_replay):
         fail(f"--save-dataset writes the whole replay: it needs --checkpoint-replay, --buffer-size {enough}")
 
@@ -613,7 +616,7 @@ def to_env(act, box) -> np.ndarray:
 def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, dict]:
     """One episode in each of `envs` from fixed seeds, without exploration. Draws no torch random number.
 
-    Returns the returns (episodes,); and v_s0, the mean of min_i Q_i(s0, a0), with the overestimation, that
+    Returns the returns (episodes,); and v_s0, the mean of least_q(s0, a0), with the overestimation, that
     less the discounted return that followed (an episode cut at T steps misses gamma^T of it; SAC's Q speaks
     of the sampled policy and holds its entropy).
     """
@@ -625,7 +628,7 @@ def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, dict]:
         act = learner.act(obs, explore=False)
         if predicted is None:
             x = torch.as_tensor(obs, dtype=torch.float32, device=act.device)
-            predicted = learner.critic(x, act).amin(0).cpu().numpy()
+            predicted = learner.least_q(x, act).cpu().numpy()
         obs, rew, terminated, truncated, _ = envs.step(to_env(act, envs.single_action_space))
         returns += alive * rew
         discounted += alive * discount * rew
@@ -638,9 +641,9 @@ def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, dict]:
 def diagnose(learner, replay: Replay, args: Args, bonus: float) -> dict:
     """The numbers of one moment, on at most 2,048 transitions of the replay, in fp32 and eval mode.
 
-    Its generators start anew at each call. Every Q is the ensemble's minimum; the TD error is the ensemble's
-    mean, in units of the target's variance; features are those of the first critic. `bonus` is the most that
-    the entropy can add to a reward: with it r_max / (1 - gamma) bounds Q.
+    Its generators start anew at each call. Every Q is least_q; the TD error is the ensemble's mean, in units
+    of the target's variance; features are those of the first critic. `bonus` is the most that the entropy
+    can add to a reward: with it r_max / (1 - gamma) bounds Q.
     """
     critic, target, device = learner.critic, learner.target, replay.rows.device
     draw = torch.Generator(device).manual_seed(0)
@@ -650,12 +653,10 @@ def diagnose(learner, replay: Replay, args: Args, bonus: float) -> dict:
     critic.eval(), target.eval()
     with strict_fp32():
         next_act, y = backup(learner, batch, args, draw)
-        q = critic(batch.obs, batch.act)
-        q_pi = critic(batch.obs, learner.act(batch.obs, explore=False)).amin(0)
-        q_rand = critic(batch.obs, uniform).amin(0)
-        out = {"q_data": q.amin(0).mean(), "q_pi": q_pi.mean(), "q_rand": q_rand.mean()}
-        out["q_max"] = torch.stack([q.amin(0), q_pi, q_rand]).max()
-        out["td_error"] = (q - y).pow(2).mean() / y.var()
+        choices = {"data": batch.act, "pi": learner.act(batch.obs, explore=False), "rand": uniform}
+        q = {f"q_{k}": learner.least_q(batch.obs, act) for k, act in choices.items()}
+        out = {k: v.mean() for k, v in q.items()} | {"q_max": torch.stack([*q.values()]).max()}
+        out["td_error"] = (critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
         activations = critic.hidden(batch.obs, batch.act)
         phi, phi_next = activations[-1][0], critic.hidden(batch.next_obs, next_act)[-1][0]
         out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
@@ -676,7 +677,8 @@ def rollout(args: Args) -> dict:
     saved = load_checkpoint(path)
     given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps", "resume")}
     for k, v in asdict(args).items():
-        only_if(args, k in given or v == saved["args"][k], "with --rollout-dataset: the run's is used", k)
+        same = v == saved["args"].get(k, getattr(Args, k))  # a flag that the run did not know yet
+        only_if(args, k in given or same, "with --rollout-dataset: the run's is used", k)
     args = Args(**saved["args"] | given | {"precision": "fp32", "compile": False})
     device = set_up(args)
     envs = make_envs(args.env_id, 1)

@@ -102,7 +102,9 @@ def save(figure, name: str):
 
 def online():
     """online.sh"""
-    rows = read("online.csv") + read("sb3.csv")
+    rows = [r for path in sorted((HERE / "raw").glob("online*.csv")) for r in read(path.name)] + read(
+        "sb3.csv"
+    )
     found = {(r["env_id"], r["exp_name"].removesuffix("_online")) for r in rows}
     pairs = sorted((env, algo) for env, algo in found if algo in ("sac", "td3"))
     figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.5), squeeze=False)
@@ -132,6 +134,63 @@ def updates_per_step():
     axes[2].set_yscale("log")
     axes[0].legend(fontsize=8, frameon=False)
     save(figure, "updates_per_step")
+
+
+def datasets():
+    """datasets.sh: return by kind of data and method; return, Q and held-out TD error by amount of data."""
+    with open(HERE / "raw" / "datasets.csv") as f:
+        rows = list(csv.DictReader(f))
+    of = defaultdict(list)
+    for r in rows:
+        of[r["exp_name"].removeprefix("data_")].append(r)
+    number = lambda name, key: [float(r[key]) for r in of[name] if r[key]]
+    methods = {"cql_h": "CQL(H)", "naive": "naive SAC", "bc": "cloning"}
+    kinds = ("random", "medium_replay", "medium", "expert")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5))
+    print("| data | mean return of the data | " + " | ".join(methods.values()) + " |")
+    for i, kind in enumerate(kinds):
+        mean = number(f"{kind}_cql_h", "dataset_return_mean")[0]
+        axes[0].plot([i - 0.4, i + 0.4], [mean, mean], "k:", label="the data" if i == 0 else None)
+        cells = []
+        for j, (name, label) in enumerate(methods.items()):
+            values = number(f"{kind}_{name}", "final_return_mean")
+            x = i + 0.25 * (j - 1)
+            axes[0].bar(x, statistics.mean(values), 0.22, color=COLOURS[j], label=label if i == 0 else None)
+            axes[0].plot([x] * len(values), values, "k.", markersize=3)
+            cells.append(f"{statistics.mean(values):,.0f} ({', '.join(f'{v:,.0f}' for v in values)})")
+        print(f"| {kind} | {mean:,.0f} | " + " | ".join(cells) + " |")
+    axes[0].set_xticks(range(4), kinds)
+    axes[0].set(ylabel="return", title=rows[0]["env_id"])
+    axes[0].legend(fontsize=8, frameon=False)
+    sizes = sorted({int(n.split("_")[1]) for n in of if n.startswith("replay_")})
+    panels = {
+        "final_return_mean": "return",
+        "q_max": "largest Q / its bound",
+        "td_error_holdout": "held-out TD error",
+    }
+    print("| transitions | method | " + " | ".join(panels.values()) + " |")
+    for j, name in enumerate(("cql_h", "naive")):
+        for axis, (key, title) in zip(axes[1:], panels.items()):
+            values = {n: number(f"replay_{n}_{name}", key) for n in sizes}
+            if key == "q_max":
+                bounds = {n: number(f"replay_{n}_{name}", "q_bound") for n in sizes}
+                values = {n: [q / b for q, b in zip(values[n], bounds[n])] for n in sizes}
+            axis.plot(
+                sizes,
+                [statistics.mean(values[n]) for n in sizes],
+                "o-",
+                color=COLOURS[j],
+                label=methods[name],
+            )
+            for n in sizes:
+                axis.plot([n] * len(values[n]), values[n], ".", color=COLOURS[j], markersize=4)
+            axis.set(xscale="log", xlabel="transitions", ylabel=title)
+            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        for n in sizes:
+            means = (statistics.mean(number(f"replay_{n}_{name}", key)) for key in panels)
+            print(f"| {n:,} | {methods[name]} | " + " | ".join(f"{m:.4g}" for m in means) + " |")
+    axes[1].legend(fontsize=8, frameon=False)
+    save(figure, "datasets")
 
 
 def triad():
@@ -248,7 +307,7 @@ def atari_heads():
     save(figure, "atari_heads")
 
 
-FIGURES = (online, updates_per_step, triad, policy_gradients, gae_lambda, kfac_cost, atari_heads)
+FIGURES = (online, updates_per_step, datasets, triad, policy_gradients, gae_lambda, kfac_cost, atari_heads)
 FIGURES = {f.__name__: f for f in FIGURES}
 
 

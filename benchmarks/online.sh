@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # sac.py and td3.py beside Stable-Baselines3's (peer_sb3.py), the same networks, batches, rates and random first steps.
 #   bash benchmarks/online.sh HalfCheetah-v5 "1 2 3" sb3/bin/python 100_000 "sac td3"
-#   python benchmarks/figures.py online
+#   python benchmarks/report.py runs/HalfCheetah-v5__*_online__* --curves benchmarks/raw/online_HalfCheetah-v5.csv
+#   python benchmarks/figures.py online   # draws raw/online*.csv and raw/sb3.csv
 # Each run takes one thread: start seeds side by side (a call a seed), or on a cluster one array task a seed:
 #   sbatch --array=1-3 --wrap 'bash benchmarks/online.sh Hopper-v5 $SLURM_ARRAY_TASK_ID sb3/bin/python'
 set -euo pipefail

@@ -7,7 +7,8 @@
   sb3/bin/python benchmarks/peer_sb3.py td3 speed --steps 3000
 
 `train` appends a line an evaluation (10 deterministic episodes in a second environment): peer, algorithm,
-env, seed, step, mean and deviation of the returns, seconds so far. `speed` prints steps per second of the
+env, seed, step, mean and deviation of the returns, seconds so far without evaluations; a run that the file
+holds already is refused. `speed` prints steps per second of the
 whole loop, the environment's steps included, after the random ones.
 """
 
@@ -47,7 +48,7 @@ class Evaluate(BaseCallback):
     def _on_step(self) -> bool:
         if self.num_timesteps % self.args.eval_frequency:
             return True
-        returns = []
+        returns, paused = [], time.time()
         for i in range(self.args.eval_episodes):
             obs, done, total = self.env.reset(seed=1_000_000 + 1_000 * self.args.seed + i)[0], False, 0.0
             while not done:
@@ -57,6 +58,7 @@ class Evaluate(BaseCallback):
                 obs, rew, terminated, truncated, _ = self.env.step(act)
                 total, done = total + float(rew), terminated or truncated
             returns.append(total)
+        self.begin += time.time() - paused
         a = self.args
         row = ["sb3", a.algo, a.env, a.seed, self.num_timesteps, np.mean(returns), np.std(returns)]
         with open(a.out, "a", newline="") as f:
@@ -101,6 +103,9 @@ def main():
         env = VecNormalize(DummyVecEnv([lambda: gym.make(args.env)]))
     if args.mode == "train":
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        run = ["sb3", args.algo, args.env, str(args.seed)]
+        if Path(args.out).exists() and any(r[:4] == run for r in csv.reader(open(args.out))):
+            parser.error(f"{args.out} holds {' '.join(run)} already: give another --out")
         model = make(args.algo, env, args.seed, args.learning_starts)
         model.learn(args.steps, callback=Evaluate(args))
     else:

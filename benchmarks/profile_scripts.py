@@ -68,8 +68,8 @@ def measure(script: str, top: int) -> dict:
     row = {"script": script, "unit": counted, "per_second": rate, "seconds": time.perf_counter() - begin}
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with FlopCounterMode(display=False) as flops:
-        train(seed=1, run_dir="counted")
-    row["mflop_each"] = flops.get_total_flops() / settings[counted] / 1e6
+        done = train(seed=1, run_dir="counted").get("global_step", settings[counted])  # rollouts end later
+    row["mflop_each"] = flops.get_total_flops() / done / 1e6
     row["limit_gflops"] = limit / 1e9
     row["share_of_limit"] = rate * row["mflop_each"] * 1e6 / limit
     begin = time.perf_counter()

@@ -109,6 +109,7 @@ def table(rows: list[dict]) -> str:
     heads = {
         "final_return_mean": "final",
         "selected_return_mean": "selected",
+        "dataset_return_mean": "dataset",
         "overestimation": "learned - achieved",
         "q_max": "q_max",
         "td_error": "td_error",

@@ -183,7 +183,7 @@ def ppo(updates: int):
     import stable_baselines3 as sb3
 
     torch.manual_seed(0)
-    args = module.Args(num_minibatches=1, update_epochs=10, clip_vloss=False, vf_coef=1.0, normalize=False)
+    args = module.Args(num_minibatches=1, update_epochs=10, clip_vloss=False, vf_coef=1.0)
     ours = module.Learner(Shapes.observation_space, Shapes.action_space, args, torch.device("cpu"))
     peer = sb3.PPO(
         "MlpPolicy", Shapes(), n_steps=B, batch_size=B, n_epochs=10, device="cpu", gamma=args.gamma,

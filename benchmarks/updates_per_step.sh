@@ -2,7 +2,7 @@
 # More updates for each environment step, and what keeps them in check: sac.py with 1, 4 and 16, DroQ and REDQ with 16.
 # Those two step the policy once in 16 updates, as in their papers; sac_utd16_rare is SAC with that alone.
 #   bash benchmarks/updates_per_step.sh Hopper-v5 "1 2 3"
-#   python benchmarks/report.py runs/Hopper-v5__*_utd* --curves benchmarks/raw/updates_per_step.csv
+#   python benchmarks/report.py runs/Hopper-v5__{sac,droq,redq}_utd* --curves benchmarks/raw/updates_per_step.csv
 #   python benchmarks/figures.py updates_per_step
 set -euo pipefail
 env=${1:-Hopper-v5} seeds=${2-"1 2 3"} names=${3:-"sac_utd1 sac_utd4 sac_utd16 sac_utd16_rare droq_utd16 redq_utd16"}

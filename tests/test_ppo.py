@@ -312,7 +312,7 @@ def test_the_maximum_entropy_return():
 
 
 def test_normalisers_leave_reset_rows_out_and_forget_at_the_end_of_an_episode():
-    learner, r, _, args = collected(normalize=True)
+    learner, r, _, args = collected(normalize_obs=True, normalize_reward=True)
     sums, seen = [], []
     for env in (0, 1):
         running = 0.0
@@ -334,7 +334,7 @@ def test_normalisers_leave_reset_rows_out_and_forget_at_the_end_of_an_episode():
 
 
 def test_evaluation_leaves_normalisers_and_generators_alone():
-    learner, r, _, args = collected(normalize=True)
+    learner, r, _, args = collected(normalize_obs=True, normalize_reward=True)
     learner.obs_stats.update(r.raw_obs)
     before = {k: v.clone() for k, v in learner.state_dict().items()}
     state = torch.get_rng_state()
@@ -342,6 +342,38 @@ def test_evaluation_leaves_normalisers_and_generators_alone():
     assert returns.tolist() == [6.0, 6.0]  # true rewards: 1 + 2 + 3
     assert all(torch.equal(v, before[k]) for k, v in learner.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_reset_at_the_start_of_a_rollout_is_no_experience_either():
+    """Rollouts of three steps, as long as the first episode: what is left to do crosses their border."""
+    args = tiny(env_id="PPOCounting-v0", num_steps=3, normalize_reward=True)
+    envs = ppo.make_train_envs(args)
+    learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
+    player, seen, ended = ppo.Player(envs, 0), [], []
+    for _ in range(4):  # 3 steps and a reset; 4 and a reset; 3 of the third
+        r, now = player.collect(learner, args)
+        seen.append(r.valid[:, 0].tolist())
+        ended += now
+    assert sum(seen, []) == [True] * 3 + [False] + [True] * 4 + [False] + [True] * 3
+    assert ended == [(6.0, 3)] * 2 + [(10.0, 4)] * 2
+    sums, running = [], 0.0
+    for n in (3, 4, 3):  # discounted sums go on over the border of rollouts, not of episodes
+        running = 0.0
+        for t in range(n):
+            running = running * args.gamma + t + 1
+            sums += [running] * 2
+    assert learner.return_stats.count == 20 and abs(learner.return_stats.var - np.var(sums)) < 1e-9
+
+
+def test_what_is_normalised_is_clipped_at_ten():
+    learner, r, _, args = collected(normalize_obs=True, normalize_reward=True)
+    learner.obs_stats.update(torch.randn(1000, 2))
+    far = learner.standardised(np.array([[1e6, -1e6]]))
+    assert far.tolist() == [[10.0, -10.0]]
+    learner.return_stats.update(torch.randn(100_000, dtype=torch.float64))
+    player, one = ppo.Player(ppo.make_train_envs(args), 0), np.ones((1, 2), np.float32)
+    rew = player.scaled(one * [1e6, -1e6], one, one, learner, args)
+    assert rew.tolist() == [[10.0, -10.0]]
 
 
 def test_the_environment_gets_clipped_actions_the_batch_the_sample():
@@ -383,8 +415,31 @@ def test_no_minibatch_has_fewer_than_two_rows(steps, parts):
 
 def test_explained_variance_is_finite_where_nothing_varies():
     learner, r, _, _ = collected()
+    batch = learner.batch_of(r)
+    expected = 1 - float((batch.target - batch.value).var() / batch.target.var())
+    assert abs(float(learner.update(r)["explained_variance"]) - expected) < 1e-5
     r = r._replace(rew=r.rew * 0, value=r.value * 0)
     assert torch.isfinite(learner.update(r)["explained_variance"])
+
+
+def test_advantages_standardised_over_the_batch():
+    learner, r, _, args = collected(norm_adv="none")
+    plain = learner.batch_of(r).advantage
+    learner.args = replace(args, norm_adv="batch")
+    assert torch.allclose(learner.batch_of(r).advantage, (plain - plain.mean()) / plain.std(), atol=1e-5)
+
+
+def test_settings_of_networks_and_learning_rate():
+    """--activation relu, --no-orthogonal (nn.Linear's own weights), --no-anneal-lr, and a run with them."""
+    torch.manual_seed(0)
+    args = tiny(activation="relu", orthogonal=False, anneal_lr=False, norm_adv="batch", log_frequency=1)
+    agent = ppo.Agent(OBS, FOUR, args)
+    assert [type(m) for m in agent.actor] == [torch.nn.Linear, torch.nn.ReLU] * 2 + [torch.nn.Linear]
+    torch.manual_seed(0)
+    assert torch.equal(agent.actor[0].weight, torch.nn.Linear(3, 16).weight)
+    ppo.train(args)
+    rates = [float(v) for _, tag, v in metrics(only_run(".")) if tag == "charts/learning_rate"]
+    assert len(rates) > 2 and set(rates) == {2.5e-4}
 
 
 def test_what_is_logged_lies_on_the_learners_device():
@@ -395,8 +450,9 @@ def test_what_is_logged_lies_on_the_learners_device():
 
 
 def test_early_stop_recomputed_advantages_and_the_clipped_gradient(monkeypatch):
-    learner, r, _, _ = collected(update_epochs=5, target_kl=1e-9)
-    assert learner.update(r)["epochs"] == 1
+    for target_kl, epochs in ((1e-9, 1), (1e9, 5)):
+        learner, r, _, _ = collected(update_epochs=5, target_kl=target_kl)
+        assert learner.update(r)["epochs"] == epochs
     calls = []
     original = ppo.Learner.batch_of
     monkeypatch.setattr(ppo.Learner, "batch_of", lambda self, x: calls.append(1) or original(self, x))
@@ -430,6 +486,7 @@ def test_recomputed_advantages_follow_the_critic():
 def test_the_learning_rate_falls_to_zero():
     ppo.train(tiny(env_id="CartPole-v1", log_frequency=1))
     rates = [(s, float(v)) for s, tag, v in metrics(only_run(".")) if tag == "charts/learning_rate"]
+    assert len(rates) > 2
     steps = [0] + [s for s, _ in rates]
     assert all(abs(rate - 2.5e-4 * (1 - s / 400)) < 1e-12 for s, (_, rate) in zip(steps, rates))
 
@@ -438,7 +495,7 @@ def test_the_learning_rate_falls_to_zero():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_bytes_are_a_vector_and_a_discrete_space_may_start_anywhere(normalize):
     """A vector of uint8 is no frame: its rewards are not clipped, and --normalize acts on it."""
-    args = tiny(env_id="Bytes-v0", normalize=normalize)
+    args = tiny(env_id="Bytes-v0", normalize_obs=normalize, normalize_reward=normalize)
     envs = ppo.make_train_envs(args)
     learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
     r, _ = ppo.Player(envs, 0).collect(learner, args)
@@ -479,6 +536,40 @@ def test_atari_frames_rewards_and_lives():
     assert sum(score for score, _ in ended) <= float(rollout.rew.sum())
 
 
+class Frames:
+    """Two games that hand out rewards of 4 and -7; the second one loses a life at its first step."""
+
+    num_envs, metadata = 2, {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    single_action_space, single_observation_space = FOUR, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    frames = np.zeros((2, 4, 84, 84), np.uint8)
+
+    def reset(self, seed=None):
+        self.t = 0
+        return self.frames, {}
+
+    def step(self, act):
+        self.t += 1
+        lives = {"lives": np.array([5, 4])}
+        return self.frames, np.array([4.0, -7.0]), np.array([False, self.t == 1]), np.zeros(2, bool), lives
+
+
+def test_rewards_of_games_are_clipped_to_their_sign_in_learning_alone():
+    args = tiny(num_steps=4)
+    learner = ppo.Learner(Frames.single_observation_space, FOUR, args, CPU)
+    player = ppo.Player(Frames(), 0)
+    r, ended = player.collect(learner, args)
+    assert r.rew.tolist() == [[1.0, -1.0]] * 4 and player.returns.tolist() == [16.0, -28.0] and not ended
+    assert r.over[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0] and r.valid.all()  # a life, and no reset after it
+
+
+def test_atari_trains_in_bf16():
+    line = ["--env", "ALE/Pong-v5", "--total-timesteps", "32", "--num-envs", "2", "--num-steps", "8"]
+    line += ["--num-minibatches", "2", "--update-epochs", "1", "--eval-episodes", "0", "--log-frequency", "1"]
+    ppo.train(tyro.cli(ppo.Args, args=[*line, "--precision", "bf16"]))
+    losses = [float(v) for _, tag, v in metrics(only_run(".")) if tag == "losses/policy_loss"]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
 def test_atari_trains_and_resumes(capsys):
     short = dict(num_envs=2, num_steps=16, update_epochs=1, num_minibatches=2, eval_episodes=0)
     args = ppo.Args(
@@ -493,7 +584,11 @@ def test_atari_trains_and_resumes(capsys):
 
 # ------------------------------------------------------------------------------------------- promises
 @pytest.mark.parametrize(
-    "more", [["--env", "HalfCheetah-v5", "--normalize"], ["--env", "CartPole-v1", "--num-envs", 3]]
+    "more",
+    [
+        ["--env", "HalfCheetah-v5", "--normalize-obs", "--normalize-reward"],
+        ["--env", "CartPole-v1", "--num-envs", 3],
+    ],
 )
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(more, tmp_path):
     line = ["--total-timesteps", 700, "--num-steps", 50, "--width", 16, "--log-frequency", 60, *more]
@@ -580,7 +675,7 @@ def test_non_finite_parameters_never_reach_the_sampler(env_id, monkeypatch, caps
 @pytest.mark.parametrize("env_id", BROKEN)
 def test_non_finite_numbers_of_the_environment_are_named(env_id, normalize, capsys):
     with pytest.raises(SystemExit) as stop:
-        ppo.train(tiny(env_id=env_id, normalize=normalize, eval_episodes=0))
+        ppo.train(tiny(env_id=env_id, normalize_obs=normalize, normalize_reward=normalize, eval_episodes=0))
     err = capsys.readouterr().err
     assert stop.value.code == 3 and env_id in err and f"{env_id.split('-')[1]} is not finite" in err
     assert not (only_run(".") / "checkpoint.pt").exists()
@@ -613,7 +708,7 @@ def test_a_summary_from_before_a_run_was_made_longer_is_not_taken_for_its_own():
 
 
 def test_where_new_episodes_start_no_discounted_return_goes_on(capsys):
-    learner, _, _, args = collected(normalize=True)
+    learner, _, _, args = collected(normalize_obs=True, normalize_reward=True)
     player = ppo.Player(ppo.make_train_envs(args), 0)
     player.collect(learner, args)
     saved, fresh = player.checkpoint(), ppo.Player(ppo.make_train_envs(args), 0)
@@ -634,6 +729,7 @@ BAD = [
     (["--env", "NoSuch-v1"], "NoSuch"),
     (["--env", "ALE/NoSuch-v5"], "NoSuch"),
     (["--env", "PPODict-v0"], "observations"),
+    (["--env", "PPOPixels-v0"], "observations"),
     (["--gamma", "1"], "--gamma"),
     (["--gae-lambda", "nan"], "--gae-lambda"),
     (["--num-steps", "0"], "--num-steps"),
@@ -644,7 +740,8 @@ BAD = [
     (["--env", "ALE/Pong"], "-v5"),
     (["--sticky", "0.5"], "--sticky"),
     (["--ent-coef", "0", "--entropy", "return"], "--entropy"),
-    (["--env", "ALE/Pong-v5", "--normalize"], "--normalize"),
+    (["--env", "ALE/Pong-v5", "--normalize-obs"], "--normalize-obs"),
+    (["--env", "ALE/Pong-v5", "--normalize-reward"], "--normalize-reward"),
     (["--env", "ALE/Pong-v5", "--width", "32"], "--width"),
     (["--env", "ALE/Pong-v5", "--capture-video"], "--capture-video"),
     (["--precision", "bf16"], "bf16"),
@@ -658,8 +755,12 @@ def test_a_users_mistake_is_one_line_and_status_2(line, named, capfd):
     class Dict(Target):
         observation_space = gym.spaces.Dict({"x": OBS})
 
-    if "PPODict-v0" not in gym.registry:
-        gym.register("PPODict-v0", entry_point=Dict, max_episode_steps=5)
+    class Pixels(Target):
+        observation_space = Frames.single_observation_space
+
+    for name, kind in (("PPODict-v0", Dict), ("PPOPixels-v0", Pixels)):
+        if name not in gym.registry:
+            gym.register(name, entry_point=kind, max_episode_steps=5)
     with pytest.raises(SystemExit) as stop:
         ppo.train(tyro.cli(ppo.Args, args=line))
     err = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error:")]

@@ -211,6 +211,41 @@ def test_maximisation_bias_and_its_cure_by_a_second_estimator():
     assert abs(means[1] - 1.5388) < 0.02 and -0.2 < means[2] < 0
 
 
+@pytest.mark.parametrize("policy", [True, False])
+@pytest.mark.parametrize("alpha", [None, 0.2])
+def test_policy_and_temperature_wait_and_a_fixed_temperature_stays(policy, alpha):
+    learner, batch = (
+        sac.Learner(3, 2, sac.Args(critic_width=8, policy_width=8, alpha=alpha), CPU),
+        a_batch(sac),
+    )
+    nets = {k: getattr(learner, k) for k in ("actor", "critic", "target")}
+    before = {k: [p.detach().clone() for p in net.parameters()] for k, net in nets.items()}
+    temperature = learner.log_alpha.item()
+    info = learner.update(batch, policy=policy)
+    moved = {k: any(not torch.equal(p, q) for p, q in zip(before[k], nets[k].parameters())) for k in nets}
+    assert moved == {"critic": True, "actor": policy, "target": True} and ("actor_loss" in info) == policy
+    assert (learner.log_alpha.item() != temperature) == (policy and alpha is None)
+    assert abs(info["alpha"] - learner.log_alpha.exp()) < 1e-7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_droqs_layers_by_hand(training):
+    """Linear, dropout, layer norm, ReLU, in this order; dropout in training alone."""
+    args = sac.Args(critic_width=32, layer_norm=True, dropout=0.3)
+    critic = sac.Critic(3, 2, args).train(training)
+    x = torch.randn(2, 10, 5)[:1].expand(2, -1, -1)
+    torch.manual_seed(0)
+    ours = critic.hidden(x[0, :, :3], x[0, :, 3:])
+    torch.manual_seed(0)
+    for layer, h in zip(critic.layers, ours):
+        z = torch.einsum("nbi,nio->nbo", x, layer.weight) + layer.bias
+        if training:
+            z = z * (torch.empty_like(z).bernoulli_(0.7) / 0.7)
+        z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        x = z.clamp(min=0)
+        assert torch.allclose(h, x, atol=1e-5)
+
+
 def test_polyak():
     net, target = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     net.weight.data, target.weight.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -2.0]])
@@ -285,13 +320,16 @@ def test_no_false_row_no_lost_observation_no_time_out_as_an_end(script):
         expected = [(e, t) for e in range(9) for t in range(3 + e % 3)][: len(mine)]
         assert [tuple(x) for x in mine] == expected and len(mine) == 24  # 30 steps, 6 of them resets
     assert ended[0] == (6.0, 3) and ended[2] == (10.0, 4)
+    batch = replay.batch(torch.arange(replay.added))  # what the losses get: `done` is the column of that name
+    for name, x in batch._asdict().items():
+        assert np.array_equal(x.reshape(replay.added, -1).numpy(), c[name]), name
 
 
 @SCRIPTS
 def test_the_ring_keeps_the_newest_rows(script):
     replay = script.Replay(5, 1, 1, CPU)
     for i in range(7):
-        replay.add(np.full((1, 7 - 0), float(i)) if i else np.zeros((1, 7)))
+        replay.add(np.full((1, 7), float(i)))
     assert sorted(replay.rows[:, 0].tolist()) == [2, 3, 4, 5, 6] and float(replay.size) == 5
     other = script.Replay(5, 1, 1, CPU)
     other.restore(replay.checkpoint())
@@ -348,6 +386,21 @@ def test_the_first_steps_are_uniform(script):
 
 
 @SCRIPTS
+def test_terminations_and_returns_survive_the_way_to_cql_continuous(script):
+    """Counting-v0, one environment: episode e lasts 3 + e % 3 steps, even ones terminate."""
+    script.train(tiny(script, env_id="Counting-v0", total_timesteps=120, save_dataset="d.hdf5"))
+    env = gym.make("Counting-v0")
+    data = cql_continuous.load(Path("d.hdf5"), cql_continuous.Args(dataset="d.hdf5", holdout=0.0), env, CPU)
+    lengths = [3 + e % 3 for e in range(30)]  # 3 + 4 + 5 steps, ten times
+    assert np.flatnonzero(np.append(True, np.diff(data.obs[:, 0]) != 0)).tolist() == data.starts.tolist()
+    assert np.diff([*data.starts, 120]).tolist() == lengths
+    ends = np.cumsum(lengths) - 1
+    assert np.flatnonzero(data.done).tolist() == ends[::2].tolist()
+    expected = np.mean([n * (n + 1) / 2 for n in lengths])
+    assert abs(data.info["dataset_return_mean"] - expected) < 1e-6
+
+
+@SCRIPTS
 def test_datasets_are_read_back_by_cql_continuous(script):
     """Two environments' rows come out episode by episode, with the returns that were seen."""
     script.train(tiny(script, total_timesteps=500, num_envs=2, save_dataset="d.hdf5", learning_starts=60))
@@ -382,6 +435,21 @@ def test_rollouts_of_a_run_are_a_dataset(script, capsys):
         assert len(f["rewards"]) == 50 and f.attrs["policy_step"] == 120 and result["episodes"] == 12
         assert f["timeouts"][()].sum() + f["terminals"][()].sum() == 13  # the last one cut
         assert abs(f.attrs["collector_return_mean"] - result["rollout_return_mean"]) < 1e-9
+
+
+@SCRIPTS
+def test_a_rollout_plays_the_policy_of_the_checkpoint(script):
+    """A policy that presses every action to its upper bound: an untrained one stays near the middle."""
+    script.train(tiny(script, env_id="Counting-v0", eval_episodes=0))
+    path = only_run(".") / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    (last,) = [k for k in saved["learner"]["networks"] if k == "actor.net.4.bias"]
+    saved["learner"]["networks"][last][:2] = 50.0
+    torch.save(saved, path)
+    script.train(script.Args(resume=str(path), rollout_dataset="r.hdf5", rollout_steps=30))
+    with h5py.File("r.hdf5") as f:
+        act = f["actions"][()]
+    assert (act > [1 - 1.2, 4 - 1.2]).all() and (act.mean(0) > [1 - 0.3, 4 - 0.3]).all()
 
 
 ENVS = [i for i in gym.registry if i.endswith("-v5")]
@@ -664,9 +732,44 @@ def test_overestimation_is_predicted_less_achieved(script):
     for p in learner.critic.parameters():
         p.data.zero_()
     learner.critic.head.bias.data += torch.tensor([7.0, 8.0])[:, None, None]
-    returns, said = script.evaluate(learner, script.make_envs("Counting-v0", 2), args)
-    assert returns.tolist() == [6.0, 6.0]  # 1 + 2 + 3
-    assert said["v_s0"] == 7 and abs(said["overestimation"] - (7 - (1 + 2 * 0.5 + 3 * 0.25))) < 1e-9
+    envs = script.make_envs("Counting-v0", 2)
+    envs.envs[
+        1
+    ].unwrapped.episode = 1  # its next lasts 5 steps: the first goes on into a second one meanwhile
+    returns, said = script.evaluate(learner, envs, args)
+    assert returns.tolist() == [6.0, 15.0]  # 1 + 2 + 3, 1 + ... + 5
+    achieved = [sum((t + 1) * 0.5**t for t in range(n)) for n in (3, 5)]
+    assert said["v_s0"] == 7 and abs(said["overestimation"] - (7 - np.mean(achieved))) < 1e-9
+
+
+@SCRIPTS
+def test_reported_q_and_td_error_by_hand(script):
+    """Policies without noise, so that the target is known; Q is the minimum of as many critics as the target
+    takes, the TD error the mean over all, in units of the target's variance."""
+    if script is sac:
+        args = tiny(sac, num_critics=3, target_subset=2, alpha=0.0, gamma=0.9)
+    else:
+        args = tiny(td3, num_critics=3, policy_noise=0.0, gamma=0.9)
+    learner, replay = script.Learner(3, 2, args, CPU), script.Replay(300, 3, 2, CPU)
+    if script is sac:
+        learner.actor.net[-1].weight.data[2:], learner.actor.net[-1].bias.data[2:] = 0.0, -20.0
+        learner.target.head.weight.data[1:] = learner.target.head.weight.data[:1]  # any two have one minimum
+        for layer in (*learner.target.layers, learner.target.head):
+            for p in layer.parameters():
+                p.data[1:] = p.data[:1]
+    b = a_batch(script, 300)
+    columns = (b.obs, b.act, b.rew[:, None], b.next_obs, b.done[:, None], torch.zeros(300, 2))
+    replay.add(torch.cat(columns, 1).numpy())
+    out = script.diagnose(learner, replay, args, 0.0)
+    policy = getattr(learner, "target_actor", None) or (lambda obs: torch.tanh(learner.actor(obs)[0]))
+    with torch.no_grad():
+        y = b.rew + 0.9 * (1 - b.done) * learner.target(b.next_obs, policy(b.next_obs)).amin(0)
+        q, q_pi = learner.critic(b.obs, b.act), learner.critic(b.obs, learner.act(b.obs, explore=False))
+    few = 2 if script is sac else 3
+    assert abs(out["td_error"] - float(((q - y) ** 2).mean() / y.var())) < 1e-5
+    assert abs(out["q_data"] - float(q[:few].amin(0).mean())) < 1e-6
+    assert abs(out["q_pi"] - float(q_pi[:few].amin(0).mean())) < 1e-6
+    assert out["q_max"] >= max(float(x[:few].amin(0).max()) for x in (q, q_pi)) - 1e-6
 
 
 @SCRIPTS
@@ -737,6 +840,23 @@ def test_a_replay_that_has_overflowed_is_not_written_as_whole(script, tmp_path, 
         replay.write(tmp_path / "d.hdf5", gym.spaces.Box(-1, 1, (1,)))
     assert e.value.code == 2 and "only the last 5 of 6" in capsys.readouterr().err
     assert not (tmp_path / "d.hdf5").exists()
+
+
+@SCRIPTS
+def test_a_finished_run_can_still_be_written_and_keeps_its_summary(script, capsys):
+    """Also one whose replay has room for just its steps, and one that did not know a flag of today."""
+    args = tiny(script, eval_episodes=0, buffer_size=120)
+    before = script.train(args)
+    run = only_run(".")
+    after = script.train(replace(args, resume=str(run), save_dataset="d.hdf5"))
+    assert {**after, "wall_seconds": 0} == {**before, "wall_seconds": 0} and after["steps_per_second"] > 0
+    with h5py.File("d.hdf5") as f:
+        assert len(f["rewards"]) == 120
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["args"]["gamma"]
+    torch.save(saved, run / "checkpoint.pt")
+    script.train(script.Args(resume=str(run), rollout_dataset="r.hdf5", rollout_steps=20))
+    assert Path("r.hdf5").exists()
 
 
 @SCRIPTS

@@ -194,7 +194,8 @@ def datasets():
 
 
 def triad():
-    """triad.sh: when a run's Q first passes its bound, and how far its features have grown by then."""
+    """triad.sh: when a run's Q first passes its bound, how far its features have grown by then, and what left
+    the range of the runs that stay before that."""
     rows, env, utds, shares = read("triad.csv"), "Hopper-v5", (1, 4, 16), {}
     print("| target network | updates a step | Q beyond its bound | first seen at step | growth of |phi| |")
     for target in ("target", "no_target"):
@@ -212,6 +213,15 @@ def triad():
             late = f"{steps[0]:,} to {steps[-1]:,}" if steps else ""
             times = f"{statistics.median(growth):.1f}" if growth else ""
             print(f"| {target} | {utd} | {len(passed)} of {len(seeds)} | {late} | {times} |")
+    print("\n| 1 update a step, with target networks | without: first step outside, by seed |")
+    for key in ("srank", "feature_norm", "feature_dot", "td_error"):
+        known = curves(rows, env, "target_utd1", f"diagnostics/{key}").values()
+        low, high = (f(v for of in known for v in of.values()) for f in (min, max))
+        other = curves(rows, env, "no_target_utd1", f"diagnostics/{key}")
+        first = {
+            s: [t for t in sorted(other) if not low <= other[t][s] <= high][:1] for s in other[min(other)]
+        }
+        print(f"| {key} from {low:.3g} to {high:.3g} | {first} |")
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.5))
     for i, target in enumerate(("target", "no_target")):
         x = np.arange(3) + 0.4 * i - 0.2

@@ -179,6 +179,13 @@ def draw(runs: list[tuple[dict, dict]], path: str):
     figure.savefig(path, dpi=110)
 
 
+def write_rows(rows: list[dict], path):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_curves(runs: list[tuple[dict, dict]], path: str):
     """env_id, exp_name, seed, step, tag, value: a row for each point of CURVES. A run of dr3_analysis.py
     holds many networks: all that was measured, exp_name is `target cure`, seed the network's."""
@@ -214,10 +221,7 @@ def main():
             parser.error(f"several runs are {env} {name} with one seed ({sorted(seeds)}): choose among them")
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row for row, _ in runs)
+        write_rows([row for row, _ in runs], args.csv)
     if args.curves:
         write_curves(runs, args.curves)
     if args.figure:

@@ -177,6 +177,28 @@ def test_a_line_is_the_mean_of_one_group(plant, tmp_path):
     report.plt.close()
 
 
+def test_the_table_of_datasets(plant, monkeypatch, tmp_path, capsys):
+    kinds = [*("random", "medium_replay", "medium", "expert")]
+    names = [f"{k}_{m}" for k in kinds for m in ("cql_h", "naive", "bc")]
+    names += [f"replay_{n}_{m}" for n in (5000, 200) for m in ("cql_h", "naive")]
+    rows = []
+    for i, name in enumerate(names):
+        for seed in (1, 2):
+            tags = {"diagnostics/q_max": [(1, 4.0)], "diagnostics/q_bound": [(1, 2.0)]}
+            tags |= {"diagnostics/td_error_holdout": [(1, 0.5)]}
+            folder = plant(f"data_{name}", seed, tags)
+            result = {"final_return_mean": i + seed / 10, "dataset_return_mean": 7.0}
+            (folder / "summary.json").write_text(json.dumps(result))
+            rows.append(report.read_run(folder)[0])
+    (tmp_path / "raw").mkdir(), (tmp_path / "figures").mkdir()
+    report.write_rows(rows, tmp_path / "raw" / "datasets.csv")
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    figures.datasets()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| medium_replay | 7 | 3 (3, 3) | 4 (4, 4) | 5 (5, 5) |"
+    assert lines[-1] == "| 5,000 | naive SAC | 13.15 | 4 | 0.5 |" and any((tmp_path / "figures").iterdir())
+
+
 def test_lambda_takes_all_seeds_though_their_steps_differ(monkeypatch, capsys, tmp_path):
     row = lambda seed, step, value: {"env_id": "E", "exp_name": "lambda_1", "seed": str(seed), "step": step,
                                      "tag": figures.RETURN, "value": value}  # fmt: skip

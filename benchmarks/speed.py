@@ -2,7 +2,8 @@
 
   python benchmarks/speed.py cql --peer-python peer/bin/python     # that environment: see peer_d3rlpy.py
   python benchmarks/speed.py online --peer-python sb3/bin/python   # see peer_sb3.py
-  python benchmarks/speed.py ppo --peer-python sb3/bin/python
+  python benchmarks/speed.py ppo --peer-python sb3/bin/python \\
+      --cleanrl cleanrl/bin/python cleanrl/repo/cleanrl/ppo_continuous_action.py  # see peer_cleanrl.py
   python benchmarks/speed.py atari --peer-python peer/bin/python
 
 cql: updates per second at HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers
@@ -10,7 +11,8 @@ of 256, three sets of 10 sampled actions, random data. The limit: the time of th
 update cannot do without, at its shapes: forward, weight gradient, input gradient.
 online: steps per second of the whole loop of sac.py and td3.py on HalfCheetah-v5, environment included, one
 environment, one update a step, two hidden layers of 256, batch 256; the peer is Stable-Baselines3.
-ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10 epochs, two hidden layers of 64.
+ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10 epochs, two hidden layers of 64; beside
+CleanRL's also with observations and rewards normalised, as there.
 atari: updates per second of cql_atari.py and of d3rlpy's DiscreteCQL, the Nature network without padding,
 200 quantiles, batch 32, double Q, 1 step, random frames of 6 actions.
 One row a round goes to benchmarks/raw/speed_{cql,online,ppo,atari}.csv.
@@ -137,6 +139,8 @@ def main():
     )
     parser.add_argument("what", choices=["cql", "online", "ppo", "atari"])
     parser.add_argument("--peer-python", help="python of the peer's environment")
+    names = ("PYTHON", "FILE")
+    parser.add_argument("--cleanrl", nargs=2, metavar=names, help="ppo: as peer_cleanrl.py says")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--updates", type=int, help="updates or steps a round (default 40, online 2,000, ppo 20,480)"
@@ -166,6 +170,11 @@ def main():
             row["ppo"] = whole_loop(ppo, 2048, n, **sizes)
             if args.peer_python:
                 row["sb3_ppo"] = peer(args.peer_python, "peer_sb3.py", "ppo", "speed", "--steps", n)
+            if args.cleanrl:
+                python, file = args.cleanrl
+                both = dict(normalize_obs=True, normalize_reward=True)
+                row["ppo_normalized"] = whole_loop(ppo, 2048, n, **sizes, **both)
+                row["cleanrl_ppo"] = peer(python, "peer_cleanrl.py", file, "--steps", n)
         else:
             for script in (sac, td3):
                 algo = script.__name__

@@ -241,6 +241,8 @@ def triad():
 def policy_gradients():
     """policy_gradients.sh: return by steps and by wall time."""
     rows = read("policy_gradients.csv") + read("sb3.csv")
+    alone = [r for r in rows if r["seed"] == "0"]  # run for their rates
+    rows = [r for r in rows if r["seed"] != "0"]
     last = {e: max(int(r["step"]) for r in rows if r["env_id"] == e) for e in {r["env_id"] for r in rows}}
     unit = {e: max(1000, round(last[e] / 20, -3)) for e in last}  # rollouts end at slightly other steps
     rows = [r | {"step": int(unit[r["env_id"]] * round(int(r["step"]) / unit[r["env_id"]]))} for r in rows]
@@ -249,7 +251,7 @@ def policy_gradients():
     envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})
 
     def seconds(env, name):
-        rates = curves(rows, env, name, "charts/SPS")
+        rates = curves(alone, env, name, "charts/SPS")
         return 1 / statistics.median(rates[max(rates)].values()) if rates else np.nan
 
     figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.5), squeeze=False)

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # ppo.py, and kfac_npg.py as K-FAC, TRPO and plain gradient, at equal environment steps; SB3's PPO beside it on MuJoCo.
 #   bash benchmarks/policy_gradients.sh "CartPole-v1 Pendulum-v1 HalfCheetah-v5 Hopper-v5" "1 2 3" sb3/bin/python
+#   bash benchmarks/policy_gradients.sh "CartPole-v1 Pendulum-v1 HalfCheetah-v5 Hopper-v5" 0 sb3/bin/python 20_000
 #   python benchmarks/report.py runs/*__{ppo,npg_kfac,npg_trpo,npg_none}__* --curves benchmarks/raw/policy_gradients.csv
 #   python benchmarks/figures.py policy_gradients
-# Each run takes one thread: start a call a seed side by side, or one array task a seed.
+# Each run takes one thread: start a call a seed side by side, or one array task a seed. The second line, alone on the
+# machine, is for the figure's seconds: seed 0 is left out of its returns. The last argument cuts every run's steps.
 # On MuJoCo ppo.py has the settings of Tianshou's benchmark, SB3 its defaults, annealed and normalised.
 set -euo pipefail
-envs=${1:-"CartPole-v1 Pendulum-v1 HalfCheetah-v5 Hopper-v5"} seeds=${2-"1 2 3"} peer=${3:-} mujoco_steps=${4:-500_000}
+envs=${1:-"CartPole-v1 Pendulum-v1 HalfCheetah-v5 Hopper-v5"} seeds=${2-"1 2 3"} peer=${3:-} most=${4:-500_000}
 export OMP_NUM_THREADS=1
 normal="--normalize-obs --normalize-reward"
 for env in $envs; do
@@ -18,11 +20,12 @@ for env in $envs; do
       ppo="--num-steps 256 --update-epochs 10 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0"
       ppo="$ppo --no-clip-vloss" ;;
     *)
-      steps=$mujoco_steps npg="--num-envs 1 --num-steps 2048 $normal" none="$none $normal"
+      steps=500_000 npg="--num-envs 1 --num-steps 2048 $normal" none="$none $normal"
       ppo="--num-envs 8 --num-steps 256 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0"
       ppo="$ppo --no-clip-vloss --norm-adv none --recompute-advantages --log-std-init -0.5 $normal" ;;
   esac
-  every=$((${steps//_/} / 20))
+  steps=$((${steps//_/} < ${most//_/} ? ${steps//_/} : ${most//_/}))
+  every=$((steps / 20 > 10000 ? steps / 20 : 10000))
   common="--env $env --total-timesteps $steps --eval-frequency $every --eval-episodes $episodes --diagnostics-frequency 0"
   for seed in $seeds; do
     python ppo.py $common --seed $seed --exp-name ppo $ppo
@@ -30,6 +33,6 @@ for env in $envs; do
     python kfac_npg.py $common --seed $seed --exp-name npg_trpo $npg --solver cg --line-search --damping 0.1
     python kfac_npg.py $common --seed $seed --exp-name npg_none $none
     [ -z "$peer" ] || [[ $env == *Pole* || $env == Pendulum* ]] ||
-      $peer benchmarks/peer_sb3.py ppo train --env $env --seed $seed --steps ${steps//_/} --eval-frequency $every --normalize
+      $peer benchmarks/peer_sb3.py ppo train --env $env --seed $seed --steps $steps --eval-frequency $every --normalize
   done
 done

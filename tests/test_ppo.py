@@ -365,6 +365,17 @@ def test_a_reset_at_the_start_of_a_rollout_is_no_experience_either():
     assert learner.return_stats.count == 20 and abs(learner.return_stats.var - np.var(sums)) < 1e-9
 
 
+def test_observations_and_rewards_are_normalised_apart():
+    _, plain, _, _ = collected()
+    for which in ("normalize_obs", "normalize_reward"):
+        learner, r, _, _ = collected(**{which: True})
+        assert (learner.obs_stats is None, learner.return_stats is None) == (
+            which[-1] == "d",
+            which[-1] == "s",
+        )
+        assert torch.equal(r.rew, plain.rew) == (r.raw_obs is not None) == (which == "normalize_obs")
+
+
 def test_what_is_normalised_is_clipped_at_ten():
     learner, r, _, args = collected(normalize_obs=True, normalize_reward=True)
     learner.obs_stats.update(torch.randn(1000, 2))

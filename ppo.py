@@ -37,7 +37,8 @@ Acrobot, Pendulum, MuJoCo, Atari:
   python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 \
       --normalize-obs --normalize-reward
   python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 256 --update-epochs 10 \
-      --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0 --no-clip-vloss
+      --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0 --no-clip-vloss \
+      --recompute-advantages
   python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 8 --num-steps 256 \
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --no-clip-vloss \
       --norm-adv none --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward

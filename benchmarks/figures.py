@@ -280,6 +280,31 @@ def gae_lambda():
     save(figure, "gae_lambda")
 
 
+def gae_bias():
+    """gae_bias.py"""
+    with open(HERE / "raw" / "gae_bias.csv") as f:
+        rows = list(csv.DictReader(f))
+    steps, lambdas = ([*dict.fromkeys(r[k] for r in rows)] for k in ("step", "lambda"))
+    figure, axes = plt.subplots(1, len(steps), figsize=(5 * len(steps), 3.5), sharey=True)
+    print("| lambda | " + " | ".join(f"bias, spread after {int(s):,} steps" for s in steps) + " |")
+    for axis, step in zip(axes, steps):
+        for i, key in enumerate(("bias", "spread")):
+            values = [[float(r[key]) for r in rows if (r["step"], r["lambda"]) == (step, x)] for x in lambdas]
+            style = {"color": COLOURS[i], "linestyle": LINES[i]}
+            axis.plot(lambdas, [statistics.mean(v) for v in values], marker="o", label=key, **style)
+            axis.fill_between(lambdas, *([f(v) for v in values] for f in (min, max)), alpha=0.15, **style)
+        axis.set(title=f"CartPole-v1, {int(step):,} steps", xlabel="lambda", yscale="log")
+    axes[0].set(ylabel="of the target A + V, rms over states")
+    axes[0].legend(fontsize=8, frameon=False)
+    mean = lambda step, x, key: statistics.mean(
+        float(r[key]) for r in rows if (r["step"], r["lambda"]) == (step, x)
+    )
+    for x in lambdas:
+        cells = [f"{mean(s, x, 'bias'):.3g}, {mean(s, x, 'spread'):.3g}" for s in steps]
+        print(f"| {x} | " + " | ".join(cells) + " |")
+    save(figure, "gae_bias")
+
+
 def kfac_cost():
     """kfac_cost.py"""
     with open(HERE / "raw" / "kfac_cost.csv") as f:
@@ -319,7 +344,17 @@ def atari_heads():
     save(figure, "atari_heads")
 
 
-FIGURES = (online, updates_per_step, datasets, triad, policy_gradients, gae_lambda, kfac_cost, atari_heads)
+FIGURES = (
+    online,
+    updates_per_step,
+    datasets,
+    triad,
+    policy_gradients,
+    gae_lambda,
+    gae_bias,
+    kfac_cost,
+    atari_heads,
+)
 FIGURES = {f.__name__: f for f in FIGURES}
 
 

@@ -1,6 +1,6 @@
 """What lambda trades: bias and spread of ppo.py's targets A + V, the lambda-returns, measured one by one.
 
-  python benchmarks/gae_bias.py && python benchmarks/figures.py gae_lambda
+  python benchmarks/gae_bias.py && python benchmarks/figures.py gae_bias
 
 From each of 10 states that ppo.py's own policy meets on CartPole-v1, 128 independent continuations of 500
 steps. Half of them say what the state is worth, the mean discounted return; over the other half the targets'

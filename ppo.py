@@ -44,8 +44,8 @@ Acrobot, Pendulum, MuJoCo, Atari:
       --norm-adv none --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
-MuJoCo's settings are those of Tianshou's benchmark. On HalfCheetah those of CleanRL and baselines (one
-environment of 2,048 steps, the defaults here otherwise) end at 1,600 where these end at 4,400.
+MuJoCo's settings are those of Tianshou's benchmark. CleanRL's (1 x 2,048 steps, value clipping, standardised
+minibatches, one estimate of advantages, deviation 1) end at 1,600 on HalfCheetah where these end at 4,400.
 
 While it trains, `charts/episodic_return` should rise; `losses/explained_variance` approach 1;
 `losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller --learning-rate);

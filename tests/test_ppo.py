@@ -789,7 +789,7 @@ def documented_commands() -> list:
 def test_documented_commands_run(command):
     """Parsed as written, then cut to one or two rollouts and one evaluation episode."""
     args = tyro.cli(ppo.Args, args=shlex.split(command)[2:])
-    short = dict(num_steps=32, num_minibatches=min(args.num_minibatches, 4), update_epochs=1, eval_episodes=1)
+    short = dict(num_steps=32, num_minibatches=min(args.num_minibatches, 4), update_epochs=2, eval_episodes=1)
     if args.env_id.startswith("ALE/"):
         short |= dict(num_envs=2, num_steps=8, eval_episodes=0)
     ppo.check(args)

@@ -139,3 +139,29 @@ def test_observations_are_standardised_unless_told_otherwise():
             networks["obs_std"], torch.ones(3)
         )
         assert as_it_is != on
+
+
+def test_members_start_apart_and_learn_at_their_own_rates():
+    args = cql.Args(q_lr=1e-3, policy_lr=2e-4, **SMALL)
+    learner = cql.Learner(3, 1, args, CPU)
+    for layer in (*learner.critic.layers, learner.critic.head):
+        assert not torch.equal(layer.weight[0], layer.weight[1])
+        assert not torch.equal(layer.bias[0], layer.bias[1])
+    rates = {name: optim.param_groups[0]["lr"] for name, optim in learner.optim.items()}
+    assert (rates["critic"], rates["actor"], rates["alpha"]) == (1e-3, 2e-4, 2e-4)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_a_fixed_temperature_stays_and_another_moves(alpha):
+    learner = cql.Learner(3, 1, cql.Args(alpha=alpha, **SMALL), CPU)
+    batch = cql.Batch(
+        *(torch.randn(8, n) for n in (3, 1)),
+        torch.randn(8),
+        torch.randn(8, 3),
+        torch.zeros(8),
+        torch.randn(8, 1),
+    )
+    before = float(learner.log_alpha.exp().detach())
+    assert abs(before - (alpha or 1.0)) < 1e-6
+    learner.update(lambda: batch, False)
+    assert (float(learner.log_alpha.exp().detach()) == before) == (alpha is not None)

@@ -631,6 +631,29 @@ def test_verdict_on_planted_curves(expected, history, flags):
     assert name == expected and len(sentence) > 20
 
 
+@pytest.mark.parametrize(
+    "expected, changes, flags",
+    [
+        ("no sign of trouble", dict(td_error_holdout=0.2), {}),  # four times the other: five are asked
+        ("no sign of trouble", dict(td_error=0.01, td_error_holdout=0.09), {}),  # nine times, but small
+        ("no sign of trouble", dict(td_error=np.linspace(1, 0.2, 40), td_error_holdout=0.2, cql_gap=2.0), {}),
+        ("underfitting", dict(td_error=np.linspace(0.6, 0.5, 40), td_error_holdout=0.2, cql_gap=2.0), {}),
+        ("no sign of trouble", dict(td_error=0.5, td_error_holdout=0.5, cql_gap=-1.0), {}),
+        ("no sign of trouble", dict(cql_gap=1.0, q_minus_return=-40.0), {}),
+        ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-40.0), {"cql_alpha": 0.0}),
+        ("no sign of trouble", dict(q_max=359.0), {}),  # 100, lifted by 250, and 5 % of a range of 200
+        ("divergence", dict(q_max=361.0), {}),
+        ("undefined", dict(td_error=math.nan), {}),
+        ("sarsa fails", dict(td_error=0.3), {"backup": "sarsa"}),
+        ("sarsa fails", dict(q_minus_return_holdout=20.0), {"backup": "sarsa"}),
+    ],
+)
+def test_the_verdicts_bounds(expected, changes, flags):
+    """Each on a Q that has settled, near the number that its rule asks for."""
+    history = curve(np.minimum(np.linspace(0, 60, 40), 30), **changes)
+    assert verdict(history, make_args(num_updates=4000, **flags))[0] == expected
+
+
 def test_verdict_with_negative_rewards_ignores_the_untrained_networks_peak():
     """Traps 8: with r <= 0, Q starts at 0 and falls to its level: no overfitting, no peak in the
     transient."""

@@ -15,7 +15,7 @@ ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10 epochs, two h
 CleanRL's also with observations and rewards normalised, as there.
 atari: updates per second of cql_atari.py and of d3rlpy's DiscreteCQL, the Nature network without padding,
 200 quantiles, batch 32, double Q, 1 step, random frames of 6 actions.
-One row a round goes to benchmarks/raw/speed_{cql,online,ppo,atari}.csv.
+One row a round is added to benchmarks/raw/speed_{cql,online,ppo,atari}.csv; `device` tells machines apart.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="cql: bf16 too (slow without AMX, AVX512-BF16)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cpu, {torch.get_num_threads()} threads"
+    name = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else name
     n, rows = args.updates or {"online": 2_000, "ppo": 20_480}.get(args.what, 40), []
     for _ in range(args.rounds):
@@ -185,10 +185,11 @@ def main():
         print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     path = HERE / "raw" / f"speed_{args.what}.csv"
     path.parent.mkdir(exist_ok=True)
+    before = list(csv.DictReader(open(path))) if path.exists() else []
     with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
+        writer = csv.DictWriter(f, dict.fromkeys(k for r in before + rows for k in r))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(before + rows)
     median = {k: statistics.median(r[k] for r in rows) for k in rows[0] if k != "device"}
     print("medians, per second: " + ", ".join(f"{k} {v:.2f}" for k, v in median.items()))
 

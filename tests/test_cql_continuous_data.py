@@ -1294,9 +1294,9 @@ def current():
 
 args = Args(env_id="HalfCheetah-v5")
 load(Path(sys.argv[2]), args, None, torch.device("cpu"))
-before, begin = current(), time.perf_counter()
+before, begin = current(), time.process_time()
 data = load(Path(sys.argv[3]), args, None, torch.device("cpu"))
-seconds = time.perf_counter() - begin
+seconds = time.process_time() - begin
 print("measured", high_water() - before, seconds, current() - before, len(data.train) + len(data.holdout))
 """
 
@@ -1320,7 +1320,7 @@ def write_cheetah(path, n: int) -> int:
 
 
 def measure_load(folder: Path, n: int) -> tuple[int, int, float]:
-    """(bytes of the arrays, growth of the peak, seconds) of load() in a process of its own.
+    """(bytes of the arrays, growth of the peak, processor seconds) of load() in a process of its own.
 
     The peak is /proc's VmHWM and not getrusage's ru_maxrss: that one survives exec, so that a child of a
     large pytest starts with pytest's own peak and never seems to grow.

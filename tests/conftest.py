@@ -38,7 +38,7 @@ def clean_process(tmp_path, monkeypatch):
         signal.signal(s, handler)
 
 
-def run_script(script: str, *words, cwd, timeout=60, check=True, **options) -> subprocess.CompletedProcess:
+def run_script(script: str, *words, cwd, timeout=180, check=True, **options) -> subprocess.CompletedProcess:
     """`python script words` as a user runs it, on one thread, in the folder `cwd`."""
     line = [sys.executable, str(ROOT / script), *map(str, words)]
     done = subprocess.run(

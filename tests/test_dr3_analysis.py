@@ -1251,7 +1251,7 @@ def once(self, step):
 d.Learner.update = once
 d.train(tyro.cli(d.Args, args={line!r}))
 """
-    options = dict(cwd=tmp_path, capture_output=True, text=True, env=one_thread(), timeout=60)
+    options = dict(cwd=tmp_path, capture_output=True, text=True, env=one_thread(), timeout=180)
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 130, done.stdout + done.stderr
     run = only_run(tmp_path)

@@ -611,7 +611,7 @@ def counted(*a):
 k.Player.collect = counted
 k.train(tyro.cli(k.Args, args={[str(x) for x in line]!r}))
 """
-    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=60)
+    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180)
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 143 and "to go on" in done.stdout, done.stdout + done.stderr
     run = only_run(tmp_path / "parts")

@@ -617,7 +617,7 @@ def counted(*a):
 ppo.Player.collect = counted
 ppo.train(tyro.cli(ppo.Args, args={[str(x) for x in line]!r}))
 """
-    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=60)
+    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180)
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 143 and "to go on" in done.stdout, done.stdout + done.stderr
     run = only_run(tmp_path / "parts")

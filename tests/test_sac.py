@@ -525,7 +525,7 @@ s.Player.step = counted
 s.train(tyro.cli(s.Args, args={[str(x) for x in line]!r}))
 """
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=one_thread(), timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=one_thread(), timeout=180)
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,24 @@ def gae_bias():
     save(figure, "gae_bias")
 
 
+def pong():
+    """the README's Pong command with --sticky 0 (lines of metrics.csv)"""
+    with open(HERE / "raw" / "pong.csv") as f:
+        rows = list(csv.DictReader(f))
+    figure, axis = plt.subplots(figsize=(5, 3.5))
+    for tag, style in (("charts/episodic_return", "."), (RETURN, "o-")):
+        points = [(int(r["step"]), float(r["value"])) for r in rows if r["tag"] == tag]
+        label = "evaluation, mean of 10" if tag == RETURN else "training, an episode"
+        axis.plot(*zip(*points), style, markersize=3, color=COLOURS[tag == RETURN], label=label)
+        for begin in range(0, 1_000_000, 200_000):
+            values = [v for s, v in points if begin < s <= begin + 200_000]
+            print(f"{label}, up to step {begin + 200_000:,}: {statistics.mean(values):.1f}")
+    axis.set(title="ALE/Pong-v5", xlabel="environment steps (4 frames each)", ylabel="return")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, "pong")
+
+
 def kfac_cost():
     """kfac_cost.py"""
     with open(HERE / "raw" / "kfac_cost.csv") as f:
@@ -352,6 +370,7 @@ FIGURES = (
     policy_gradients,
     gae_lambda,
     gae_bias,
+    pong,
     kfac_cost,
     atari_heads,
 )

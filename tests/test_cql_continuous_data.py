@@ -382,6 +382,35 @@ def test_bounds_hold_without_evaluation(capsys):
             assert "NotInstalled-v0" in capsys.readouterr().out
 
 
+def test_an_environment_that_is_to_be_played_must_be_there(capsys):
+    """Only its bounds can be done without."""
+    path = str(write_d4rl("d.hdf5", n=40, length=8, scale=1.0))
+    for words in ({"online_steps": 5}, {"eval_episodes": 1}):
+        refused(capsys, "", "--env-id NotInstalled-v0", dataset=path, env_id="NotInstalled-v0", **words)
+
+
+BOX = gym.spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize(
+    "act, obs, steps, word",
+    [
+        (gym.spaces.Box(-np.inf, np.inf, (2,)), BOX, 9, "actions"),
+        (gym.spaces.Box(-1, 1, (2, 2)), BOX, 9, "actions"),
+        (BOX, gym.spaces.Box(-1, 1, (2, 2)), 9, "observations"),
+        (BOX, gym.spaces.Discrete(3), 9, "observations"),
+        (BOX, BOX, None, "max_episode_steps"),
+    ],
+)
+def test_refuses_an_environment_of_another_kind(act, obs, steps, word, monkeypatch, capsys):
+    spec = SimpleNamespace(max_episode_steps=steps)
+    env = SimpleNamespace(action_space=act, observation_space=obs, spec=spec)
+    monkeypatch.setattr(gym, "make", lambda _: env)
+    with pytest.raises(SystemExit) as stop:
+        make_env("Odd-v0")
+    assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
 def test_action_scaling_with_lopsided_bounds(tmp_path):
     """Every dimension by its own bounds."""
     low, high = np.array([-1.0, 0.0, 2.0]), np.array([3.0, 10.0, 2.5])
@@ -486,6 +515,14 @@ def test_standardisation(tmp_path, next_obs):
     inner = np.flatnonzero(~end[:-1])
     assert torch.equal(data.next_obs[inner], data.obs[inner + 1])
     assert shares_memory(data.next_obs, data.obs) == (not next_obs)
+
+
+def test_standardisation_is_by_all_rows_held_out_ones_too():
+    path = write_flat("d.hdf5", [episode(100 * i, 8, "timeout") for i in range(10)])
+    data, raw = read(path, holdout=0.5), read(path)
+    data.standardise(learner := learner_for(data))
+    assert torch.equal(learner.obs_mean, raw.obs.mean(0))
+    torch.testing.assert_close(learner.obs_std, raw.obs.std(0) + 1e-3)
 
 
 def test_standardisation_of_minari_rows(tmp_path):
@@ -1174,7 +1211,8 @@ def test_collected_file_holds_what_the_player_stored(quick_collect, capsys):
         assert torch.equal(getattr(batch, name), player.buffer[name]), name
     torch.testing.assert_close(batch.act, player.buffer["act"], atol=1e-6, rtol=0)
     assert data.info["collector_return_mean"] == -8.0
-    assert np.abs(columns["actions"]).max() > 1.8 and len(np.unique(columns["actions"])) > 290
+    assert columns["actions"].min() < -1.8 and columns["actions"].max() > 1.8
+    assert len(np.unique(columns["actions"])) > 290
     fresh = gym.make("Pendulum-v1")
     obs, _ = fresh.reset(seed=5)
     for i in range(300):
@@ -1186,6 +1224,22 @@ def test_collected_file_holds_what_the_player_stored(quick_collect, capsys):
             assert i == 199
             break  # what follows starts from the environment's own random state
     assert not np.allclose(columns["observations"][200], columns["next_observations"][199])
+
+
+def test_the_collector_has_settings_of_its_own(monkeypatch):
+    """The file's name does not tell them: whoever changes one must change the name's version as well."""
+    assert cql.RANDOM_STEPS == 1_000
+    moves, updates, ended, step = [], [], [], cql.Player.step
+    monkeypatch.setattr(cql, "RANDOM_STEPS", 20)
+    monkeypatch.setattr(cql.Player, "step", lambda self, random: moves.append(random) or step(self, random))
+    monkeypatch.setattr(Learner, "update", lambda self, _, cloning: updates.append((len(moves), cloning)))
+    monkeypatch.setattr(cql, "evaluate", lambda *x: (np.zeros(1), ended.append((x[0].args, x[1].num_envs))))
+    args = Args(env_id="Pendulum-v1", seed=5, collect_steps=30, gamma=0.5, cql_alpha=1.0, critic_width=8)
+    path = collect(args, make_env("Pendulum-v1"), CPU)
+    assert path.name == "Pendulum-v1_sac-replay_30_seed5_v1.hdf5"
+    assert moves == [True] * 20 + [False] * 10 and updates == [(n, False) for n in range(21, 31)]
+    own = Args(env_id="Pendulum-v1", seed=5, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
+    assert ended == [(own, 10)]
 
 
 def test_second_run_takes_the_file_that_is_there(quick_collect, capsys, monkeypatch):
@@ -1398,11 +1452,87 @@ def test_diagnose_against_loops(tmp_path, changes, weight):
         assert abs(found[k] - v) < 1e-3 * max(1, abs(v)), (k, found[k], v)
 
 
+def a_linear_q(path, weights: list[float], **changes) -> tuple[Learner, Data, dict]:
+    """diagnose() where Q_1(s, a) = weights . (s, a), from features that hold its positive and its negative
+    part; Q_2 is larger by 1, its features half as large. The first layer repeats the positive part."""
+    changes = dict(gamma=0.8, critic_width=8, policy_width=8) | changes
+    data, args = read(path, **changes), Args(**changes)
+    learner = Learner(data.obs.shape[1], data.act.shape[1], args, CPU)
+    for p in learner.critic.parameters():
+        p.data.zero_()
+    first, second = (layer.weight.data for layer in learner.critic.layers)
+    for unit, sign in enumerate((1, -1, 1)):
+        first[:, :, unit] = sign * torch.tensor(weights)
+    second[:, 0, 0] = second[:, 1, 1] = torch.tensor([1.0, 0.5])
+    learner.critic.head.weight.data[:, :2, 0] = torch.tensor([[1.0, -1.0], [2.0, -2.0]])
+    learner.critic.head.bias.data[1] = 1
+    return learner, data, diagnose(learner, data, args)
+
+
+def test_diagnose_where_q_is_the_action():
+    """Over [-1, 1] its mean is 0, its maximum 1, and log E exp Q is log sinh 1."""
+    path = write_flat("d.hdf5", random_episodes(np.random.default_rng(0), 40, 12))
+    _, data, found = a_linear_q(path, [0.0, 0.0, 1.0])
+    rows = len(data.train)
+    assert rows <= 256 and found["q_data"] == pytest.approx(float(data.act[data.train].mean()), abs=1e-5)
+    assert abs(found["q_rand"]) < 4 / math.sqrt(3 * rows)
+    assert 0.99 < found["q_max"] <= 1
+    assert abs(found["cql_gap"] - (math.log(math.sinh(1)) - found["q_data"])) < 0.02
+
+
+@pytest.mark.parametrize("known", [31, 32])
+def test_returns_of_fewer_than_32_rows_say_nothing(known):
+    path = write_flat("d.hdf5", [episode(0, known, "terminal"), episode(100, 9, "timeout")])
+    _, _, found = a_linear_q(path, [0.0, 0.0, 1.0])
+    assert ("q_minus_return" in found) == ("return_std" in found) == (known == 32)
+
+
+def test_the_largest_q_is_looked_for_on_all_rows():
+    """Not only where actions of the box are drawn, on 256 of them."""
+    path = write_flat("d.hdf5", random_episodes(np.random.default_rng(0), 120, 12))
+    _, data, found = a_linear_q(path, [1.0, 0.0, 0.0])
+    assert len(data.train) > 256 and found["q_max"] == float(data.obs[data.train, 0].max())
+
+
+@pytest.mark.parametrize(
+    "high, ended, changes, bound",
+    [
+        (2.0, True, {}, 2 / 0.2),
+        (-0.5, False, {}, -0.5 / 0.2),
+        (-0.5, True, {}, -0.5),  # to end at once is best
+        (-0.5, True, {"backup_entropy": True, "alpha": 0.3}, -0.5 + 0.8 * 0.3 * math.log(2)),
+        (2.0, True, {"backup_entropy": True, "alpha": 0.3}, (2 + 0.8 * 0.3 * math.log(2)) / 0.2),
+    ],
+)
+def test_the_most_that_rewards_allow(high, ended, changes, bound):
+    """At gamma 0.8, of rewards from -3 to `high`."""
+    columns = {} if ended else {"terminals": np.zeros(200, bool)}
+    rewards = np.linspace(-3, high, 200, dtype=np.float32)
+    path = write_d4rl("d.hdf5", n=200, length=20, scale=1.0, rewards=rewards, **columns)
+    _, _, found = a_linear_q(path, [0.0] * 4, **changes)
+    entropy = 0.8 * 0.3 * math.log(2) if changes else 0
+    assert found["q_bound"] == pytest.approx(bound, rel=1e-5)
+    assert found["q_range"] == pytest.approx((high + 3 + entropy) / 0.2, rel=1e-5)
+
+
+def test_features_are_the_first_critics_at_the_datas_actions():
+    """Their largest singular value and mean norm, by numpy; 5 and 6 units of its 2 x 8 never fire."""
+    path = write_flat("d.hdf5", random_episodes(np.random.default_rng(0), 30, 12))
+    learner, data, found = a_linear_q(path, [0.0, 0.0, 1.0])
+    a = data.act[data.train, 0].double().numpy()
+    phi = np.stack([np.maximum(a, 0), np.maximum(-a, 0)], 1)
+    assert found["sigma_max"] == pytest.approx(np.linalg.norm(phi, 2) / math.sqrt(len(a)), rel=1e-5)
+    assert found["feature_norm"] == pytest.approx(np.abs(a).mean(), rel=1e-5)
+    assert found["srank"] == found["rank_pca"] == 2 and found["dormant"] == pytest.approx(11 / 16)
+
+
 def test_scores_of_namesakes_are_not_given():
     score = cql.normalized_score
     assert score("Hopper-v5", -20.272305) == score("hopper-medium-v2", -20.272305) == 0.0
     assert score("antmaze-umaze-v2", 1.0) == score("AntMaze_UMaze-v4", 1.0) == 100.0
     assert score("HopperBulletEnv-v0", 1.0) is None and score("AntBall-v0", 1.0) is None
+    assert score("HalfCheetah-v5", 12135.0) == score("walker2d-expert-v2", 4592.3) == 100.0
+    assert score("HalfCheetah-v5", -280.178953) == score("Walker2d-v5", 1.629008) == 0.0
 
 
 def test_a_reward_that_is_a_numpy_scalar_is_stored():

@@ -1,6 +1,7 @@
 """Where cql_continuous.py plays: evaluation, the player that fills a replay, the online phase, the selected
 checkpoint; each against numbers known beforehand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cql_continuous as cql
@@ -8,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, write_d4rl
+from conftest import metrics, only_run, write_d4rl
 
 CPU = torch.device("cpu")
 SMALL = dict(critic_width=8, policy_width=8, batch_size=8, bc_steps=0)
@@ -73,6 +74,14 @@ def test_evaluation_by_hand():
     assert learner.critic.training
 
 
+def test_evaluations_differ_by_the_seed_alone():
+    args = cql.Args(**SMALL)
+    learner = cql.Learner(3, 1, args, CPU)
+    many = [replace(args, seed=seed) for seed in (1, 1, 2)]
+    returns = [cql.evaluate(learner, cql.make_envs("Pendulum-v1", 1), x)[0].tolist() for x in many]
+    assert returns[0] == returns[1] != returns[2]
+
+
 def test_the_players_rows():
     learner, args = a_learner(reward_scale=2.0, reward_shift=-1.0)
     env = gym.make(args.env_id)
@@ -129,6 +138,32 @@ def test_the_selected_policy_is_the_one_of_the_peak(monkeypatch):
     assert abs(out["final_return_mean"] - scores["checkpoint.pt"]) < 1e-6
 
 
+def test_cloning_ends_where_it_says(monkeypatch):
+    """Seven updates of it; the evaluations, at 5, 7, 10, 15, 20 and of the selected policy, are numbered."""
+    flags, real, scores = [], cql.Learner.update, iter(range(1, 7))
+
+    def update(learner, sample, cloning):
+        flags.append(cloning)
+        return real(learner, sample, cloning)
+
+    monkeypatch.setattr(cql, "evaluate", lambda *_: (np.full(2, float(next(scores))), 0.0))
+    monkeypatch.setattr(cql.Learner, "update", update)
+    out = cql.train(quick(write_d4rl("x.hdf5"), bc_steps=7, eval_frequency=5))
+    assert flags == [True] * 7 + [False] * 13
+    assert [out[f"{k}_return_mean"] for k in ("bc", "final", "selected")] == [2.0, 5.0, 6.0]
+
+
+def test_the_online_return_is_of_the_last_five_episodes():
+    """Episodes of 3, 4 and 5 steps pay 6, 10 and 15; the seventh ends with step 27."""
+    actions = np.random.default_rng(0).uniform(0, 1, (2000, 2)).astype(np.float32)
+    path = write_d4rl("x.hdf5", obs_dim=2, act_dim=2, actions=actions)
+    changes = dict(env_id="CQLCounting-v0", online_steps=27, eval_episodes=0, log_frequency=1)
+    cql.train(quick(path, **changes))
+    shown = {step: float(v) for step, tag, v in metrics(only_run(".")) if tag == "charts/online_return"}
+    assert min(shown) == 23 and shown[23] == 6.0 and shown[27] == 8.0
+    assert shown[47] == pytest.approx((15 + 6 + 10 + 15 + 6) / 5)
+
+
 def test_observations_are_standardised_unless_told_otherwise():
     path = write_d4rl("x.hdf5")
     for on in (True, False):
@@ -148,7 +183,7 @@ def test_members_start_apart_and_learn_at_their_own_rates():
         assert not torch.equal(layer.weight[0], layer.weight[1])
         assert not torch.equal(layer.bias[0], layer.bias[1])
     rates = {name: optim.param_groups[0]["lr"] for name, optim in learner.optim.items()}
-    assert (rates["critic"], rates["actor"], rates["alpha"]) == (1e-3, 2e-4, 2e-4)
+    assert rates == {"critic": 1e-3, "cql_alpha": 1e-3, "actor": 2e-4, "alpha": 2e-4}
 
 
 @pytest.mark.parametrize("alpha", [None, 0.3])

@@ -13,9 +13,11 @@ from cql_continuous import (
     Critic,
     Learner,
     actor_loss,
+    advice,
     alignment,
     backup,
     check,
+    cloning_loss,
     conservative_term,
     critic_loss,
     dormant,
@@ -24,6 +26,7 @@ from cql_continuous import (
     peak,
     proposal_kind,
     proposals,
+    q_unit,
     spectrum,
     squashed_log_prob,
     verdict,
@@ -96,6 +99,15 @@ def test_log_prob_of_given_actions_and_of_samples_agree():
     assert torch.allclose(actor.log_prob(obs, act), logp, atol=2e-3)
     edge = actor.log_prob(obs, torch.ones(50, 1, 2))  # data holds actions of exactly 1
     assert torch.isfinite(edge).all()
+
+
+def test_the_policys_layers_and_the_bounds_of_its_deviation():
+    actor = Actor(3, 2, make_args(policy_width=5, policy_depth=3))
+    shapes = [tuple(m.weight.shape) for m in actor.net if isinstance(m, torch.nn.Linear)]
+    assert shapes == [(5, 3), (5, 5), (5, 5), (4, 5)]
+    actor.net[-1].weight.data.zero_()
+    actor.net[-1].bias.data = torch.tensor([0.0, 0.0, -100.0, 100.0])
+    assert actor(torch.zeros(1, 3))[1].tolist() == [[-5.0, 2.0]]
 
 
 # --------------------------------------------------------------------------------- log-sum-exp estimators
@@ -229,6 +241,37 @@ def test_conservative_terms_by_hand():
     assert float(clipped[0, 1]) == -1.0
 
 
+def test_conservative_terms_at_another_temperature():
+    """T = 2: 2 log mean exp(Q / 2 - log ratio) - Q(s, a); the ratio is left out of CQL(rho)."""
+    q, q_data = torch.tensor([[[2.0, 4.0]]]), torch.tensor([[0.5]])
+    log_ratio = torch.tensor([[0.0, math.log(2)]])
+    for variant, mean in (("H", (math.e + math.e**2 / 2) / 2), ("rho", (math.e + math.e**2) / 2)):
+        term = conservative_term(q, log_ratio, q_data, tiny(cql_variant=variant, cql_temperature=2.0))
+        assert float(term) == pytest.approx(2 * math.log(mean) - 0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["policy", "mixture", "three-sets"])
+def test_every_proposal_is_a_draw_of_its_own(kind):
+    """No two states, samples, dimensions or sets share a number."""
+    act, _ = proposals(fixed_actor([0.3, 0.3], 0.5), *[torch.zeros(16, 1)] * 2, kind, 5)
+    assert len(act.unique()) == act.numel()
+
+
+def test_the_policys_proposals_alone_carry_their_density():
+    """log p(a) - log Unif(a) of a = tanh(u) in two dimensions: log N(u) - log(1 - a^2) + 2 log 2."""
+    act, log_ratio = proposals(fixed_actor([0.3, -0.4], 0.5), *[torch.zeros(20, 1)] * 2, "policy", 4)
+    normal = torch.distributions.Normal(torch.tensor([0.3, -0.4]).double(), 0.5)
+    density = normal.log_prob(torch.atanh(act.double())) - torch.log(1 - act.double() ** 2)
+    assert torch.allclose(log_ratio.double(), density.sum(-1) + 2 * math.log(2), atol=1e-4)
+
+
+def test_where_actions_are_drawn_unless_told():
+    kinds = {v: proposal_kind(tiny(cql_variant=v)) for v in ("H", "rho", "eq2", "eq1")}
+    assert kinds == {"H": "three-sets", "rho": "policy", "eq2": "policy", "eq1": "policy"}
+    for kind in ("three-sets", "mixture", "policy"):
+        assert {proposal_kind(tiny(cql_variant=v, cql_proposals=kind)) for v in kinds} == {kind}
+
+
 def test_a_constant_q_has_a_gap_of_zero():
     actor, obs = Actor(3, 2, tiny()), torch.randn(64, 3)
     act, log_ratio = proposals(actor, obs, obs, "mixture", 200)
@@ -319,6 +362,69 @@ def test_critic_loss_by_hand():
     assert 0 < float(info["cql_ess"]) <= 1
 
 
+@pytest.mark.parametrize("kind", ["policy", "mixture", "three-sets"])
+def test_what_the_critic_reports_by_loops(kind):
+    """Losses and values of the first two critics; the gap and the effective share of 3 samples a set."""
+    args = tiny(cql_samples=3, cql_proposals=kind, cql_temperature=2.0, backup="mean", num_critics=3)
+    nets, batch = Learner(3, 2, args, CPU), random_batch()
+    torch.manual_seed(4)
+    _, info = critic_loss(nets, batch, args)
+    torch.manual_seed(4)
+    act, log_ratio = proposals(nets.actor, batch.obs, batch.next_obs, kind, 3)
+    with torch.no_grad():
+        _, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+        q, q_data = nets.critic(batch.obs, act), nets.critic(batch.obs, batch.act)
+    gaps, shares = [], []
+    for i, b in itertools.product(range(3), range(8)):
+        w = [math.exp(float(x) / 2 - float(r)) for x, r in zip(q[i, b], log_ratio[b])]
+        gaps.append(2 * math.log(sum(w) / len(w)) - float(q_data[i, b]))
+        shares.append(sum(w) ** 2 / sum(x**2 for x in w) / len(w))
+    losses = [sum(float(q_data[i, b] - y[b]) ** 2 for b in range(8)) / 8 for i in range(3)]
+    expected = {"qf1_loss": losses[0], "qf2_loss": losses[1], "qf_loss": sum(losses) / 3}
+    expected |= {"qf1_values": float(q_data[0].mean()), "qf2_values": float(q_data[1].mean())}
+    expected |= {"cql_loss": sum(gaps) / 24, "cql_ess": sum(shares) / 24}
+    assert {k: float(v) for k, v in info.items()} == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_bottlenecks_term_by_hand():
+    """Two weights of it on the same draws: the losses differ by as much of the KL, summed over critics."""
+    light, heavy = (tiny(vib_coef=c, vib_dim=4, cql_alpha=0.0) for c in (0.1, 0.4))
+    nets, batch, losses = Learner(3, 2, light, CPU), random_batch(), []
+    for args in (light, heavy):
+        torch.manual_seed(0)
+        loss, info = critic_loss(nets, batch, args)
+        losses.append(float(loss))
+    mean, log_std = nets.critic.bottleneck(nets.critic.hidden(batch.obs, batch.act)[-1]).chunk(2, -1)
+    normal, unit = (torch.distributions.Normal(*x) for x in ((mean, log_std.exp()), (0.0, 1.0)))
+    kl = torch.distributions.kl_divergence(normal, unit).sum(-1)
+    assert losses[1] - losses[0] == pytest.approx(0.3 * float(kl.mean(1).sum()), abs=1e-5)
+    assert float(info["vib_loss"]) == pytest.approx(float(kl.mean()), abs=1e-5)
+
+
+def test_the_multiplier_weighs_the_term_and_stops_at_a_million():
+    args = tiny(cql_target_gap=-1000.0, num_critics=3)
+    nets, batch, losses = Learner(3, 2, args, CPU), random_batch(), []
+    for weight in (2.0, 7.0):
+        nets.log_cql_alpha.data.fill_(math.log(weight))
+        torch.manual_seed(0)
+        loss, info = critic_loss(nets, batch, args)
+        losses.append(float(loss))
+        assert float(info["cql_alpha"]) == pytest.approx(weight)
+    assert losses[1] - losses[0] == pytest.approx(5 * 3 * float(info["cql_loss"]), rel=1e-4)
+    nets.log_cql_alpha.data.fill_(math.log(1e6))
+    nets.update(lambda: batch, cloning=False)
+    assert float(nets.log_cql_alpha) == pytest.approx(math.log(1e6), abs=1e-5)
+
+
+def test_bf16_is_for_the_sampled_actions_alone():
+    nets, batch, infos = Learner(3, 2, tiny(), CPU), random_batch(), []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        infos.append(critic_loss(nets, batch, tiny(precision=precision))[1])
+    assert infos[0]["qf_loss"] == infos[1]["qf_loss"]
+    assert 0 < abs(float(infos[0]["cql_loss"] - infos[1]["cql_loss"])) < 0.01
+
+
 def test_dr3_gradient_flows_through_both_sides():
     args = tiny(dr3_coef=1.0, cql_alpha=0.0)
     nets, batch = Learner(3, 2, args, CPU), random_batch()
@@ -335,6 +441,8 @@ def test_dr3_gradient_flows_through_both_sides():
     dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
     both = torch.autograd.grad(dot, nets.critic.layers[0].weight)[0]
     assert torch.allclose(with_dr3 - without, both, atol=1e-5)
+    torch.manual_seed(1)
+    assert torch.allclose(critic_loss(nets, batch, args)[1]["dr3_loss"], dot / 2)  # the mean of two critics
 
 
 def test_unit_norm_and_vib():
@@ -361,6 +469,44 @@ def test_dropout_is_off_in_the_target():
     assert torch.equal(nets.target(batch.obs, batch.act), nets.target(batch.obs, batch.act))
 
 
+def test_dropout_drops_its_share_and_scales_the_rest():
+    critic = Critic(3, 2, make_args(dropout=0.3, critic_depth=1))
+    obs, act = torch.randn(64, 3), torch.rand(64, 2)
+    dropped, whole = (critic.train(on).hidden(obs, act)[0] for on in (True, False))
+    ratio = (dropped / whole)[whole > 0]
+    assert abs(float((ratio == 0).float().mean()) - 0.3) < 4 * math.sqrt(0.21 / len(ratio))
+    assert torch.allclose(ratio[ratio > 0], torch.tensor(1 / 0.7))
+
+
+def test_actor_loss_by_hand():
+    """alpha log pi(a|s) less the lowest Q of one sampled action; the entropy is the mean of -log pi."""
+    args = tiny(num_critics=3)
+    nets, batch = Learner(3, 2, args, CPU), random_batch()
+    nets.log_alpha.data.fill_(math.log(0.3))
+    torch.manual_seed(2)
+    loss, info = actor_loss(nets, batch, args)
+    torch.manual_seed(2)
+    act, logp = nets.actor.sample(batch.obs, 1)
+    lows = [float(nets.critic(batch.obs[b : b + 1], act[b]).min()) for b in range(8)]
+    expected = sum(0.3 * float(x) - low for x, low in zip(logp, lows)) / 8
+    assert float(loss) == pytest.approx(expected, abs=1e-5)
+    assert float(info["entropy"]) == pytest.approx(-float(logp.mean()), abs=1e-5)
+
+
+def test_cloning_loss_by_hand():
+    """-log pi of the data's actions alone; the entropy, for the temperature, is of sampled ones."""
+    nets, batch = Learner(3, 2, tiny(), CPU), random_batch()
+    torch.manual_seed(2)
+    loss, info = cloning_loss(nets, batch, nets.args)
+    torch.manual_seed(2)
+    _, logp = nets.actor.sample(batch.obs, 1)
+    mean, log_std = nets.actor(batch.obs)
+    u = torch.atanh(batch.act)
+    logs = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - torch.log(1 - batch.act**2)
+    assert float(loss) == pytest.approx(-float(logs.sum(-1).mean()), abs=1e-4)
+    assert float(info["entropy"]) == pytest.approx(-float(logp.mean()), abs=1e-5)
+
+
 def test_actor_loss_moves_only_the_actor_and_climbs_q():
     args = tiny()
     nets, batch = Learner(3, 2, args, CPU), random_batch(256)
@@ -379,7 +525,7 @@ def test_actor_loss_moves_only_the_actor_and_climbs_q():
 def test_duals_move_the_right_way():
     """The temperature rises while entropy is below -d, the conservative weight while the gap is above its
     target."""
-    for entropy, sign in ((-5.0, 1), (5.0, -1)):
+    for entropy, sign in ((-2.1, 1), (-1.9, -1)):
         nets = Learner(3, 2, tiny(policy_updates=1), CPU)
         nets.loss["actor_loss"] = lambda *_, e=entropy, n=nets: (
             sum(p.sum() for p in n.actor.parameters()) * 0,
@@ -627,8 +773,10 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
     ],
 )
 def test_verdict_on_planted_curves(expected, history, flags):
-    name, sentence = verdict(history, make_args(num_updates=4000, **flags))
+    args = make_args(num_updates=4000, **flags)
+    name, sentence = verdict(history, args)
     assert name == expected and len(sentence) > 20
+    assert sentence.endswith(advice(args).get(name, ""))
 
 
 @pytest.mark.parametrize(
@@ -643,8 +791,12 @@ def test_verdict_on_planted_curves(expected, history, flags):
         ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-40.0), {"cql_alpha": 0.0}),
         ("no sign of trouble", dict(q_max=359.0), {}),  # 100, lifted by 250, and 5 % of a range of 200
         ("divergence", dict(q_max=361.0), {}),
+        ("no sign of trouble", dict(q_max=[1000.0] * 39 + [50.0]), {}),  # the last moment counts
+        ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-9.0), {}),
+        ("alpha too large", dict(cql_gap=-0.1, q_minus_return=-11.0), {}),
         ("undefined", dict(td_error=math.nan), {}),
         ("sarsa fails", dict(td_error=0.3), {"backup": "sarsa"}),
+        ("sarsa fails", dict(td_error_holdout=0.3), {"backup": "sarsa"}),
         ("sarsa fails", dict(q_minus_return_holdout=20.0), {"backup": "sarsa"}),
     ],
 )
@@ -652,6 +804,57 @@ def test_the_verdicts_bounds(expected, changes, flags):
     """Each on a Q that has settled, near the number that its rule asks for."""
     history = curve(np.minimum(np.linspace(0, 60, 40), 30), **changes)
     assert verdict(history, make_args(num_updates=4000, **flags))[0] == expected
+
+
+@pytest.mark.parametrize("fall, expected", [(0.09, "no sign of trouble"), (0.11, "overfitting")])
+def test_a_fall_of_a_tenth_of_a_deviation_counts(fall, expected):
+    history = curve(np.r_[RISE, np.full(20, 30 - 10 * fall)])
+    name, sentence = verdict(history, make_args(num_updates=4000))
+    assert name == expected
+    told = f"the dataset's Q rose until update 2,000 and fell by {fall:.2f} deviations since"
+    assert (told in sentence) == (name == "overfitting")
+
+
+def test_nothing_counts_in_the_first_tenth_of_a_run():
+    """Q rises to 30 at update 200 and falls, with a TD error low from the start: a peak of shorter runs."""
+    history = curve(np.r_[10, 30, 20, np.linspace(10, 12, 37)])
+    found = {n: peak(history, make_args(num_updates=n))[0]["step"] for n in (2000, 2001, 4000)}
+    assert found == {2000: 200, 2001: 300, 4000: 4000}
+
+
+def test_a_q_that_still_moves_is_told_to_go_on():
+    numbers = "TD error 0.050 of the target's variance (0.060 held out), cql_gap 0.5, Q +0.0 deviations"
+    for q, moves in ((np.linspace(0, 39, 40), True), (np.minimum(np.linspace(0, 60, 40), 30), False)):
+        name, sentence = verdict(curve(q), make_args(num_updates=4000))
+        assert name == "no sign of trouble" and sentence.startswith(numbers)
+        assert sentence.endswith("It moved by +0.7 in the last fifth: try more --num-updates") == moves
+
+
+def test_advice_by_hand():
+    """What doubles, what halves, and nothing that is on already."""
+    assert advice(Args()) == {
+        "divergence": "--cql-alpha 10 or --layer-norm",
+        "sarsa fails": "--num-updates 16000 or --critic-width 512 or a larger --tau",
+        "overfitting": "--dropout 0.1 or --vib-coef 0.01 or --critic-width 64",
+        "alpha too large": "--cql-alpha 2.5",
+        "underfitting": "--critic-width 512 or --critic-depth 3 or --residual or --dr3-coef 0.01",
+    }
+    on = dict(layer_norm=True, dropout=0.2, vib_coef=0.1, residual=True, dr3_coef=0.1, cql_target_gap=1.0)
+    assert advice(tiny(**on)) == {
+        "divergence": "a lower --cql-target-gap",
+        "sarsa fails": "--num-updates 16000 or --critic-width 256 or a larger --tau",
+        "overfitting": "--critic-width 4",
+        "alpha too large": "a higher --cql-target-gap",
+        "underfitting": "--critic-width 256 or --critic-depth 3",
+    }
+    assert advice(tiny(cql_alpha=0.0))["divergence"].startswith("--cql-alpha 5 ")
+    assert "--residual" not in advice(tiny(critic_depth=1))["underfitting"]
+
+
+def test_the_unit_of_q():
+    assert q_unit({"return_std": 3.0, "q_range": 200.0}) == 3.0
+    assert q_unit({"return_std": 0.0, "q_range": 200.0}) == q_unit({"q_range": 200.0}) == 20.0
+    assert q_unit({"q_range": 0.0}) == 1.0
 
 
 def test_verdict_with_negative_rewards_ignores_the_untrained_networks_peak():

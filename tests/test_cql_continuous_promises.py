@@ -175,7 +175,7 @@ def assert_one_line(done, *mentions):
 
 
 # ------------------------------------------------------------------------------------------- P1: resume
-STOPS = [("plain", 1), ("plain", 73), ("plain", 100), ("plain", 199), ("rich", 73)]
+STOPS = [("plain", 1), ("plain", 73), ("plain", 100), ("plain", 199), ("plain", 200), ("rich", 73)]
 
 
 @pytest.mark.parametrize("variant, stop", STOPS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, TINY, only_run, run_script, write_d4rl
-from cql_continuous import Args, train
+from cql_continuous import Args, check, train
 
 
 class Point(gym.Env):
@@ -178,6 +178,27 @@ def test_mistakes_are_one_line_and_status_2(words, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1, error
+
+
+IGNORED = """--cql-alpha 0 --cql-proposals mixture; --cql-alpha 0 --cql-clip-diff -1; --wandb-entity x
+--cql-alpha 0 --cql-temperature 2; --cql-alpha 0 --cql-samples 9; --cql-variant eq1 --cql-temperature 2
+--critic-depth 1 --residual; --backup sarsa --backup-entropy; --wandb-project-name x"""
+
+
+@pytest.mark.parametrize("words", IGNORED.replace("\n", "; ").split("; "))
+def test_what_would_be_ignored_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check(tyro.cli(Args, args=words.split()))
+    assert stop.value.code == 2 and "has no effect" in capsys.readouterr().err
+
+
+def test_what_may_not_be_zero(capsys):
+    names = """tau policy_lr q_lr reward_scale cql_temperature critic_width policy_width vib_dim batch_size
+    cql_samples critic_updates num_updates collect_steps log_frequency critic_depth policy_depth"""
+    for name in names.split():
+        with pytest.raises(SystemExit):
+            check(replace(Args(vib_coef=0.1), **{name: 0}))
+        assert "expected a number from" in capsys.readouterr().err, name
 
 
 def test_tyro_refuses_what_is_no_number(capsys):

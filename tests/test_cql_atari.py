@@ -261,6 +261,14 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(head, double):
     torch.testing.assert_close(info["loss"], total)
 
 
+def test_the_logged_q_is_that_of_the_datas_actions_in_all_games():
+    learner = c.Learner((5,), [3, 4], tiny(), CPU)
+    batches = [random_batch(6, 3), random_batch(6, 4)]
+    info = c.q_loss(learner.net, learner.target, batches, None, learner.args)[1]
+    q = [learner.q(b.obs, g)[i, b.act[i]].item() for g, b in enumerate(batches) for i in range(6)]
+    assert abs(info["q_values"].item() - np.mean(q)) < 1e-5
+
+
 def test_the_two_choosers_differ():
     """Else the test above could not tell double from plain."""
     losses = []
@@ -384,6 +392,39 @@ def test_every_game_has_a_head_of_its_own_action_set():
     ]
     q = net.q(net.heads[1](net.features(torch.randn(4, 5))))
     assert q.shape == (4, 6) and q.abs().max() < 1  # c51 starts near 0
+
+
+def test_c51_starts_at_0_wherever_its_atoms_lie():
+    """Of the atoms 0, 0.2 ... 10 a uniform start would have Q at 5."""
+    net = c.Network((5,), [2], tiny(head="c51", v_min=0.0, v_max=10.0))
+    assert net.q(net.heads[0](net.features(torch.zeros(1, 5)))).max() < 0.5
+
+
+def test_a_spatial_embedding_starts_as_a_sum_of_variance_one():
+    maps = c.SpatialEmbeddings((64, 6, 5)).maps
+    assert maps.shape == (64, 6, 5, 5) and abs(maps.var() * 30 - 1) < 0.05
+
+
+def test_vectors_are_standardised_over_all_games_and_in_both_networks():
+    learner, scale = c.Learner((3,), [2, 2], tiny(), CPU), torch.tensor([1.0, 50.0, 0.0])
+    games = [
+        SimpleNamespace(frames=scale * torch.randn(n, 3) + shift) for n, shift in ((30, 7.0), (60, -4.0))
+    ]
+    x = np.concatenate([g.frames.numpy() for g in games]).astype(np.float64)
+    learner.standardise(games)
+    expected = torch.from_numpy((x - x.mean(0)) / (x.std(0, ddof=1) + 1e-3)).float()
+    for net in (learner.net, learner.target):
+        found = net.features(torch.from_numpy(x).float())
+        torch.testing.assert_close(found, net.encoder(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_the_memory_that_is_asked_for_covers_weights_and_batch():
+    """Weights, target, gradient and two moments of float32; two observations of a row as float32."""
+    args, shape = tiny(width=8), (4, 84, 84)
+    net = c.Network(shape, [6], args)
+    weights = sum(p.numel() for p in net.parameters())
+    sizes = [c.memory(replace(args, batch_size=n), net, shape) for n in (1, 33)]
+    assert sizes[0] > 16 * weights and sizes[1] - sizes[0] > 32 * 2 * 4 * math.prod(shape)
 
 
 def test_bf16_covers_the_encoder_of_the_loss_alone():
@@ -609,6 +650,35 @@ def test_returns_starts_and_the_part_held_out():
     assert abs(data.info["dataset_return_mean"] - np.mean(returns)) < 1e-6
 
 
+def test_every_row_of_the_training_part_is_drawn_and_no_other():
+    data, _ = hand_made(EPISODES, tiny(holdout=0.3))
+    data.batch = lambda rows: rows
+    assert len(data.holdout) and set(data.sample(2_000).tolist()) == set(data.train.tolist())
+
+
+def test_the_seed_decides_which_episodes_are_held_out_at_least_one_of_several():
+    held = []
+    for seed in range(6):
+        data, where = hand_made(EPISODES[:3], tiny(holdout=0.01, seed=seed))
+        held.append({where[row][0] for row in data.holdout.tolist()})
+    assert {len(x) for x in held} == {1} and len(set.union(*held)) > 1
+    data, where = hand_made(EPISODES[:1], tiny(holdout=0.5))
+    assert len(data.train) == len(where)
+
+
+def test_returns_are_raw_and_of_whole_episodes_and_rewards_those_trained_on():
+    """Two transitions that end in a terminal state, then one of an episode that was cut."""
+    for clip, low, high in ((True, 1, 1), (False, 2, 4)):
+        raw = {"frames": np.ones((5, 1), np.float32), "act": np.zeros(5, int), "note": ""}
+        raw |= {"rew": np.float32([3, 2, 0, 4, 0]), "terminal": np.arange(5) == 1}
+        raw |= {"real": np.array([1, 1, 0, 1, 0], bool), "begins": np.array([1, 0, 0, 1, 0], bool)}
+        raw |= {"whole": np.array([True, False])}
+        data = c.prepare("x", raw, tiny(clip_rewards=clip, gamma=0.5), 2, CPU)
+        assert data.info["dataset_return_mean"] == 5 and data.info["terminals"] == 1
+        assert (data.info["reward_min"], data.info["reward_max"]) == (low, high)
+        assert data.returns_to_go[:2].tolist() == ([1.5, 1.0] if clip else [4.0, 2.0])
+
+
 def test_samples_are_uniform_and_shared_out():
     data, _ = hand_made(EPISODES, tiny())
     torch.manual_seed(5)
@@ -791,6 +861,20 @@ def test_without_add_count(capsys):
     assert "no add_count" in capsys.readouterr().out
 
 
+def test_episodes_of_a_dopamine_file_begin_and_pay_as_recorded():
+    """Starts are the first transitions of episodes. Row 0 may lie within one: its return is unknown."""
+    recorder = Recorder(300)
+    recorder.play(90)
+    recorder.dump(Path("x"), 0)
+    data = load("x")
+    first = {recorder.stack(e, 0) for e, t in recorder.log if t == 0}
+    begun = [x.numpy().tobytes() for x in data.stack(data.starts)]
+    assert set(begun) <= first and len(begun) >= len(first) - 1 > 5
+    over = {e for (e, _), row in recorder.log.items() if row[3]} - {0}
+    returns = [sum(row[2] for (k, _), row in recorder.log.items() if k == e) for e in over]
+    assert abs(data.info["dataset_return_mean"] - np.mean(returns)) < 1e-6 and np.mean(returns) != 0
+
+
 @pytest.fixture
 def two_files():
     """Cursor in the middle of the first file, at its end in the second."""
@@ -814,6 +898,15 @@ def test_fraction_first_reads_the_oldest_rows(two_files):
     assert seen(load("x", fraction=0.2, subset="first")) == expected
     expected = two_files.transitions(0) + two_files.transitions(1, range(79))
     assert seen(load("x", fraction=0.6, subset="first")) == expected
+
+
+def test_what_was_unpacked_is_used_for_the_same_rows_only(two_files):
+    parts = [dict(fraction=0.2), dict(fraction=0.2, subset="first"), dict(fraction=0.4)]
+    parts += [dict(fraction=0.4, subset="uniform", seed=seed) for seed in (1, 2)]
+    for changes in parts:
+        assert seen(load("x", storage="mmap", **changes)) == seen(load("x", **changes)), changes
+    load("x", storage="mmap", **parts[0])
+    assert len(list(Path("datasets").iterdir())) == len(parts)
 
 
 def test_fraction_uniform_draws_whole_episodes(two_files):
@@ -1089,6 +1182,68 @@ def test_the_learning_player_plays_better_than_the_random_one():
     assert scores["dqn"] > 1.3 * scores["random"]
 
 
+class Pays(gym.Env):
+    """Four steps, which pay 5, -2, 0.5 and 3, and then a time-out; observes 1 + the number of steps."""
+
+    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 9, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.float32([1]), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.float32([1 + self.t]), (5.0, -2.0, 0.5, 3.0)[self.t - 1], False, False, {}
+
+
+gym.register("Pays-v0", Pays, max_episode_steps=4)
+
+
+def test_a_random_player_repeats_its_action_as_often_as_told():
+    """At 0.8, and by chance in half of the other cases."""
+    folder = c.collect("Pays-v0", tiny(collect_steps=8_000, collect_repeat=0.8), CPU)
+    act = np.load(folder / "actions.npy").reshape(8, 1_000)
+    assert abs((act[:, 1:] == act[:, :-1]).mean() - 0.9) < 4 * (0.9 * 0.1 / 7_992) ** 0.5
+    assert 0.4 < act.mean() < 0.6
+
+
+def test_the_learning_player_is_plain_q_learning_on_complete_steps(monkeypatch):
+    """Two updates for each eight rows after 1,000, without CQL, on clipped rewards of rows whose n steps are
+    played; greedy action 1 but for epsilon, 1 for 1,000 rows, then from 0.41 to 0.05 at 1,600 of 3,200."""
+    batches, args, refreshed = [], [], []
+    note = lambda self, b, alone: batches.append(b[0]) or args.append(self.args) or alone or 1 / 0
+    monkeypatch.setattr(c.Learner, "update", note)
+    monkeypatch.setattr(c.Learner, "refresh_target", lambda self: refreshed.append(len(batches)))
+    monkeypatch.setattr(
+        c.Learner, "q", lambda self, obs, game: torch.tensor([[0.0, 1.0]]).expand(len(obs), 2)
+    )
+    collected = tiny(collect="dqn", collect_steps=3_200, n_step=2, cql_alpha=3.0, dr3_coef=1.0, dropout=0.5)
+    folder = c.collect("Pays-v0", replace(collected, unit_norm=True, target_network_frequency=150), CPU)
+    assert len(batches) == 2 * (3_200 - 1_000) // 8 and refreshed == [150, 300, 450]
+    assert {(a.cql_alpha, a.dr3_coef, a.dropout, a.unit_norm) for a in args} == {(0, 0, 0, False)}
+    returns = torch.tensor([1 - 0.99, -1 + 0.99, 1 + 0.99, 1])
+    for b in batches:
+        t = b.obs[:, 0] - 1
+        assert len(t) == 32 and torch.equal(b.next_obs[:, 0] - 1, (t + 2).clamp(max=4))
+        torch.testing.assert_close(b.rew, returns[t.long()])
+    act = np.load(folder / "actions.npy").reshape(8, 400)
+    other = [int((act[:, slice(*x)] == 0).sum()) for x in ((0, 124), (125, 200), (200, 400))]
+    for found, expected, n in zip(other, (496, 68, 40), (992, 600, 1_600)):
+        assert abs(found - expected) < 4 * (expected * (1 - expected / n)) ** 0.5, other
+
+
+def test_a_set_is_made_anew_for_all_that_changes_it_and_for_nothing_else(monkeypatch):
+    monkeypatch.setattr(c, "evaluate", lambda *a: (np.zeros(1), 0.0))
+    folder = lambda **changes: c.collect("Pays-v0", tiny(collect_steps=100, **changes), CPU)
+    names = {folder(), folder(seed=2), folder(collect_repeat=0.5), folder(max_episode_steps=9)}
+    assert len(names) == 4 and folder(gamma=0.5, num_updates=3, width=3, head="dqn") in names
+    changes = dict(head="dqn", gamma=0.5, n_step=2, double=False, learning_rate=1e-3, width=3, batch_size=8)
+    changes |= dict(target_network_frequency=7, encoder="mlp", clip_rewards=False, precision="bf16")
+    dqn = {folder(collect="dqn"), *(folder(collect="dqn", **{k: v}) for k, v in changes.items())}
+    dqn |= {folder(collect="dqn", head="c51", v_min=x) for x in (-9, -8)}
+    assert len(dqn) == 14 and folder(collect="dqn", cql_alpha=2.0, dr3_coef=1.0, dropout=0.5) in dqn
+
+
 @pytest.mark.parametrize("who", ["random", "dqn"])
 def test_a_signal_while_collecting_leaves_nothing(who, monkeypatch, capsys):
     steps, real = [0], c.Envs.step
@@ -1169,6 +1324,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys):
         lambda: c.collect("CartPole-v1", tiny(collect_steps=200), CPU), capsys, "datasets", "No space left"
     )
     assert not list(Path("datasets").iterdir())
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals", "real"])
+def test_every_column_counts_in_what_identifies_the_data(name, cartpole):
+    envs = SimpleNamespace(frame_shape=(4,), actions=2, name="CartPole-v1")
+    other = copied(cartpole)
+    x = np.load(other / f"{name}.npy")
+    where = np.flatnonzero(x != 0)[:1] if name in ("terminals", "real") else slice(None)
+    x[where] = 1 - x[where] if x.dtype.kind == "i" else 0 if x.dtype.kind == "b" else -x[where]
+    np.save(other / f"{name}.npy", x)
+    assert load(cartpole, envs).info["dataset_sha256"] != load(other, envs).info["dataset_sha256"]
 
 
 def test_two_runs_that_make_the_same_set_at_once_both_have_it(monkeypatch):
@@ -1306,6 +1472,54 @@ def test_evaluation_is_an_episode_by_hand():
     assert abs(over - np.mean(gaps)) < 1e-4
 
 
+def test_returns_are_raw_and_q_is_compared_with_rewards_as_trained_on():
+    for clip, discounted in ((True, 1 - 0.5 + 0.25 + 0.125), (False, 5 - 1 + 0.125 + 0.375)):
+        args = tiny(clip_rewards=clip, gamma=0.5)
+        learner = c.Learner((1,), [2], args, CPU)
+        returns, over = c.evaluate(learner, c.Envs("Pays-v0", 3, args), 0, args)
+        assert returns.tolist() == [6.5] * 3
+        assert abs(over - (learner.q(torch.ones(1, 1), 0).max().item() - discounted)) < 1e-5
+
+
+def test_one_action_in_a_thousand_of_an_evaluation_is_random():
+    """A random one of four is the greedy one in a quarter of the cases."""
+    n, acts = 200_000, []
+    none = np.zeros((n, 1), np.float32)
+    over = lambda act: acts.append(act) or (none, np.zeros(n), np.ones(n, bool), np.zeros(n, bool))
+    envs = SimpleNamespace(n=n, actions=4, reset=lambda seed: none, step=over)
+    net = SimpleNamespace(eval=lambda: None, train=lambda: None, z=torch.zeros(1))
+    q = torch.tensor([[0.0, 0, 1, 0]]).expand(n, 4)
+    c.evaluate(SimpleNamespace(net=net, q=lambda obs, game: q), envs, 0, tiny())
+    counts = np.bincount(acts[0], minlength=4)
+    assert len(acts) == 1 and all(abs(counts[a] - 50) < 5 * 50**0.5 for a in (0, 1, 3)), counts
+
+
+def test_stacks_that_the_player_sees_hold_its_own_episode_only():
+    envs = c.Envs("ShortCatch-v0", 2, tiny(env_id=("ShortCatch-v0",)))
+    stack, over, pictures = envs.reset(3), False, []
+    for _ in range(14):  # episodes of five steps
+        pictures.append(stack[:, -1].copy())
+        padded = [np.zeros_like(pictures[0])] * 3 + pictures
+        np.testing.assert_array_equal(stack, np.stack(padded[-4:], 1))
+        stack, _, terminated, truncated = envs.step(np.array([0, 2]))
+        pictures = [] if over else pictures  # the step after an end is the reset
+        over = (terminated | truncated)[0]
+
+
+def test_games_are_played_with_sticky_actions_from_their_first_frame(monkeypatch, capsys):
+    """Four frames a step; rewards raw; neither no-ops nor fire at a reset."""
+    import ale_py.vector_env
+
+    asked = []
+    stop = lambda *names, **options: asked.append((names, options)) or 1 / 0
+    monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", stop)
+    refused(lambda: c.Envs("ALE/SpaceInvaders-v5", 3, tiny(max_episode_steps=50)), capsys, "SpaceInvaders")
+    ((names, options),) = asked
+    assert names == ("space_invaders", 3) and options["repeat_action_probability"] == 0.25
+    assert options["noop_max"] == 0 and options["max_num_frames_per_episode"] == 200
+    assert not options["use_fire_reset"] and not options["reward_clipping"] and options["stack_num"] == 1
+
+
 @pytest.mark.parametrize("head, double", [("qr", True), ("c51", False)])
 def test_diagnostics_against_loops(head, double):
     args = tiny(head=head, double=double, gamma=0.9, n_step=2, clip_rewards=False, holdout=0.2)
@@ -1368,6 +1582,54 @@ def test_diagnostics_against_loops(head, double):
     expected["dormant"] = np.mean(units)
     for k, v in expected.items():
         assert abs(found[k] - v) < 1e-3 * max(1, abs(v)), (k, found[k], v)
+
+
+def test_diagnostics_of_several_games_are_their_means_but_for_the_largest_q_and_the_bounds():
+    """Two games with the same head, so that each alone can be measured as the first."""
+    args = tiny(head="dqn", gamma=0.9, n_step=2, clip_rewards=False)
+    games = [hand_made(x, args, True)[0] for x in ([(9, True, 1), (40, True, 1)], [(60, False, 1)])]
+    learner = c.Learner((3,), [4, 4], args, CPU)
+    learner.net.heads[1].load_state_dict(learner.net.heads[0].state_dict())
+    learner.target.load_state_dict(learner.net.state_dict())
+    games[1].info |= {"reward_min": -3.0, "reward_max": -2.0, "terminals": 4}
+    both, one, other = (c.diagnose(learner, x, args) for x in (games, games[:1], games[1:]))
+    assert other["q_bound"] == -2 and abs(other["q_range"] - 10) < 1e-6
+    games[1].info["terminals"] = 0  # then the least reward may be had for ever
+    assert abs(c.diagnose(learner, games[1:], args)["q_bound"] + 20) < 1e-4
+    for k in ("td_error", "q_data", "q_pi", "q_rand", "cql_gap", "v_s0"):
+        assert abs(both[k] - (one[k] + other[k]) / 2) < 1e-5 * max(1, abs(both[k])), k
+    for k in ("q_max", "q_bound", "q_range"):
+        assert one[k] != other[k] and both[k] == max(one[k], other[k]), k
+
+
+def test_advice_halves_and_doubles():
+    found = c.advice(c.Args(cql_alpha=4.0, width=64, n_step=20))
+    assert found["divergence"] == "--cql-alpha 8 or --unit-norm"
+    assert found["alpha too large"] == "--cql-alpha 2"
+    assert found["overfitting"] == "--dropout 0.1 or a smaller --width"
+    assert found["underfitting"].startswith(
+        "--width 128 or --encoder resnet or --dr3-coef 0.1 or --n-step 10"
+    )
+    on = c.advice(
+        c.Args(unit_norm=True, dropout=0.2, dr3_coef=0.1, encoder="resnet", n_step=1, cql_alpha=0.0)
+    )
+    assert on["divergence"] == "--cql-alpha 1" and on["overfitting"] == "a smaller --width"
+    assert on["underfitting"] == "--width 32"
+
+
+def test_summaries_are_means_over_games():
+    returns, args = (
+        [np.array([1.7, 30.5]), np.array([-20.7] * 2)],
+        c.Args(env_id=("ALE/Breakout-v5", "ALE/Pong-v5")),
+    )
+    found = c.summary_of("final", returns, args)
+    assert abs(found["final_return_mean"] + 2.3) < 1e-9 and abs(found["final_return_std"] - 7.2) < 1e-9
+    assert abs(found["normalized_score"] - 25) < 1e-9
+    assert found["final_games"] == {"ALE/Breakout-v5": np.mean([1.7, 30.5]), "ALE/Pong-v5": -20.7}
+    unknown = c.summary_of("final", returns, replace(args, env_id=("ALE/Breakout-v5", "CartPole-v1")))
+    assert unknown["normalized_score"] is None
+    assert c.summary_of("selected", returns[1:], replace(args, env_id=("ALE/Pong-v5",))) == {
+        "selected_return_mean": -20.7, "selected_return_std": 0.0}  # fmt: skip
 
 
 def test_scores_against_a_person():
@@ -1454,6 +1716,46 @@ def test_stopped_and_resumed_by_its_own_words_is_bitwise_the_uninterrupted_run(
         torch.rand(1000)
     assert c.train(args)["num_updates"] == 60
     assert_same_end(only_run("."), whole)
+
+
+def test_the_target_network_is_refreshed_at_its_frequency(cartpole, monkeypatch):
+    events, update, refresh = [], c.Learner.update, c.Learner.refresh_target
+    monkeypatch.setattr(c.Learner, "update", lambda self, b: events.append("update") or update(self, b))
+    monkeypatch.setattr(c.Learner, "refresh_target", lambda self: events.append("refresh") or refresh(self))
+    c.train(short(cartpole, num_updates=16, head="dqn", eval_episodes=0, diagnostics_frequency=0))
+    assert events == (["update"] * 7 + ["refresh"]) * 2 + ["update"] * 2
+
+
+def test_the_selected_networks_are_those_of_the_peak_and_are_scored(cartpole, monkeypatch):
+    """The dataset's Q is planted: it is highest after 30 of 50 updates. A return names its network."""
+    planted, end = [], {"td_error": 0.01, "cql_gap": 0.0, "return_std": 1.0, "q_max": 2.0, "q_bound": 9.0}
+    curve = iter([0.5, 1.0, 2.0, 1.5, 1.0])
+
+    def measure(learner, games, args):
+        planted.append(next(learner.net.parameters()).sum().item())
+        return end | {"q_range": 1.0, "q_lift": 0.0, "q_data": next(curve)}
+
+    named = lambda learner, *rest: (np.full(2, next(learner.net.parameters()).sum().item()), 0.0)
+    monkeypatch.setattr(c, "diagnose", measure)
+    monkeypatch.setattr(c, "evaluate", named)
+    changes = dict(num_updates=50, diagnostics_frequency=10, eval_frequency=0, checkpoint_frequency=0)
+    result = c.train(short(cartpole, head="dqn", **changes))
+    assert result["selected_step"] == 30 and result["selected_return_mean"] == planted[2]
+    assert result["final_return_mean"] == planted[4] and len(set(planted)) == 5
+    assert torch.load(only_run(".") / "selected.pt", weights_only=True)["step"] == 30
+
+
+def test_a_run_that_makes_its_data_is_the_run_on_them():
+    """A learning player draws from torch's generator; the run begins with the same numbers nevertheless."""
+    args, ends = tiny(collect="dqn", collect_steps=160, head="dqn", num_updates=3, eval_episodes=0), []
+    for changes in ({}, {"collect": "random", "collect_steps": 40_000}):
+        if changes:
+            (folder,) = Path("datasets").iterdir()
+            changes |= {"dataset": (str(folder),)}
+        c.train(replace(args, run_dir=f"run{len(ends)}", **changes))
+        (run,) = Path(f"run{len(ends)}").iterdir()
+        ends.append(networks(run))
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
 def test_resume_auto_takes_the_run_with_these_arguments(cartpole, monkeypatch, capsys):
@@ -1618,6 +1920,27 @@ def test_several_games_draw_alike_and_are_scored_apart(cartpole, monkeypatch):
     tags = {t for _, t, _ in metrics(only_run("."))}
     assert {f"eval/episodic_return/{n}" for n in names} <= tags and set(result["final_games"]) == set(names)
     assert abs(np.mean(list(result["final_games"].values())) - result["final_return_mean"]) < 1e-9
+
+
+def test_each_game_is_evaluated_by_its_own_head_and_logged_under_its_name(cartpole, monkeypatch):
+    """Planted returns: 10 and 12 of the first game, 20 and 24 of the second."""
+    asked, names = [], ("CartPole-v1", "OtherCartPole-v0")
+    planted = lambda net, envs, game, args: (
+        asked.append((envs.name, game)) or (np.array([10.0, 12.0]) * (1 + game), 0.5 + game)
+    )
+    monkeypatch.setattr(c, "evaluate", planted)
+    small = c.collect(names[1], tiny(collect_steps=160), CPU)
+    data = (str(cartpole), str(small))
+    result = c.train(short(cartpole, env_id=names, dataset=data, num_updates=20))
+    assert set(asked) == {(names[0], 0), (names[1], 1)}
+    assert result["final_games"] == result["selected_games"] == {names[0]: 11.0, names[1]: 22.0}
+    rows = {(s, t): float(v) for s, t, v in metrics(only_run("."))}
+    for name, mean, over in zip(names, (11, 22), (0.5, 1.5)):
+        assert rows[20, f"eval/episodic_return/{name}"] == rows[20, f"charts/episodic_return/{name}"] == mean
+        assert rows[20, f"diagnostics/overestimation/{name}"] == over
+    envs = SimpleNamespace(frame_shape=(4,), actions=2, name="x")
+    found = [load(x, envs).info["dataset_return_mean"] for x in data]
+    assert found[0] != found[1] and abs(result["dataset_return_mean"] - np.mean(found)) < 1e-9
 
 
 # ------------------------------------------------------------------------------------- several processes

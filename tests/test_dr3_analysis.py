@@ -234,6 +234,17 @@ for name, kind, kwargs in (
         gym.register(name, entry_point=kind, kwargs=kwargs)
 
 
+def test_every_episode_starts_from_a_seed_of_its_own(monkeypatch):
+    seeds, reset = [], Clock.reset
+    monkeypatch.setattr(
+        Clock, "reset", lambda self, seed=None, **k: seeds.append(seed) or reset(self, seed, **k)
+    )
+    for seed in (3, 4):
+        seeds.clear()
+        d.continuous(d.Args(env_id="Clock-v0", transitions=1_500, gamma=0.5, seed=seed), CPU)
+        assert seeds[0] == seed and len(set(seeds)) == len(seeds) == 2 + 8
+
+
 @pytest.mark.parametrize("env_id, kept, length", [("Clock-v0", 1000, 1008), ("Clock7-v0", 7, 7)])
 def test_continuous_data(env_id, kept, length):
     """gamma 0.5: a tail of 8 steps makes returns whole to 1 %. Terminal steps stay, cut ones do not exist.
@@ -433,6 +444,19 @@ def test_a_file_that_is_none_is_refused(capsys):
 # -------------------------------------------------------------------- what the members of a seed share
 def fingerprint(*tensors) -> str:
     return hashlib.sha256(b"".join(x.detach().contiguous().numpy().tobytes() for x in tensors)).hexdigest()
+
+
+def test_every_layer_starts_as_torchs_linear_and_from_numbers_of_its_own():
+    """Uniform within 1 / sqrt(inputs)."""
+    learner = a_learner(targets=("td",), cures=(), seeds=2, width=40, depth=3)
+    pairs = list(zip(learner.net.weights, learner.net.biases))
+    for (W, b), fan_in in zip(pairs, (5, 40, 40, 40)):
+        assert W.shape[1] == fan_in and W.abs().max() <= fan_in**-0.5 and b.abs().max() <= fan_in**-0.5
+        assert W.abs().max() > 0.9 * fan_in**-0.5 and not torch.equal(W[0], W[1])
+    assert not torch.isclose(pairs[1][0], pairs[2][0]).any(1).all() and W.shape[2] == 1
+    first = [W[0].flatten()[:40] for W, _ in pairs]
+    for x, y in itertools.combinations([x / x.abs().max() for x in first], 2):
+        assert not torch.allclose(x, y, atol=0.2)
 
 
 def test_members_of_a_seed_start_alike_and_see_the_same_batches():
@@ -830,6 +854,33 @@ def test_diagnostics_by_loops():
                 assert abs(found[i][k] - value) < 1e-4 * max(1, abs(value)), (m, k, found[i][k], value)
 
 
+def test_greedy_returns_are_those_of_each_members_own_table():
+    args = tiny(targets=("td", "q"), cures=(), seeds=2)
+    p = d.gridworld(args, CPU)
+    learner, P, r = d.Learner(p, args, CPU), *grid_by_hand(3)
+    with torch.no_grad():
+        for W in learner.net.weights:
+            W.normal_()
+        found, pairs = d.diagnose(learner, args, 1), torch.cat(p.all_pairs, -1)
+        for i, one in enumerate(found):
+            best = learner.net(pairs[None], [i])[0].view(9, 4).argmax(1).numpy()
+            V = np.linalg.solve(np.eye(9) - 0.99 * P[np.arange(9), best], r[np.arange(9), best])
+            assert abs(one["greedy_return"] - V[:8].mean()) < 1e-6
+    assert len({one["greedy_return"] for one in found}) == 4
+
+
+def test_measured_rows_are_drawn_from_all_and_gradients_from_256_of_them(monkeypatch):
+    seen, sizes, dots = [], [], d.gradient_dots
+    draw = lambda s, m, g: seen.append(s[:, 0].int()) or torch.zeros(len(s), m, 2)
+    monkeypatch.setattr(d, "gradient_dots", lambda net, x, y: sizes.append(x.shape[1]) or dots(net, x, y))
+    next_obs = torch.arange(3000.0)[:, None].expand(3000, 3)
+    p = a_problem(n=3000, fresh=draw, choices=draw, next_obs=next_obs)
+    learner = a_learner(p, seeds=1, cures=(), targets=("td",))
+    d.diagnose(learner, learner.args, 1)
+    assert len(set(seen[0].tolist())) == 2048 and sizes == [256]
+    assert abs((seen[0] >= 1500).float().mean() - 0.5) < 0.05
+
+
 def test_errors_to_trained_and_to_held_out_returns():
     held, mc = a_problem(n=30, seed=8), torch.linspace(-2, 5, 30)
     p = a_problem(n=50, truth={})._replace(held=[held.obs, held.act, mc])
@@ -1052,6 +1103,38 @@ def test_claims_on_planted_curves(results, expected):
     assert {k: words[word] for k, (word, _) in found.items()} == expected
 
 
+BOUNDS = [  # both sides of each bound
+    # dots: above twice sarsa's, up by 10 %; Q settled within 10 %
+    (planted(sarsa={}, td={"feature_dot": (150, 160, 198)}), NO | {SETTLED: 1}),
+    (planted(sarsa={}, td={"feature_dot": (150, 160, 202)}), NO | {DOTS: 1, SETTLED: 1}),
+    (planted(sarsa={}, td={"feature_dot": (150, 200, 219)}), NO),
+    (planted(sarsa={}, td={"feature_dot": (150, 200, 221)}), NO | {DOTS: 1, SETTLED: 1}),
+    (planted(sarsa={}, td={"feature_dot": RISING, "q_mean": (0, -10, -11.1)}), NO | {DOTS: 1}),
+    # errors: 10 %
+    (planted(sarsa={}, td={"srank": 190, "q_error": 1.09}), NO | {RANK: 1}),
+    (planted(sarsa={}, td={"srank": 190, "q_error": 1.11}), NO | {RANK: 1, ERRORS: 1}),
+    # a moving target: within 15 %
+    (planted(sarsa={}, td={}, moving={"srank": 203}), NO | {MOVING: 0}),
+    (planted(sarsa={}, td={}, moving={"srank": 205}), NO | {MOVING: 1}),
+    # DR3: a tenth down where nothing else is known; the rank 5 % up and within 15 % of sarsa's
+    (planted(td={}, td__dr3={"feature_dot": 91}), {LOWERS: 0, HELPS: 0}),
+    (planted(td={}, td__dr3={"feature_dot": 89}), {LOWERS: 1, HELPS: 0}),
+    (planted(sarsa={}, td={"srank": 200}, td__dr3={"srank": 209}),
+     NO | {RANK: 1, LOWERS: 0, HELPS: 0, RESCUES: 0}),
+    (planted(sarsa={}, td={"srank": 200}, td__dr3={"srank": 211}),
+     NO | {RANK: 1, LOWERS: 0, HELPS: 0, RESCUES: 1}),
+    (planted(sarsa={}, td={"srank": 150}, td__dr3={"srank": 203}),
+     NO | {RANK: 1, LOWERS: 0, HELPS: 0, RESCUES: 0}),
+    (planted(sarsa={}, td={"srank": 150}, td__dr3={"srank": 205}),
+     NO | {RANK: 1, LOWERS: 0, HELPS: 0, RESCUES: 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("results, expected", BOUNDS)
+def test_the_bounds_of_the_claims(results, expected):
+    test_claims_on_planted_curves(results, expected)
+
+
 def test_claims_name_their_numbers():
     results = planted(sarsa={}, td={"srank": 190, "feature_dot": RISING, "q_mean": -11, "q_error": 2.0})
     found = d.claims(results)
@@ -1119,6 +1202,26 @@ def test_results_are_means_over_seeds_of_the_nearest_measurements():
             assert abs(entry[name] - mean) < 1e-9
             sd = math.sqrt(sum((x - mean) ** 2 for x in mine) / 2)
             assert abs(entry[name + "_interval"] - 4.303 * sd / math.sqrt(3)) < 1e-9
+
+
+def test_the_table_holds_the_final_means_under_their_names():
+    entry = lambda x, seeds: {
+        "quarter": -1.0,
+        "half": -2.0,
+        "final": x,
+        "final_interval": x / 4,
+        "final_seeds": seeds,
+    }
+    several = {"td": {"none": {"q_mean": entry(8.0, [7, 9]), "srank": entry(4.0, [4, 4])}}}
+    several["q"] = {"dr3:1": {"srank": entry(2.0, [2, 2])}}
+    head, one, other = d.table(several).splitlines()
+    assert head.split() == ["target", "cure", "srank", "q_mean"]
+    assert one.split() == "td none 4 +- 1 8 +- 2".split() and other.split() == "q dr3:1 2 +- 0.5".split()
+    assert d.table({"mc": {"none": {"srank": entry(3.0, [3])}}}).splitlines()[1].split() == [
+        "mc",
+        "none",
+        "3",
+    ]
 
 
 # --------------------------------------------------------------------------------------------- mistakes

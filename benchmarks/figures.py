@@ -261,7 +261,7 @@ def policy_gradients():
         above.set(title=env, xlabel="environment steps", ylabel="return")
         below.set(xlabel="seconds of one thread", ylabel="return")
         print(table(rows, env, names))
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    max(axes[0], key=lambda axis: len(axis.lines)).legend(fontsize=8, frameon=False)  # SB3: on MuJoCo only
     save(figure, "policy_gradients")
 
 

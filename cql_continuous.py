@@ -241,7 +241,7 @@ def proposal_kind(args: Args) -> str:
 
 # ------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^d."""
+    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^act."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -250,19 +250,19 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
 
     def forward(self, obs):
-        """Mean and log standard deviation of u, where a = tanh(u); each (B, d)."""
+        """Mean and log standard deviation of u, where a = tanh(u); each (B, act)."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(-5, 2)  # the authors' bounds
 
     def sample(self, obs, n: int, generator=None):
-        """n reparameterised actions a state, (B, n, d), and their log pi(a|s), (B, n)."""
+        """n reparameterised actions a state, (B, n, act), and their log pi(a|s), (B, n)."""
         mean, log_std = (x[:, None] for x in self(obs))
         noise = torch.randn(len(obs), n, mean.shape[-1], generator=generator, device=obs.device)
         u = mean + log_std.exp() * noise
         return torch.tanh(u), squashed_log_prob(u, mean, log_std)
 
     def log_prob(self, obs, act):
-        """log pi(a|s) of given actions (B, n, d), as (B, n)."""
+        """log pi(a|s) of given actions (B, n, act), as (B, n)."""
         mean, log_std = (x[:, None] for x in self(obs))
         return squashed_log_prob(torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6)), mean, log_std)
 
@@ -329,7 +329,7 @@ class Critic(nn.Module):
         return phi, kl
 
     def forward(self, obs, act):
-        """Q(s,a): (n, B) for actions (B, d), (n, B, M) for M actions a state, (B, M, d)."""
+        """Q(s,a): (n, B) for actions (B, act), (n, B, M) for M actions a state, (B, M, act)."""
         if act.dim() == 3:
             m = act.shape[1]
             q = self(obs.repeat_interleave(m, 0), act.flatten(0, 1))

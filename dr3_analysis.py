@@ -7,26 +7,29 @@ differs in one thing at a time, and the features phi(s,a), which the last linear
   oracle  y = Q(s,a) by dynamic programming                   supervised, without noise (gridworld)
   sarsa   y = r + gamma Q'(s', a'),  a' the data's next       bootstrapped, on pairs that are trained on
   td      y = r + gamma Q'(s', a'),  a' ~ behaviour, fresh    bootstrapped, on pairs that may never be so
-  td10    y = r + gamma mean of ten such Q'                   the same, without the noise of a single a'
+  td10    y = r + gamma mean of ten such Q'                   the same, a tenth of a single draw's variance
   q       y = r + gamma max of Q'(s', a), ten uniform a       control (gridworld: all a)
   moving  y of another seed's td network                      a moving target, but not by its own doing
 
-with Q' the target network. Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen actions
-the rank of phi falls below that of sarsa, and the dot products phi(s,a).phi(s',a') rise, even when Q has
-settled. Why: the noise of gradient descent acts like a regulariser of the features. In supervised learning it
-adds sum phi.phi, which keeps them small; with bootstrapping it adds
+with Q' the target network; where s' is terminal, Q' and phi(s',a') count as 0. Claims (arXiv 2010.14498,
+arXiv 2112.04716): with bootstrapping on unseen actions the rank of phi falls below that of sarsa, and the
+dot products phi(s,a).phi(s',a') rise, even when Q has settled. Why: the noise of gradient descent acts like a
+regulariser of the features. In supervised learning it adds sum phi.phi, which keeps them small; with
+bootstrapping it adds
 
-  R(phi) = sum phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a')       (reg_sl and reg_td, as means over rows)
+  R(phi) = sum [ phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a') ]
 
-whose second term rewards features that are alike on both sides of the backup (reg_sl_full, reg_td_full: with
-grad Q by all weights in place of phi). DR3 cancels that term: loss + c mean phi(s,a).phi(s',a').
+whose second term rewards features that are alike on both sides of the backup (logged as means over rows:
+reg_td, its first term alone reg_sl; reg_td_full, reg_sl_full: with grad Q by all weights in place of phi).
+DR3 cancels that term: loss + c mean phi(s,a).phi(s',a').
 
 Cures, each a run of its own on --cure-target, c the weight of a term in the loss:
 
   dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
   sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's features (arXiv 2010.14498)
   unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
-  tau:t  l2:c  refit:k       target rate; |weights|^2; a new network every k updates, fitted to the last one
+  tau:t  l2:c  refit:k       target rate; |weights|^2 without biases; a new network every k updates, fitted to
+                             the last one
 
   symbol        in the code          shape
   Q(s,a)        net.q(phi)           (n, B), n members: targets and cures x seeds
@@ -47,9 +50,9 @@ Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
   python dr3_analysis.py --problem dataset --dataset replay.hdf5
 
-All members train together as one batched network. Few rows are learned by heart, with the noise of their
-returns, so errors are compared on held-out episodes. The run ends with a figure, a table, and a list that
-says which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
+All members train together as one batched network. A small dataset is learned by heart, the noise of its
+returns included, so errors are compared on held-out episodes. The run ends with a figure, a table, and a
+list that says which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
 
 Known limits: observation vectors; the rank needs more transitions than --width. Left out on purpose: pixels.
 """
@@ -453,31 +456,31 @@ class Members(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
         self.switches = {name: bool((getattr(self, name) > 0).any()) for name in ("unit", "layer", "dropout")}
 
-    def features(self, x, members=slice(None), hidden: bool = False, record: list | None = None):
+    def features(self, x, who=slice(None), hidden: bool = False, record: list | None = None):
         """phi, (k, B, width), of inputs (k, B, in) for these k members; `hidden`: of all hidden layers.
         `record` receives each layer's input and sum, (k, B, in) and (k, B, width)."""
         out = []
         for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            a, x = x, torch.baddbmm(b[members], x, W[members])
+            a, x = x, torch.baddbmm(b[who], x, W[who])
             if record is not None:
                 record.append((a, x))
             if self.switches["layer"]:
-                x = torch.where(self.layer[members] > 0, F.layer_norm(x, x.shape[-1:]), x)
+                x = torch.where(self.layer[who] > 0, F.layer_norm(x, x.shape[-1:]), x)
             x = F.relu(x)
             if self.switches["dropout"] and self.training:
-                p = self.dropout[members]
+                p = self.dropout[who]
                 x = x * (torch.rand_like(x) >= p) / (1 - p)
             out.append(x)
         if self.switches["unit"]:
-            x = torch.where(self.unit[members] > 0, F.normalize(x, dim=-1), x)
+            x = torch.where(self.unit[who] > 0, F.normalize(x, dim=-1), x)
         return (*out[:-1], x) if hidden else x
 
-    def q(self, phi, members=slice(None)):
+    def q(self, phi, who=slice(None)):
         """(k, B)"""
-        return torch.baddbmm(self.biases[-1][members], phi, self.weights[-1][members])[..., 0]
+        return torch.baddbmm(self.biases[-1][who], phi, self.weights[-1][who])[..., 0]
 
-    def forward(self, x, members=slice(None)):
-        return self.q(self.features(x, members), members)
+    def forward(self, x, who=slice(None)):
+        return self.q(self.features(x, who), who)
 
 
 def gradient_dots(net: Members, x, x_next):
@@ -549,40 +552,40 @@ class Learner(nn.Module):
             out.append((rows, fresh, choices))
         return [torch.stack(x)[self.seeds] for x in zip(*out)]
 
-    def next_actions(self, rows, fresh, choices, kind: str, members: list):
+    def next_actions(self, rows, fresh, choices, kind: str, who: list):
         """The a' of a target, (k, B, m, act)."""
         if kind in ("td", "moving"):
-            return fresh[members][:, :, :1]
+            return fresh[who][:, :, :1]
         if kind in ("td10", "q"):
-            return (fresh if kind == "td10" else choices)[members]
-        assert kind in ("sarsa", "mc", "oracle"), kind  # the last two for the diagnostics
-        return self.problem.next_act[rows[members]][:, :, None]
+            return (fresh if kind == "td10" else choices)[who]
+        assert kind in ("sarsa", "mc", "oracle"), kind  # the last two for DR3 and the diagnostics
+        return self.problem.next_act[rows[who]][:, :, None]
 
     @torch.no_grad()
     def targets(self, rows, fresh, choices):
         """y (n, B), and the action of each target, (n, B, act); of td10 the first of its ten."""
         p, y = self.problem, torch.empty(rows.shape, device=rows.device)
-        chosen = torch.empty(*rows.shape, p.act.shape[1], device=rows.device)
+        target_act = torch.empty(*rows.shape, p.act.shape[1], device=rows.device)
         for kind in self.args.targets:
-            members = self.chosen(target=kind)
-            act = self.next_actions(rows, fresh, choices, kind, members)  # (k, B, m, act)
-            chosen[members] = act[:, :, 0]
+            who = self.chosen(target=kind)
+            act = self.next_actions(rows, fresh, choices, kind, who)  # (k, B, m, act)
+            target_act[who] = act[:, :, 0]
             if kind in ("mc", "oracle"):
-                y[members] = (p.mc if kind == "mc" else p.truth["oracle"])[rows[members]]
+                y[who] = (p.mc if kind == "mc" else p.truth["oracle"])[rows[who]]
                 continue
-            sources = members
+            sources = who
             if kind == "moving":  # the next seed's td; its own seed's would make it td over again
                 sources = self.chosen(target="td", cure="none")
                 sources = sources[1:] + sources[:1]
             k, B, m, _ = act.shape
-            obs = p.next_obs[rows[members]][:, :, None].expand(-1, -1, m, -1)
+            obs = p.next_obs[rows[who]][:, :, None].expand(-1, -1, m, -1)
             q = self.target(torch.cat([obs, act], -1).flatten(1, 2), sources).view(k, B, m)
             if kind == "q":
-                chosen[members] = act.take_along_dim(q.argmax(-1)[..., None, None], 2)[:, :, 0]
+                target_act[who] = act.take_along_dim(q.argmax(-1)[..., None, None], 2)[:, :, 0]
             value = q.amax(-1) if kind == "q" else q.mean(-1)
-            rows_of = rows[members]
-            y[members] = p.rew[rows_of] + self.args.gamma * (1 - p.done[rows_of]) * value
-        return y, chosen
+            rows_of = rows[who]
+            y[who] = p.rew[rows_of] + self.args.gamma * (1 - p.done[rows_of]) * value
+        return y, target_act
 
     def loss(self, rows, fresh, choices):
         """Mean squared error of each member, (n,), and its regulariser, (n,), already weighted."""
@@ -592,23 +595,23 @@ class Learner(nn.Module):
         error = ((net.q(phi) - y) ** 2).mean(1)
         penalty = torch.zeros_like(error)
         for cure in {m.cure for m in self.members} & {"dr3", "dr3abs", "dr3stop", "sl", "rank", "l2"}:
-            members = self.chosen(cure=cure)
-            weight = torch.tensor([self.members[i].value for i in members], device=error.device)
+            who = self.chosen(cure=cure)
+            weight = torch.tensor([self.members[i].value for i in who], device=error.device)
             if cure.startswith("dr3"):
-                x = torch.cat([p.next_obs[rows[members]], next_act[members]], -1)
-                phi_next = net.features(x, members)
+                x = torch.cat([p.next_obs[rows[who]], next_act[who]], -1)
+                phi_next = net.features(x, who)
                 phi_next = phi_next.detach() if cure == "dr3stop" else phi_next
-                dot = (phi[members] * phi_next).sum(-1) * (1 - p.done[rows[members]])
+                dot = (phi[who] * phi_next).sum(-1) * (1 - p.done[rows[who]])
                 value = (dot.abs() if cure == "dr3abs" else dot).mean(1)
             elif cure == "sl":
-                value = (phi[members] ** 2).sum(-1).mean(1)
+                value = (phi[who] ** 2).sum(-1).mean(1)
             elif cure == "rank":  # squared singular values (arXiv 2010.14498), from the smaller Gram matrix
-                Phi = phi[members] if phi.shape[1] > phi.shape[2] else phi[members].mT
+                Phi = phi[who] if phi.shape[1] > phi.shape[2] else phi[who].mT
                 eigenvalues = torch.linalg.eigvalsh((Phi.mT @ Phi).nan_to_num(0, 0, 0))  # it raises on NaN
                 value = eigenvalues[:, -1] - eigenvalues[:, 0]
             elif cure == "l2":
-                value = sum((W[members] ** 2).sum((1, 2)) for W in net.weights)
-            penalty = penalty.index_add(0, torch.tensor(members, device=error.device), weight * value)
+                value = sum((W[who] ** 2).sum((1, 2)) for W in net.weights)
+            penalty = penalty.index_add(0, torch.tensor(who, device=error.device), weight * value)
         return error, penalty
 
     def update(self, step: int) -> dict:
@@ -634,8 +637,8 @@ class Learner(nn.Module):
 
     def refit(self, i: int):
         """Fitted Q-iteration: the target becomes what was fitted, fitting starts from the first weights."""
-        fresh = Members(self.net.weights[0].shape[1], [self.members[i]], self.args).to(self.taus.device)
-        for p, p_target, start in zip(self.net.parameters(), self.target.parameters(), fresh.parameters()):
+        initial = Members(self.net.weights[0].shape[1], [self.members[i]], self.args).to(self.taus.device)
+        for p, p_target, start in zip(self.net.parameters(), self.target.parameters(), initial.parameters()):
             p_target[i] = p[i]
             p[i] = start[0]
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -739,11 +742,12 @@ def claims(results: dict) -> dict:
 
     Each is decided seed by seed, against the member of the same weights and batches: `supported` if it holds
     in all seeds, `not supported` if in none, else `undecided`. A rank falls if it ends 15 % below that of
-    sarsa (without sarsa: of mc), does not if it loses at most 5 % after the first quarter. A dot product
-    rises with bootstrapping if it ends above twice that one's and gains more than 10 % in the second half;
-    while Q has settled, if it gains that where mean Q moves by less than 10 %. DR3 must bring the dot product
-    to that of sarsa, and at least 10 % down; a rescue is a rank 5 % above td's and within 15 % of sarsa's; a
-    larger or lower error is one by 10 %, on held-out episodes where the truth is unknown.
+    sarsa (without sarsa: of mc); it does not for mc and oracle if at most 5 % is lost after the first
+    quarter, for moving if it ends less than 15 % below sarsa's. A dot product rises if it ends above twice
+    sarsa's and gains more than 10 % in the second half; while Q has settled, if it gains that where mean Q
+    moves by less than 10 %. DR3 must bring the dot product to sarsa's, at least 10 % down, and move mean Q by
+    less than 10 %; a rescue is a rank 5 % above that without DR3 and within 15 % of sarsa's; a larger or
+    lower error is one by 10 %, on held-out episodes where the truth is unknown.
     """
     out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
     error = "q_error" if any("q_error" in r["none"] for r in results.values()) else "return_error_holdout"
@@ -771,7 +775,8 @@ def claims(results: dict) -> dict:
         dots = f"in the second half td's dot product changes by {rise.mean():+.0%} (a rise: +10%)"
         twice = f"it ends at {ratio.mean():.1f} times that of {base} (a rise: 2)"
         steady = f"which changes by {gain(base, 'feature_dot').mean():+.0%}"
-        say("with bootstrapping the dot products rise", (ratio > 2) & (rise > 0.1), dots, twice, steady)
+        name = "with bootstrapping on unseen actions the dot products rise"
+        say(name, (ratio > 2) & (rise > 0.1), dots, twice, steady)
         moved = gain("td", "q_mean")
         settled = f"its mean Q by {moved.mean():+.0%} (settled: 10%)"
         say("the dot products rise while Q has settled", (np.abs(moved) < 0.1) & (rise > 0.1), dots, settled)
@@ -883,9 +888,9 @@ def memory(problem: Problem, args: Args) -> int:
     """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of ten next
     actions, in an update or on the 2,048 rows of a measurement."""
     inputs = problem.obs.shape[1] + problem.act.shape[1]
-    members = (len(args.targets) + len(args.cures)) * args.seeds
+    n = (len(args.targets) + len(args.cures)) * args.seeds
     weights = args.width * (inputs + args.width * (args.depth - 1))
-    return 4 * members * (5 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
+    return 4 * n * (5 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
 
 
 def train(args: Args) -> dict:

@@ -9,7 +9,8 @@ one that played; generalised advantage estimation (arXiv 1506.02438) says which 
        = (1 - lambda) sum_n lambda^(n-1) (the advantage by n-step returns)
   loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),   V_target = A + V                (Eq. 9)
 
-With --clip-vloss V(s) is moreover held to V_old(s) +- eps, and the larger of the two errors counts.
+The sum stops where the episode ends, and V(s_{t+1}) is 0 after a termination, not after a time-out.
+With --clip-vloss, the default, V(s) is moreover held to V_old(s) +- eps; the larger of the two errors counts.
 lambda trades bias for variance: 0 trusts the critic after one step, 1 trusts the sampled return alone.
 
   symbol       in the code                    shape

@@ -23,7 +23,7 @@ step, and keep Q in check by a random subset of a large ensemble, or by dropout 
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
   Q_i(s,a)           critic(obs, act)                       (n, B)
   y                  backup()                               (B,)
-  pi(a|s)            actor                                  density and entropy for actions in [-1, 1]
+  pi(a|s)            actor.sample(obs)                      (B, act) in [-1, 1], log pi(a|s) (B,)
   alpha              --alpha, log_alpha                     scalar, the temperature
   H_target           --target-entropy                       scalar
   tau                --tau                                  Polyak rate of the target critics
@@ -52,7 +52,8 @@ Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium,
   python sac.py --resume runs/EXPERT --rollout-dataset expert.hdf5 --rollout-steps 100_000
 
 While it trains,
-- `eval/episodic_return` should rise, `diagnostics/q_max` stay below `q_bound`;
+- `eval/episodic_return` should rise, `diagnostics/q_max` stay below `q_bound` (early on it may pass: the
+  bound falls with alpha at once, Q slowly);
 - `losses/entropy` fall to H_target and stay, `losses/alpha` fall, then follow the scale of Q (an alpha that
   grows for ever: H_target is out of reach);
 - `overestimation` is positive while alpha is large, since Q then holds the entropy, and negative for long
@@ -216,7 +217,7 @@ def check(args: Args):
 
 # ------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^d."""
+    """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^act."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -225,12 +226,12 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
 
     def forward(self, obs):
-        """Mean and log standard deviation of u, where a = tanh(u); each (B, d)."""
+        """Mean and log standard deviation of u, where a = tanh(u); each (B, act)."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)  # the authors' bounds
 
     def sample(self, obs, generator=None):
-        """A reparameterised action for each state, (B, d), and its log pi(a|s), (B,)."""
+        """A reparameterised action for each state, (B, act), and its log pi(a|s), (B,)."""
         mean, log_std = self(obs)
         u = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=obs.device)
         return torch.tanh(u), squashed_log_prob(u, mean, log_std)
@@ -345,7 +346,7 @@ class Learner(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device):
         super().__init__()
-        self.args, self.act_dim = args, act_dim
+        self.args, self.device, self.act_dim = args, device, act_dim
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -367,7 +368,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def act(self, obs, explore: bool):
         """Actions in [-1, 1] for an environment's observations: a sample of pi, or tanh(mean)."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.actor.sample(obs)[0] if explore else torch.tanh(self.actor(obs)[0])
 
     def update(self, batch: Batch, policy: bool) -> dict:

@@ -762,7 +762,7 @@ def test_gradients_of_dr3_by_finite_differences(double):
 def test_dr3abs_differs_where_dots_are_negative(double):
     learner = a_learner(targets=("td",), cures=("dr3:1", "dr3abs:1"), seeds=1, cure_target="td")
     features = learner.net.features
-    turned = lambda x, members=slice(None): features(x, members) * x[..., :1].sign()
+    turned = lambda x, who=slice(None): features(x, who) * x[..., :1].sign()
     learner.net.features, batch = turned, learner.batch()
     dots, p = [], learner.problem
     _, next_act = learner.targets(*batch)
@@ -1025,7 +1025,7 @@ def planted(**targets) -> dict:
 
 RANK, DOTS = (
     "with bootstrapping on unseen actions the rank falls",
-    "with bootstrapping the dot products rise",
+    "with bootstrapping on unseen actions the dot products rise",
 )
 SETTLED, ERRORS = "the dot products rise while Q has settled", "the lower rank comes with a larger error"
 MC, ORACLE = "with mc targets the rank does not fall", "with oracle targets the rank does not fall"

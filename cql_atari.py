@@ -25,9 +25,9 @@ a value is, and with it the TD error, is the head's matter; Q(s,a) above is its 
 
 phi depends on the state alone, so that DR3 here is the mean of phi(s).phi(s') over the minibatch, terminal
 rows counted as 0 (the authors' Atari code takes its absolute value, the same after a ReLU, and keeps them);
-the paper's phi(s,a) would need the action among the inputs (arXiv 2112.04716). --unit-norm divides phi by its
-norm (arXiv 2211.15144). With --n-step above 1 the rewards of the data's own actions count as if the greedy
-policy had taken them: faster, and biased.
+with one output an action, phi(s,a).phi(s',a') would be 0 where a' is not a (arXiv 2112.04716). --unit-norm
+divides phi by its norm (arXiv 2211.15144). With --n-step above 1 the rewards of the data's own actions count
+as if the greedy policy had taken them: faster, and biased.
 Several games share the encoder; each minibatch holds as many rows of one as of another.
 
 Where to read: networks, q_loss and td_loss are the algorithm; Data stacks frames; train() is the loop. The

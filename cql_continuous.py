@@ -1002,7 +1002,7 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
         r_max = r_max + args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
     out["q_bound"] = r_max if r_max < 0 and data.info["terminals"] else r_max / (1 - args.gamma)
     out["q_range"] = (r_max - r_min) / (1 - args.gamma)
-    # the data's actions come to rest at 2 (Q - y) = weight, at every step of the backup
+    # the data's actions come to rest at 2 (Q - y) <= weight, at every step of the backup
     weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
     out["q_lift"] = weight / 2 / (1 - args.gamma)
     return {k: float(v) for k, v in out.items()}

@@ -138,7 +138,7 @@ class Args:
     normalize_obs: bool = False
     """running standardisation of observations (MuJoCo: on)"""
     normalize_reward: bool = False
-    """rewards divided by the running deviation of the discounted return (MuJoCo: on)"""
+    """rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)"""
 
     # --- policy gradient
     gamma: float = 0.99
@@ -172,7 +172,7 @@ class Args:
     critic_updates: int = 20
     """steps on the value of each rollout"""
     critic_solver: Literal["kfac", "adam"] = "kfac"
-    """Gauss-Newton by K-FAC with the exact best step along its direction; or Adam"""
+    """Gauss-Newton by K-FAC, the step along its direction that is best for the linearised V; or Adam"""
     critic_lr: float = 1e-3
     """learning rate of Adam, with --critic-solver adam"""
     critic_damping: float = 0.1
@@ -609,8 +609,8 @@ class Learner(nn.Module):
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
         """Of K-FAC's direction d for the gradient g: the worst condition number of the policy's factors, and
         of the critic's before its steps; for at most 2,000 parameters, and with damping, also the cosine of
-        d, and of g itself, with the exact (and equally damped) natural gradient, in the Fisher inner product
-        <x, y> = x^T F y."""
+        d, and of g itself, with the exact natural gradient at the same l, in the Fisher inner product
+        <x, y> = x^T F y. (Split over the factors l adds cross terms: below 1 even where S (x) A is F.)"""
         out = {"policy_condition": self.policy_factors.condition()}
         if self.args.critic_solver == "kfac":
             out["critic_condition"] = self.critic_factors.condition()
@@ -847,7 +847,7 @@ class Player:
         return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards divided by the running deviation of the discounted return, then clipped: [C8] [C9]."""
+        """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
         sums = np.zeros_like(rew, dtype=np.float64)
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]

@@ -7,7 +7,7 @@ one that played; generalised advantage estimation (arXiv 1506.02438) says which 
   L    = E[ min( w A, clip(w, 1 - eps, 1 + eps) A ) ],   w = pi(a|s) / pi_old(a|s)            (Eq. 7)
   A_t  = sum_k (gamma lambda)^k delta_{t+k},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)      (Eqs. 11, 12)
        = (1 - lambda) sum_n lambda^(n-1) (the advantage by n-step returns)
-  loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),   V_target = A + V                (Eq. 9)
+  loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),   V_target = A + V    (Eq. 9, c_1 = c_v / 2)
 
 The sum stops where the episode ends, and V(s_{t+1}) is 0 after a termination, not after a time-out.
 With --clip-vloss, the default, V(s) is moreover held to V_old(s) +- eps; the larger of the two errors counts.
@@ -134,7 +134,7 @@ class Args:
     normalize_obs: bool = False
     """running standardisation of observations (MuJoCo: on)"""
     normalize_reward: bool = False
-    """rewards divided by the running deviation of the discounted return (MuJoCo: on)"""
+    """rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)"""
     sticky: float = 0.25
     """Atari: probability that the game repeats the last action"""
 
@@ -330,7 +330,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
     value_loss, entropy = 0.5 * error.mean(), agent.entropy(head).mean()
     bonus = args.ent_coef if args.entropy == "bonus" else 0.0
     loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10] entropy bonus
-    with torch.no_grad():  # KL(pi_old || pi), estimated twice without bias, the second never below 0
+    with torch.no_grad():  # two estimates of KL(pi_old || pi), unbiased on fresh rows, one never below 0
         info = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
         info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
     terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
@@ -653,7 +653,7 @@ class Player:
         return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards divided by the running deviation of the discounted return, then clipped: [C8] [C9]."""
+        """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
         sums = np.zeros_like(rew, dtype=np.float64)
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]

@@ -1369,6 +1369,7 @@ def spectrum(phi) -> dict:
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
     effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
     """
+    assert phi.ndim == 2, phi.shape
     s = torch.linalg.svdvals(phi.float()).double()
 
     def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
@@ -1383,6 +1384,7 @@ def spectrum(phi) -> dict:
 def alignment(phi, phi_next, weight) -> dict:
     """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
     those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    assert weight.ndim == 1, weight.shape
     dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
     cos = dot / (norm * norm_next).clamp(min=1e-30)
     dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))

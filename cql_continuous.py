@@ -370,11 +370,12 @@ def backup(actor, target, log_alpha, batch, args: Args, generator=None):
 
 
 def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
-    """Sampled actions (B, M, d) at which Q is pushed down, and their log p(a|s) - log Unif(a), (B, M).
+    """Sampled actions (B, M, act) at which Q is pushed down, and their log p(a|s) - log Unif(a), (B, M).
 
     policy: p = pi, M = n. mixture: p = 1/2 pi + 1/2 Unif, M = 2n; no importance weight exceeds 2.
     three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s') (scored at s), each
     weighted by the density it was drawn from; the weights have no bound, and infinite variance.
+    Of `actor`: sample(obs, n, generator) and log_prob(obs, act), as Actor's.
     """
     act, logp = actor.sample(obs, n, generator)
     log_unif = -act.shape[-1] * math.log(2)
@@ -385,6 +386,7 @@ def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
         logp = torch.cat([actor.log_prob(obs, uniform), logp], 1)
         log_ratio = torch.logaddexp(logp - log_unif, torch.zeros_like(logp)) - math.log(2)
         return torch.cat([uniform, act], 1), log_ratio
+    assert kind == "three-sets", kind
     next_act, next_logp = actor.sample(next_obs, n, generator)
     log_ratio = torch.cat([torch.zeros_like(logp), logp - log_unif, next_logp - log_unif], 1)
     return torch.cat([uniform, act, next_act], 1), log_ratio
@@ -405,6 +407,7 @@ def conservative_term(q, log_ratio, q_data, args: Args):
     if args.cql_variant in ("eq1", "eq2"):
         pushed_down = q.mean(-1)
     else:
+        assert args.cql_variant in ("H", "rho"), args.cql_variant
         pushed_down = log_mean_exp(q, log_ratio if args.cql_variant == "H" else 0.0, args.cql_temperature)
     term = pushed_down if args.cql_variant == "eq1" else pushed_down - q_data
     return term if args.cql_clip_diff is None else term.clamp(min=args.cql_clip_diff)
@@ -1181,6 +1184,7 @@ def spectrum(phi) -> dict:
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
     effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
     """
+    assert phi.ndim == 2, phi.shape
     s = torch.linalg.svdvals(phi.float()).double()
 
     def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
@@ -1195,6 +1199,7 @@ def spectrum(phi) -> dict:
 def alignment(phi, phi_next, weight) -> dict:
     """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
     those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    assert weight.ndim == 1, weight.shape
     dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
     cos = dot / (norm * norm_next).clamp(min=1e-30)
     dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))

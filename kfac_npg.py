@@ -375,7 +375,10 @@ def conjugate_gradients(product, g: list, steps: int) -> list:
 
 # ----------------------------------------------------------------------------------------------- K-FAC
 class KFAC(nn.Module):
-    """The factors A and S of an MLP's layers, their running averages, and (S (x) A)^-1 by Cholesky."""
+    """The factors A and S of an MLP's layers, their running averages, and (S (x) A)^-1 by Cholesky.
+
+    net.layers is a list of nn.Linear with bias, in float32; `record` holds (input, output) of each, (B, .).
+    update() frees the graph: take the gradient of a loss on the same pass before it, with retain_graph."""
 
     def __init__(self, net: MLP, damping: float, decay: float):
         super().__init__()
@@ -391,7 +394,9 @@ class KFAC(nn.Module):
     def factors(self, record: list, scalar):
         """A = E[a a^T] and S = E[e e^T] from a recorded pass, e = grad_s of each row's own term of `scalar`.
 
-        `scalar` is a sum over rows, not a mean: so e has no 1 / B."""
+        `scalar` is a sum over rows, not a mean: so e has no 1 / B. For a policy it is the sum of log pi of
+        sampled actions; for a squared error of one output, as V, v.sum(); of several outputs it would be
+        (out * torch.randn_like(out)).sum(), since out.sum() gives an S of rank 1."""
         out = {}
         with strict_fp32():
             backpropagated = torch.autograd.grad(scalar, [s for _, s in record])
@@ -781,7 +786,8 @@ def gae(rew, value, end, over, gamma: float, lam: float):
 
     `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
     value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
-    `over` of the row before keeps it out."""
+    `over` of the row before keeps it out. (Where environments reset at once there is no such row, and
+    value[t + 1] is a new episode's: add gamma V(last observation) to rew, and pass end = over.)"""
     delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
     advantage, last = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):
@@ -1014,6 +1020,7 @@ def spectrum(phi) -> dict:
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
     effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
     """
+    assert phi.ndim == 2, phi.shape
     s = torch.linalg.svdvals(phi.float()).double()
 
     def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
@@ -1028,6 +1035,7 @@ def spectrum(phi) -> dict:
 def alignment(phi, phi_next, weight) -> dict:
     """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
     those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
+    assert weight.ndim == 1, weight.shape
     dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
     cos = dot / (norm * norm_next).clamp(min=1e-30)
     dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))

@@ -246,15 +246,16 @@ def test_documented_commands_run(command, tmp_path):
 
 
 def test_the_readmes_way_to_load_a_policy_works(point_data):
-    """Its lines as they stand, after a run whose policy has learnt to go home."""
+    """Its lines as they stand but for the environment, after a run whose policy has learnt to go home."""
     train(tyro.cli(Args, args=[*FAST, "--dataset", str(point_data), "--eval-episodes", "0"]))
     only_run(".").rename("runs/THAT_RUN")
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    before, lines = lines.split('env = gym.make("Pendulum-v1")\nobs, _ = env.reset()\n')
     env = gym.make("Point-v0")
     obs, total = env.reset(seed=0)[0], 0.0
     for _ in range(20):
         names = {"env": env, "obs": obs}
-        exec(lines, names)
+        exec(before + lines, names)
         obs, rew, *_ = env.step(names["action"])
         total += rew
     assert total > -4

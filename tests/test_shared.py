@@ -126,4 +126,8 @@ def test_size_report(capsys):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--fix"]:
         fix(ROOT)
-    print("\n".join(differences(ROOT)) or "all shared blocks are identical")
+    elif sys.argv[1:]:
+        sys.exit("tests/test_shared.py [--fix]")
+    found = differences(ROOT)
+    print("\n".join(found) or "all shared blocks are identical")
+    sys.exit(bool(found))

@@ -159,22 +159,19 @@ def datasets():
             axes[0].plot([x] * len(values), values, "k.", markersize=3)
             cells.append(f"{statistics.mean(values):,.0f} ({', '.join(f'{v:,.0f}' for v in values)})")
         print(f"| {kind} | {mean:,.0f} | " + " | ".join(cells) + " |")
-    axes[0].set_xticks(range(4), kinds)
+    axes[0].set_xticks(range(4), [kind.replace("_", "\n") for kind in kinds])
     axes[0].set(ylabel="return", title=rows[0]["env_id"])
     axes[0].legend(fontsize=8, frameon=False)
     sizes = sorted({int(n.split("_")[1]) for n in of if n.startswith("replay_")})
     panels = {
         "final_return_mean": "return",
-        "q_max": "largest Q / its bound",
+        "q_max": "largest Q",
         "td_error_holdout": "held-out TD error",
     }
     print("| transitions | method | " + " | ".join(panels.values()) + " |")
     for j, name in enumerate(("cql_h", "naive")):
         for axis, (key, title) in zip(axes[1:], panels.items()):
             values = {n: number(f"replay_{n}_{name}", key) for n in sizes}
-            if key == "q_max":
-                bounds = {n: number(f"replay_{n}_{name}", "q_bound") for n in sizes}
-                values = {n: [q / b for q, b in zip(values[n], bounds[n])] for n in sizes}
             axis.plot(
                 sizes,
                 [statistics.mean(values[n]) for n in sizes],
@@ -186,6 +183,7 @@ def datasets():
                 axis.plot([n] * len(values[n]), values[n], ".", color=COLOURS[j], markersize=4)
             axis.set(xscale="log", xlabel="transitions", ylabel=title)
             axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            axis.minorticks_off()
         for n in sizes:
             means = (statistics.mean(number(f"replay_{n}_{name}", key)) for key in panels)
             print(f"| {n:,} | {methods[name]} | " + " | ".join(f"{m:.4g}" for m in means) + " |")

@@ -588,7 +588,7 @@ def gae(rew, value, end, over, gamma: float, lam: float):
     `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
     value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
     `over` of the row before keeps it out. (Where environments reset at once there is no such row, and
-    value[t + 1] is a new episode's: add gamma V(last observation) to rew, and pass end = over.)"""
+    value[t + 1] is a new episode's: add gamma V(last observation) to a truncated row's rew, end = over.)"""
     delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
     advantage, last = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):

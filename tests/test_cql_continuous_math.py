@@ -665,6 +665,14 @@ def test_without_the_term_and_with_the_max_backup_q_is_optimal():
 
 
 # ------------------------------------------------------------------------------------------- diagnostics
+def test_diagnostics_refuse_shapes_that_would_broadcast():
+    phi = torch.randn(2, 8, 4)
+    with pytest.raises(AssertionError):
+        spectrum(phi)
+    with pytest.raises(AssertionError):
+        alignment(phi[0], phi[1], torch.ones(8, 1))
+
+
 def with_spectrum(s, rows=256):
     """A matrix of these singular values, in random bases."""
     g = torch.Generator().manual_seed(0)

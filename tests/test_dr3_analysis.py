@@ -1096,13 +1096,6 @@ PLANTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("results, expected", PLANTED)
-def test_claims_on_planted_curves(results, expected):
-    found = d.claims(results)
-    words = {"supported (1 of 1 seeds)": 1, "not supported (0 of 1 seeds)": 0}
-    assert {k: words[word] for k, (word, _) in found.items()} == expected
-
-
 BOUNDS = [  # both sides of each bound
     # dots: above twice sarsa's, up by 10 %; Q settled within 10 %
     (planted(sarsa={}, td={"feature_dot": (150, 160, 198)}), NO | {SETTLED: 1}),
@@ -1130,9 +1123,11 @@ BOUNDS = [  # both sides of each bound
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("results, expected", BOUNDS)
-def test_the_bounds_of_the_claims(results, expected):
-    test_claims_on_planted_curves(results, expected)
+@pytest.mark.parametrize("results, expected", PLANTED + BOUNDS)
+def test_claims_on_planted_curves(results, expected):
+    found = d.claims(results)
+    words = {"supported (1 of 1 seeds)": 1, "not supported (0 of 1 seeds)": 0}
+    assert {k: words[word] for k, (word, _) in found.items()} == expected
 
 
 def test_claims_name_their_numbers():

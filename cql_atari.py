@@ -1208,8 +1208,8 @@ def train(args: Args) -> dict:
     join(args)
     first = processes()[0] == 0
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and (done := finished(saved, "num_updates", args.num_updates)):
-        return done
+    if saved and (past := finished(saved, "num_updates", args.num_updates)):
+        return past
     envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
     if len({e.shape for e in envs}) > 1:
         fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")

@@ -1038,8 +1038,8 @@ def train(args: Args) -> dict:
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
     total = args.num_updates + args.online_steps
-    if saved and (done := finished(saved, "num_updates", total)):
-        return done
+    if saved and (past := finished(saved, "num_updates", total)):
+        return past
     env = make_env(args.env_id, needed=not args.dataset or args.eval_episodes > 0 or args.online_steps > 0)
     envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     path = collect(args, env, device) if args.dataset is None else dataset_path(args.dataset)

@@ -898,8 +898,8 @@ def train(args: Args) -> dict:
     check(args)
     args = args if args.problem == "continuous" else replace(args, env_id=args.problem)
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and (done := finished(saved, "num_updates", args.num_updates)):
-        return done
+    if saved and (past := finished(saved, "num_updates", args.num_updates)):
+        return past
     make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem]
     problem = make(args, device)
     reserve(memory(problem, args), "networks and one update, roughly", device)

@@ -663,8 +663,8 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device, saved = set_up(args), find_checkpoint(args)
-    if saved and (done := finished(saved, "global_step", args.total_timesteps)):
-        return done
+    if saved and (past := finished(saved, "global_step", args.total_timesteps)):
+        return past
     envs = make_train_envs(args)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
@@ -1003,10 +1003,10 @@ class Video:
     def record(self, act, folder: Path, seed: int, step: int):
         env = gym.make(self.env_id, render_mode="rgb_array")
         env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
-        (obs, _), done = env.reset(seed=seed), False
-        while not done:
+        (obs, _), over = env.reset(seed=seed), False
+        while not over:
             obs, _, terminated, truncated, _ = env.step(act(obs))
-            done = terminated or truncated
+            over = terminated or truncated
         env.close()
 
 

@@ -422,19 +422,19 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     if args.rollout_dataset:
-        return rollout(args)
+        return write_rollouts(args)
     device, saved = set_up(args), find_checkpoint(args)
-    done = finished(saved, "global_step", args.total_timesteps) if saved else None
-    if done and not args.save_dataset:
-        return done
+    past = finished(saved, "global_step", args.total_timesteps) if saved else None
+    if past and not args.save_dataset:
+        return past
     step, updates, idle_steps = 0, 0, args.learning_starts  # updates = utd (step - idle_steps)
-    episodes, returns, info = [], np.full(1, math.nan), {}
+    recent_returns, returns, info = [], np.full(1, math.nan), {}
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, act_dim = check_boxes(envs, args.env_id)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
     if saved:
         step, updates, idle_steps = (saved[k] for k in ("step", "updates", "idle_steps"))
-        episodes, returns = saved["episodes"], np.array(saved["returns"])
+        recent_returns, returns = saved["recent_returns"], np.array(saved["returns"])
         info = {k: v.to(device) for k, v in saved["losses"].items()}
     capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
     replay = Replay(capacity, obs_dim, act_dim, device)
@@ -464,7 +464,7 @@ def train(args: Args) -> dict:
         check_finite(step, info | dict(learner.named_parameters()))
         state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
         state |= {"step": step, "updates": updates, "idle_steps": idle_steps, "losses": info}
-        state |= {"episodes": episodes, "returns": returns.tolist()}
+        state |= {"recent_returns": recent_returns, "returns": returns.tolist()}
         run.save("checkpoint.pt", state | {"replay": replay.checkpoint() if args.checkpoint_replay else None})
 
     update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
@@ -487,7 +487,7 @@ def train(args: Args) -> dict:
                 check_finite(step, info | dict(learner.named_parameters()))
             for episode in ended:
                 run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
-                episodes = [*episodes, episode[0]][-10:]
+                recent_returns = [*recent_returns, episode[0]][-10:]
             if logging:
                 run.scalars({"losses/" + k: v for k, v in info.items()}, step)
                 run.scalars({"charts/SPS": progress.rate(step), "charts/updates": updates}, step)
@@ -502,7 +502,7 @@ def train(args: Args) -> dict:
                 run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
             if every(args.checkpoint_frequency) and step < args.total_timesteps:
                 save()
-            recent = {"return": np.mean(episodes or [math.nan]), "eval": returns.mean()}
+            recent = {"return": np.mean(recent_returns or [math.nan]), "eval": returns.mean()}
             progress.show(min(step, args.total_timesteps), recent | {"Q": info.get("qf1_values", math.nan)})
         save()
         if stop.signum:
@@ -512,7 +512,7 @@ def train(args: Args) -> dict:
     if eval_envs:
         summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-    summary = run.finish(done or summary)  # done: it came back for --save-dataset alone
+    summary = run.finish(past or summary)  # past: it came back for --save-dataset alone
     if args.save_dataset:
         made_by = {"collector_return_mean": returns.mean()} if eval_envs and updates else {}
         replay.write(Path(args.save_dataset), envs.single_action_space, **made_by)
@@ -589,9 +589,9 @@ class Replay:
 class Player:
     """Steps the environments and stores what they show.
 
-    After a done step, gymnasium's NEXT_STEP autoreset spends a row on the reset: its action is ignored, and
-    it is neither stored nor counted. The row before it holds the true last observation as next_obs, so that
-    only `terminated`, never a time-out, cuts the bootstrap.
+    After an episode's last step, gymnasium's NEXT_STEP autoreset spends a row on the reset: its action is
+    ignored, and it is neither stored nor counted. The row before it holds the true last observation as
+    next_obs, so that only `terminated`, never a time-out, cuts the bootstrap.
     """
 
     def __init__(self, envs, seed: int):
@@ -720,7 +720,7 @@ def diagnose(learner, replay: Replay, args: Args, bonus: float) -> dict:
     return {k: float(v) for k, v in out.items()}
 
 
-def rollout(args: Args) -> dict:
+def write_rollouts(args: Args) -> dict:
     """--rollout-dataset: the exploring policy of --resume, run for --rollout-steps, as a dataset."""
     if args.resume in (None, "auto"):
         fail("--rollout-dataset needs --resume RUN_FOLDER, the run whose policy it plays")
@@ -831,10 +831,10 @@ class Video:
     def record(self, act, folder: Path, seed: int, step: int):
         env = gym.make(self.env_id, render_mode="rgb_array")
         env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
-        (obs, _), done = env.reset(seed=seed), False
-        while not done:
+        (obs, _), over = env.reset(seed=seed), False
+        while not over:
             obs, _, terminated, truncated, _ = env.step(act(obs))
-            done = terminated or truncated
+            over = terminated or truncated
         env.close()
 
 

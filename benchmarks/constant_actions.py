@@ -3,7 +3,7 @@
   python benchmarks/constant_actions.py --env ALE/SpaceInvaders-v5 --seeds 1 2 --episodes 10
   python benchmarks/constant_actions.py --seeds 1 --episodes 30
 
-Prints, for each action, the mean of each seed; --csv writes env_id, seed, episodes, action, mean, std.
+Prints, for each action, the mean of each seed; --csv appends env_id, seed, episodes, action, mean, std.
 """
 
 import argparse
@@ -45,8 +45,9 @@ def main():
             rows.append([args.env, seed, args.episodes, action, returns.mean(), returns.std()])
             print(f"action {action}, seed {seed}: {returns.mean():.1f} +- {returns.std():.1f}", flush=True)
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            csv.writer(f).writerows([["env_id", "seed", "episodes", "action", "mean", "std"], *rows])
+        with open(args.csv, "a", newline="") as f:
+            head = [] if f.tell() else [["env_id", "seed", "episodes", "action", "mean", "std"]]
+            csv.writer(f).writerows([*head, *rows])
 
 
 if __name__ == "__main__":

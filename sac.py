@@ -329,7 +329,8 @@ def actor_loss(learner, batch: Batch, args: Args):
 
 
 def temperature_loss(log_alpha, entropy, target_entropy: float):
-    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its target."""
+    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its target.
+    Stable-Baselines3's has log alpha for alpha, whose gradient does not shrink with it: theirs falls faster."""
     return log_alpha.exp() * (entropy - target_entropy)
 
 

@@ -330,7 +330,7 @@ def actor_loss(learner, batch: Batch, args: Args):
 
 def temperature_loss(log_alpha, entropy, target_entropy: float):
     """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its target.
-    Stable-Baselines3 has log alpha for alpha: its gradient does not shrink as alpha does, which falls faster."""
+    Stable-Baselines3 has log alpha for alpha: a gradient that does not shrink with it, so it falls faster."""
     return log_alpha.exp() * (entropy - target_entropy)
 
 

@@ -89,9 +89,9 @@ def table(rows, env: str, names: dict, at: int | None = None, tag: str = RETURN)
             continue
         values = list(points[at or max(points)].values())
         low, high = bootstrap([values]) if len(values) >= 5 else (min(values), max(values))
-        text = lambda v: f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}"
-        seeds = ", ".join(map(text, values))
-        lines.append(f"| {env} | {label} | {text(iqm(values))} [{text(low)}, {text(high)}] | {seeds} |")
+        seeds = ", ".join(f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values)
+        middle, low, high = (f"{v:,.1f}" if abs(v) >= 1 else f"{v:.3g}" for v in (iqm(values), low, high))
+        lines.append(f"| {env} | {label} | {middle} [{low}, {high}] | {seeds} |")
     return "\n".join(lines)
 
 

@@ -146,6 +146,8 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     assert figures.curves(rows, "E", "SB3 sac", figures.RETURN) == {100: {"1": 7.5}}
     assert figures.curves(rows, "E", "SB3 sac", "charts/SPS") == {100: {"1": 100 / 3}}
     assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"
+    small = [r | {"value": 0.0042} for r in rows if r["tag"] == figures.RETURN and r["exp_name"] == "a"]
+    assert figures.table(small, "E", {"a": "A"}) == "| E | A | 0.0042 [0.0042, 0.0042] | 0.0042, 0.0042 |"
 
 
 def test_networks_of_one_run_are_told_apart(plant, tmp_path):

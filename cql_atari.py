@@ -358,15 +358,21 @@ def quantile_huber(theta, y):
     return (weight * F.smooth_l1_loss(theta, y, reduction="none")).mean(2).sum(1)
 
 
-def td_loss(net, out, out_next, best, batch: Batch, mixture, args: Args):
-    """TD error of each row, (B,): out, out_next (B, A, K) of network and target network, best = a' (B,).
+def greedy(net, g: int, phi_next, out_next, mixture, args: Args):
+    """a' (B,): the target network's choice in out_next (B, A, K); --double: the network's at phi_next."""
+    out = net.heads[g](phi_next) if args.double else out_next
+    return net.q(out, mixture).argmax(-1)
 
-    mixture (K,) sums to 1: rem's random weights."""
-    chosen, following = pick(out, batch.act), pick(out_next, best)
+
+def td_loss(net, out, out_next, next_act, batch: Batch, mixture, args: Args):
+    """TD error of each row, (B,): out, out_next (B, A, K) of network and target network, next_act a' (B,).
+
+    mixture (K,) sums to 1: rem's random weights, None for the others."""
+    chosen, following = pick(out, batch.act), pick(out_next, next_act)
     if args.head == "c51":
         y = project(net.z, torch.softmax(following, -1), batch.rew, batch.discount)
         return -(y * torch.log_softmax(chosen, -1)).sum(-1)
-    if args.head == "rem":
+    if mixture is not None:
         chosen, following = ((x * mixture).sum(-1, keepdim=True) for x in (chosen, following))
     y = batch.rew[:, None] + batch.discount[:, None] * following
     if args.head == "qr":
@@ -393,10 +399,10 @@ def q_loss(net, target, batches: list[Batch], mixture, args: Args):
         out = net.heads[g](phi_g)
         with torch.no_grad():
             out_next = target.heads[g](phi_target[g])
-            chooser = net.heads[g](phi_next.split(sizes)[g]) if args.double else out_next
-            best = net.q(chooser, mixture if args.head == "rem" else None).argmax(-1)
+            phi_next_g = phi_next.split(sizes)[g] if args.double else None
+            next_act = greedy(net, g, phi_next_g, out_next, mixture, args)
         q = net.q(out)
-        td.append(td_loss(net, out, out_next, best, batch, mixture, args))
+        td.append(td_loss(net, out, out_next, next_act, batch, mixture, args))
         conservative.append(cql_term(q, batch.act))
         q_data.append(q.gather(1, batch.act[:, None])[:, 0])
     td, conservative, q_data = (torch.cat(x).mean() for x in (td, conservative, q_data))
@@ -410,10 +416,10 @@ def q_loss(net, target, batches: list[Batch], mixture, args: Args):
 
 
 def memory(args: Args, net: Network, shape: tuple) -> int:
-    """Bytes: weights four times (target, gradient, two moments of Adam); activations with their gradients."""
+    """Bytes: weights five times (target, gradient, two moments of Adam); activations with their gradients."""
     weights = sum(p.numel() for p in net.parameters())
     first = args.width * (shape[1] // 4 if net.image else 4) ** 2  # the largest layer
-    return 16 * weights + 4 * args.batch_size * (3 * math.prod(shape) + 8 * first)
+    return 20 * weights + 4 * args.batch_size * (3 * math.prod(shape) + 8 * first)
 
 
 class Learner(nn.Module):
@@ -421,7 +427,7 @@ class Learner(nn.Module):
 
     def __init__(self, shape: tuple, actions: list[int], args: Args, device):
         super().__init__()
-        self.args = args
+        self.args, self.device = args, device
         self.net = Network(shape, actions, args)
         self.target = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.to(device)
@@ -434,8 +440,9 @@ class Learner(nn.Module):
     def update(self, batches: list[Batch], alone: bool = False) -> dict:
         """One gradient step; unless `alone`, together with the other processes. The target network moves when
         the caller asks: refresh_target()."""
-        mixture = torch.rand(self.net.K, device=self.net.z.device)
-        loss, info = self.loss(self.net, self.target, batches, mixture / mixture.sum(), self.args)
+        mixture = torch.rand(self.net.K, device=self.device)
+        mixture = mixture / mixture.sum() if self.args.head == "rem" else None
+        loss, info = self.loss(self.net, self.target, batches, mixture, self.args)
         self.optim.zero_grad()
         loss.backward()
         if not alone:
@@ -557,14 +564,15 @@ class Data:
     def batch(self, rows) -> Batch:
         """Transitions of n steps; an episode's end shortens them, and termination stops the bootstrap."""
         rew, at, steps = torch.zeros(len(rows), device=self.device), rows, torch.zeros_like(rows)
-        going, over = self.real[rows], torch.zeros_like(rows, dtype=torch.bool)
+        going, terminated = self.real[rows], torch.zeros_like(rows, dtype=torch.bool)
         for k in range(self.args.n_step):
             rew = rew + going * self.gammas[k] * self.rew[at]
             steps = steps + going
-            over = over | (going & self.terminal[at])
-            at = at + (going & ~over)
-            going = going & ~over & self.real[at]
-        return Batch(self.stack(rows), self.act[rows], rew, self.stack(at), self.gammas[steps] * ~over)
+            terminated = terminated | (going & self.terminal[at])
+            at = at + (going & ~terminated)
+            going = going & ~terminated & self.real[at]
+        discount = self.gammas[steps] * ~terminated
+        return Batch(self.stack(rows), self.act[rows], rew, self.stack(at), discount)
 
     def sample(self, n: int, rank: int = 0, size: int = 1) -> Batch:
         """This process's share of n rows that all draw alike, so that their number changes no result."""
@@ -572,6 +580,396 @@ class Data:
         return self.batch(rows[rank::size])
 
 
+# ---------------------------------------------------------------------- environments: collect, evaluate
+class Envs:
+    """n environments of one game, with stacks of our own that are zero before an episode's start."""
+
+    def __init__(self, env_id: str, n: int, args: Args):
+        self.name, self.n = env_id, n
+        try:
+            if env_id.startswith("ALE/"):
+                options = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.25}
+                options |= {"max_num_frames_per_episode": 4 * args.max_episode_steps, "stack_num": 1}
+                need("ale_py")
+                vector = importlib.import_module("ale_py.vector_env").AtariVectorEnv
+                self.envs = vector(game_of(env_id), n, reward_clipping=False, **options)
+                self.frame_shape = (84, 84)
+            else:
+                self.envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
+                self.frame_shape = self.envs.single_observation_space.shape
+        except Exception as e:  # registration, missing packages or ROMs, a namespace's own errors
+            fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+        space, obs = self.envs.single_action_space, self.envs.single_observation_space
+        if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+            fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
+        ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
+        frames = len(self.frame_shape or ()) == 2 and obs.dtype == np.uint8
+        if not ndim or not (frames or len(self.frame_shape) == 1):
+            fail(f"--env-id {env_id}: observations are {obs}, expected vectors or (H, W) uint8 frames")
+        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
+            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
+        self.actions = int(space.n)
+        self.shape = (STACK, *self.frame_shape) if frames else self.frame_shape
+
+    def reset(self, seed: int):
+        obs, _ = self.envs.reset(seed=seed)
+        self.over, self.begins = np.zeros(self.n, bool), np.ones(self.n, bool)
+        self.stacks = np.zeros((self.n, *self.shape), np.uint8 if len(self.shape) == 3 else np.float32)
+        return self.see(obs)
+
+    def see(self, obs):
+        """The stacks with this observation as the latest frame."""
+        obs = obs.reshape(self.n, *self.frame_shape)
+        if len(self.shape) == 1:
+            return obs.astype(np.float32)
+        self.stacks[self.begins] = 0
+        self.stacks = np.concatenate([self.stacks[:, 1:], obs[:, None]], 1)
+        return self.stacks
+
+    def step(self, act):
+        """Stacks, rewards, terminated, truncated. The step after an end is a reset, its action ignored."""
+        obs, rew, terminated, truncated, _ = self.envs.step(act)
+        self.begins, self.over = self.over, terminated | truncated
+        return self.see(obs), rew, terminated, truncated
+
+
+@torch.no_grad()
+def evaluate(learner, envs: Envs, game: int, args: Args) -> tuple[np.ndarray, float]:
+    """One episode in each environment, epsilon-greedy with 0.001 (authors). Draws no torch random number.
+
+    Returns the raw returns (episodes,) and the mean overestimation: max_a Q(s0, a) less the discounted return
+    that followed, rewards as trained on."""
+    obs, draw = envs.reset(seed=1_000_000 + 1_000 * args.seed), np.random.default_rng(args.seed)
+    alive, returns, discounted = np.ones(envs.n, bool), np.zeros(envs.n), np.zeros(envs.n)
+    discount, predicted = 1.0, None
+    learner.net.eval()
+    while alive.any():
+        q = learner.q(torch.from_numpy(obs).to(learner.device), game)
+        if predicted is None:
+            predicted = q.amax(1).cpu().numpy()
+        act = np.where(
+            draw.random(envs.n) < 0.001, draw.integers(envs.actions, size=envs.n), q.argmax(1).cpu().numpy()
+        )
+        obs, rew, terminated, truncated = envs.step(act)
+        returns += alive * rew
+        discounted += alive * discount * (np.sign(rew) if args.clip_rewards else rew)
+        alive &= ~(terminated | truncated)
+        discount *= args.gamma
+    learner.net.train()
+    return returns, float((predicted - discounted).mean())
+
+
+PLAYERS = 8  # environments that collect side by side, each a stream of rows
+
+
+def collect(env_id: str, args: Args, device) -> Path:
+    """Rows of a random or of a learning player, kept under datasets/.
+
+    The learner is this script's own, without CQL and DR3: epsilon from 1 to 0.05 over the first half, an
+    update every 4 rows after the first 1,000."""
+    names = ["max_episode_steps", "collect_repeat"]
+    if args.collect == "dqn":
+        names += """head v_min v_max gamma n_step double learning_rate target_network_frequency encoder width
+        batch_size clip_rewards precision""".split()
+    key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()[:8]
+    name = f"{env_id.replace('/', '_')}_{args.collect}_{args.collect_steps}_seed{args.seed}_{key}"
+    folder = Path("datasets") / name
+    if folder.exists():
+        print(f"no --dataset: using {folder}, made by an earlier run")
+        return folder
+    what = f"{args.collect_steps:,} steps of {env_id} ({args.collect})"
+    print(f"no --dataset: collecting {what}, into {folder}")
+    envs, T = Envs(env_id, PLAYERS, args), math.ceil(args.collect_steps / PLAYERS)
+    rows, shape = PLAYERS * T, envs.frame_shape
+    kind = np.uint8 if len(shape) == 2 else np.float32
+    reserve(rows * math.prod(shape) * np.dtype(kind).itemsize, "replay", torch.device("cpu"))
+    frames, learning = np.zeros((rows, *shape), kind), args.collect == "dqn"
+    types = dict(act=np.int64, rew=np.float32, terminal=bool, real=bool, begins=bool, age=np.uint8)
+    raw = {k: np.zeros(rows, t) for k, t in types.items()}
+    online = replace(args, cql_alpha=0.0, dr3_coef=0.0, unit_norm=False, dropout=0.0, storage="memory")
+    if learning:
+        learner = Learner(envs.shape, [envs.actions], online, device)
+        replay = Data(frames, {k: v.copy() for k, v in raw.items()}, online, device)
+        usable, count, updates = torch.zeros(rows, dtype=torch.int64, device=device), 0, 0
+    obs, draw, act = envs.reset(args.seed), np.random.default_rng(args.seed), 0
+    age, running, ended = np.full(PLAYERS, -1), np.zeros(PLAYERS), [math.nan]
+    progress = Progress("collecting", rows)
+    with StopSignal() as stop:
+        for t in range(T):  # after an end: envs.over, the row holds the last frame, the action only resets
+            at, seen = np.arange(PLAYERS) * T + t, (t + 1) * PLAYERS
+            anew, chance = draw.integers(envs.actions, size=PLAYERS), draw.random(PLAYERS)
+            if learning:
+                explore = 1.0 if seen < 1_000 else max(0.05, 1 - 0.95 * seen / (rows / 2))
+                with torch.no_grad():
+                    best = learner.q(torch.from_numpy(obs).to(device), 0).argmax(1).cpu().numpy()
+                act = np.where(chance < explore, anew, best)
+            else:
+                act = np.where((chance < args.collect_repeat) & (t > 0), act, anew)
+            age = np.where(envs.begins, 0, np.minimum(age + 1, STACK - 1))
+            closed = envs.over  # whose row holds the last frame of an episode
+            row = {"act": act, "begins": envs.begins, "real": ~closed & (t < T - 1), "age": age}
+            frames[at] = obs[:, -1] if len(shape) == 2 else obs
+            obs, rew, terminated, truncated = envs.step(act)
+            row |= {"rew": rew, "terminal": terminated & row["real"]}
+            running += rew
+            for i in np.flatnonzero(terminated | truncated):
+                ended.append(running[i])
+                running[i] = 0.0
+            for k, v in row.items():
+                raw[k][at] = v
+            if learning:
+                row["rew"] = np.sign(rew) if args.clip_rewards else rew
+                for k, v in row.items():
+                    column = getattr(replay, k)
+                    column[torch.from_numpy(at).to(device)] = torch.from_numpy(np.asarray(v)).to(column)
+                complete = at[:0] if t < args.n_step else at - args.n_step  # their n steps lie behind us
+                complete = torch.from_numpy(complete[raw["real"][complete]])
+                usable[count : count + len(complete)] = complete.to(device)
+                count += len(complete)
+                replay.train = usable[:count]
+                for _ in range(PLAYERS // 4 if seen > 1_000 else 0):
+                    learner.update([replay.sample(args.batch_size)], alone=True)
+                    updates += 1
+                    if updates % args.target_network_frequency == 0:
+                        learner.refresh_target()
+            if stop.signum:
+                print("\nstopped while collecting: nothing is kept, the same command starts again")
+                raise SystemExit(128 + stop.signum)
+            progress.show(seen, {"return": np.nanmean(ended[-20:]) if len(ended) > 1 else math.nan})
+    begins = np.flatnonzero(raw["begins"])
+    last = np.append(begins[1:], rows) - 1
+    # pieces that the end of a stream did not cut; its last row may have closed an episode, too
+    raw["whole"] = (last % T < T - 1) | closed[last // T]
+    if learning:
+        returns, _ = evaluate(learner, Envs(env_id, 10, args), 0, args)
+        raw["made_by"] = {"collector_return_mean": float(returns.mean())}
+
+    def fill(out):
+        out[:] = frames
+
+    write_own(folder, raw | {"frames": (frames.shape, kind)}, fill)
+    return folder
+
+
+# -------------------------------------------------------------------------- the numbers of one moment
+def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
+    """The numbers of one moment, on fixed probes of at most 2,048 transitions of all games, fp32, eval mode.
+
+    Means over games, but for q_max and the bounds. The TD error is that of Q(s,a), whatever the head, in
+    units of the target's variance; features are those of s, and of the s' that the backup looks at; v_s0
+    is at the data's first states."""
+    net, target = learner.net, learner.target
+    moments, pieces, activity = [], [], []
+
+    def probe(rows):
+        n = min(2048 // len(games), len(rows))
+        chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
+        return rows[torch.from_numpy(chosen).to(rows.device)]
+
+    def judge(g, data, rows, suffix=""):
+        """One game's TD error, and its Q against the data's returns; also Q, features, units' activity."""
+        q, y, found, active = [], [], [], []
+        for part in rows.split(256):  # bounds the memory of activations
+            record, batch = [], data.batch(part)
+            phi, phi_next = net.features(batch.obs, record), net.features(batch.next_obs)
+            out_next = target.heads[g](target.features(batch.next_obs))
+            next_act = greedy(net, g, phi_next, out_next, None, args)
+            y.append(batch.rew + batch.discount * target.q(out_next).gather(1, next_act[:, None])[:, 0])
+            q.append(net.q(net.heads[g](phi)))
+            active.append([h.abs().mean(0, keepdim=True) for h in record])
+            found.append((phi, phi_next, (batch.discount > 0).float()))
+        q, y = torch.cat(q), torch.cat(y)
+        q_data, to_go = q.gather(1, data.act[rows][:, None])[:, 0], data.returns_to_go[rows]
+        known = ~to_go.isnan()
+        out = {"td_error" + suffix: (q_data - y).pow(2).mean() / y.var()}
+        if known.sum() >= 32:
+            out["q_minus_return" + suffix] = (q_data - to_go)[known].mean()
+            out["return_std" + suffix] = to_go[known].std()
+        return out, q, q_data, found, active
+
+    net.eval()
+    with strict_fp32():
+        for g, data in enumerate(games):
+            held = judge(g, data, probe(data.holdout), "_holdout")[0] if len(data.holdout) else {}
+            out, q, q_data, found, active = judge(g, data, probe(data.train))
+            pieces, activity = pieces + found, activity + active
+            out |= held | {"q_data": q_data.mean(), "q_pi": q.amax(1).mean(), "q_rand": q.mean()}
+            out |= {
+                "q_max": q.max(),
+                "v_s0": learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean(),
+            }
+            out["cql_gap"] = (torch.logsumexp(q, 1) - math.log(q.shape[1]) - q_data).mean()
+            low, high = data.info["reward_min"], data.info["reward_max"]
+            out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
+            out["q_range"] = (high - low) / (1 - args.gamma)
+            # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up to 0.5;
+            # beyond that only the softmax holds them. c51's atoms end at v_max.
+            out["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
+            moments.append({k: float(v) for k, v in out.items()})
+        phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))
+        shared = spectrum(phi) | alignment(phi, phi_next, weight)
+        shared["dormant"] = dormant([torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)])
+    net.train()
+    out = {k: float(np.mean([m[k] for m in moments])) for k in moments[0] if all(k in m for m in moments)}
+    out |= {k: max(m[k] for m in moments) for k in ("q_max", "q_bound", "q_range", "q_lift")}
+    return out | {k: float(v) for k, v in shared.items()}
+
+
+def advice(args: Args) -> dict:
+    """The flags that a verdict recommends; what is already on is not among them."""
+    flags = {
+        "divergence": [f"--cql-alpha {max(1, 2 * args.cql_alpha):g}", "--unit-norm"],
+        "overfitting": ["--dropout 0.1", "a smaller --width"],
+        "alpha too large": [f"--cql-alpha {args.cql_alpha / 2:g}"],
+        "underfitting": [f"--width {max(32, 2 * args.width)}", "--encoder resnet", "--dr3-coef 0.1"],
+    }
+    if args.n_step > 1:
+        flags["underfitting"] += [f"--n-step {args.n_step // 2}: the noise of so many rewards is part of it"]
+    on = {flag(k) for k in ("unit_norm", "dropout", "dr3_coef") if getattr(args, k)}
+    on |= {"--encoder"} if args.encoder == "resnet" else set()
+    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
+
+
+# ------------------------------------------------------------------------------------------- training
+def summary_of(kind: str, returns: list, args: Args) -> dict:
+    """Mean and deviation of the returns (means over games), and the score against a person where known."""
+    means = [float(x.mean()) for x in returns]
+    scores = [normalized_score(name, x) for name, x in zip(args.env_id, means)]
+    out = {f"{kind}_return_mean": float(np.mean(means))}
+    out[f"{kind}_return_std"] = float(np.mean([x.std() for x in returns]))
+    if kind == "final":
+        out["normalized_score"] = None if None in scores else float(np.mean(scores))
+    if len(means) > 1:
+        out[f"{kind}_games"] = dict(zip(args.env_id, means))
+    return out
+
+
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    join(args)
+    first = processes()[0] == 0
+    device, saved = set_up(args), find_checkpoint(args)
+    if saved and (past := finished(saved, "num_updates", args.num_updates)):
+        return past
+    envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
+    if len({e.shape for e in envs}) > 1:
+        fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")
+    makes = not args.dataset or args.storage == "mmap"
+    if makes and not first:
+        agree(0)  # the first process collects or unpacks, the others wait
+    paths = args.dataset or [str(collect(name, args, device)) for name in args.env_id]
+    games = [load(path, args, e, device) for path, e in zip(paths, envs)]
+    if makes and first:
+        agree(0)
+    digest = "+".join(data.info["dataset_sha256"] for data in games)
+    if saved and saved["info"]["dataset_sha256"] != digest:
+        fail(f"--resume {args.resume}: that run had other data: {saved['info']['dataset']}")
+    shape, actions = envs[0].shape, [e.actions for e in envs]
+    reserve(memory(args, Network(shape, actions, args), shape), "networks and one update, roughly", device)
+    torch.manual_seed(args.seed)  # again: collecting has drawn from it
+    learner = Learner(shape, actions, args, device)
+    if not learner.net.image:
+        learner.standardise(games)
+    step, history, returns, info = 0, [], [np.full(1, math.nan)] * len(games), {}
+    if saved:
+        learner.restore(saved["learner"])
+        step, history = saved["step"], saved["history"]
+        returns = [np.array(x) for x in saved["returns"]]
+        restore_random_state(saved["random"])
+    facts = {"dataset": " ".join(paths), "dataset_sha256": digest}
+    for key in ("dataset_return_mean", "collector_return_mean"):
+        values = [data.info[key] for data in games if key in data.info]
+        facts |= {key: float(np.mean(values))} if values else {}
+    run = Run(args, facts, saved) if first else None
+    share = args.batch_size // len(games)
+    graphs = args.cudagraphs and device.type == "cuda" and processes()[1] == 1
+    draw = lambda: [data.sample(share, *processes()) for data in games]
+    if args.storage == "device":
+        update = GraphedUpdate(lambda: learner.update(draw()), graphs)
+    else:  # a graph cannot fetch: it reads what is put into these tensors
+        rows = torch.zeros(share // processes()[1], dtype=torch.int64, device=device)
+        staged = [data.batch(data.train[rows]) for data in games]
+        replayed = GraphedUpdate(lambda: learner.update(staged), graphs)
+
+        def update():
+            for old, new in zip(staged, draw()):
+                for x, y in zip(old, new):
+                    x.copy_(y)
+            return replayed()
+
+    def save():
+        check_finite(step, info | dict(learner.named_parameters()))
+        state = {"learner": learner.checkpoint(), "step": step, "history": history, "random": random_state()}
+        if first:
+            run.save("checkpoint.pt", state | {"returns": [x.tolist() for x in returns]})
+
+    def score():
+        """Evaluate every game; the tags carry a game's name where there are several."""
+        found = [evaluate(learner, e, g, args) for g, e in enumerate(envs)]
+        tags = [f"/{name}" if len(envs) > 1 else "" for name in args.env_id]
+        for (game_returns, overestimation), tag, name in zip(found, tags, args.env_id):
+            mean = game_returns.mean()
+            scores = {"charts/episodic_return": mean, "eval/episodic_return": mean}
+            scores["charts/normalized_score"] = normalized_score(name, mean)
+            scores["diagnostics/overestimation"] = overestimation
+            run.scalars({k + tag: v for k, v in scores.items()}, step)
+        return [r for r, _ in found]
+
+    every = lambda n: n > 0 and step % n == 0
+    progress = Progress("training", args.num_updates, step)
+    with StopSignal() as stop:
+        signum = 0
+        while step < args.num_updates and not signum:
+            info = update()
+            step += 1
+            if every(args.target_network_frequency):
+                learner.refresh_target()
+            diagnosing = every(args.diagnostics_frequency)
+            scoring = args.eval_episodes and (every(args.eval_frequency) or step == args.num_updates)
+            if diagnosing or scoring or every(args.log_frequency):
+                check_finite(step, info | dict(learner.named_parameters()))
+            if first and every(args.log_frequency):
+                rate = progress.rate(step)
+                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
+                run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
+            with progress.paused(first and (diagnosing or scoring)):
+                if first and diagnosing:
+                    moment = diagnose(learner, games, args)
+                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
+                    history.append(moment | {"step": step})
+                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                        run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
+                if first and scoring:
+                    returns = score()
+            if every(args.checkpoint_frequency) and step < args.num_updates:
+                save()
+            mean = np.mean([x.mean() for x in returns])
+            progress.show(step, {"loss": info["loss"], "Q": info["q_values"], "return": mean})
+            if step % AGREE == 0 or processes()[1] == 1:
+                signum = agree(stop.signum)
+        save()
+        if not first:
+            raise SystemExit(128 + signum if signum else 0)
+        summary = facts | {"num_updates": step, "updates_per_second": progress.rate(step)}
+        if args.eval_episodes:
+            summary |= summary_of("final", returns, args)
+        if args.eval_episodes and step == args.num_updates and (run.dir / "selected.pt").is_file():
+            chosen = load_checkpoint(run.dir / "selected.pt")
+            learner.load_state_dict(chosen["networks"])
+            selected = [evaluate(learner, e, g, args)[0] for g, e in enumerate(envs)]
+            summary |= {"selected_step": chosen["step"]} | summary_of("selected", selected, args)
+        if signum:
+            run.stopped(signum)
+    name, sentence = verdict(history, args)
+    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
+    known = ((k, summary.get(f"{k}_return_mean")) for k in ("dataset", "selected", "final", "collector"))
+    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known if v is not None))
+    print(f"verdict: {name}. {sentence}")
+    return run.finish(summary)
+
+
+# ---------------------------------------------------------------------- files of data, Atari's scores
 def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
     """Check, describe and split what a reader found: frames, act, rew, terminal, real, begins, whole, note.
 
@@ -905,177 +1303,6 @@ def load(name: str, args: Args, envs, device) -> Data:
     return prepare(path, raw, args, envs.actions, device)
 
 
-# ---------------------------------------------------------------------- environments: collect, evaluate
-class Envs:
-    """n environments of one game, with stacks of our own that are zero before an episode's start."""
-
-    def __init__(self, env_id: str, n: int, args: Args):
-        self.name, self.n = env_id, n
-        try:
-            if env_id.startswith("ALE/"):
-                options = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.25}
-                options |= {"max_num_frames_per_episode": 4 * args.max_episode_steps, "stack_num": 1}
-                need("ale_py")
-                vector = importlib.import_module("ale_py.vector_env").AtariVectorEnv
-                self.envs = vector(game_of(env_id), n, reward_clipping=False, **options)
-                self.frame_shape = (84, 84)
-            else:
-                self.envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-                self.frame_shape = self.envs.single_observation_space.shape
-        except Exception as e:  # registration, missing packages or ROMs, a namespace's own errors
-            fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
-        space, obs = self.envs.single_action_space, self.envs.single_observation_space
-        if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-            fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
-        ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
-        frames = len(self.frame_shape or ()) == 2 and obs.dtype == np.uint8
-        if not ndim or not (frames or len(self.frame_shape) == 1):
-            fail(f"--env-id {env_id}: observations are {obs}, expected vectors or (H, W) uint8 frames")
-        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
-            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
-        self.actions = int(space.n)
-        self.shape = (STACK, *self.frame_shape) if frames else self.frame_shape
-
-    def reset(self, seed: int):
-        obs, _ = self.envs.reset(seed=seed)
-        self.over, self.begins = np.zeros(self.n, bool), np.ones(self.n, bool)
-        self.stacks = np.zeros((self.n, *self.shape), np.uint8 if len(self.shape) == 3 else np.float32)
-        return self.see(obs)
-
-    def see(self, obs):
-        """The stacks with this observation as the latest frame."""
-        obs = obs.reshape(self.n, *self.frame_shape)
-        if len(self.shape) == 1:
-            return obs.astype(np.float32)
-        self.stacks[self.begins] = 0
-        self.stacks = np.concatenate([self.stacks[:, 1:], obs[:, None]], 1)
-        return self.stacks
-
-    def step(self, act):
-        """Stacks, rewards, terminated, truncated. The step after an end is a reset, its action ignored."""
-        obs, rew, terminated, truncated, _ = self.envs.step(act)
-        self.begins, self.over = self.over, terminated | truncated
-        return self.see(obs), rew, terminated, truncated
-
-
-@torch.no_grad()
-def evaluate(learner, envs: Envs, game: int, args: Args) -> tuple[np.ndarray, float]:
-    """One episode in each environment, epsilon-greedy with 0.001 (authors). Draws no torch random number.
-
-    Returns the raw returns (episodes,) and the mean overestimation: max_a Q(s0, a) less the discounted return
-    that followed, rewards as trained on."""
-    obs, draw = envs.reset(seed=1_000_000 + 1_000 * args.seed), np.random.default_rng(args.seed)
-    alive, returns, discounted = np.ones(envs.n, bool), np.zeros(envs.n), np.zeros(envs.n)
-    discount, predicted = 1.0, None
-    learner.net.eval()
-    while alive.any():
-        q = learner.q(torch.from_numpy(obs).to(learner.net.z.device), game)
-        if predicted is None:
-            predicted = q.amax(1).cpu().numpy()
-        act = np.where(
-            draw.random(envs.n) < 0.001, draw.integers(envs.actions, size=envs.n), q.argmax(1).cpu().numpy()
-        )
-        obs, rew, terminated, truncated = envs.step(act)
-        returns += alive * rew
-        discounted += alive * discount * (np.sign(rew) if args.clip_rewards else rew)
-        alive &= ~(terminated | truncated)
-        discount *= args.gamma
-    learner.net.train()
-    return returns, float((predicted - discounted).mean())
-
-
-PLAYERS = 8  # environments that collect side by side, each a stream of rows
-
-
-def collect(env_id: str, args: Args, device) -> Path:
-    """Rows of a random or of a learning player, kept under datasets/.
-
-    The learner is this script's own, without CQL and DR3: epsilon from 1 to 0.05 over the first half, an
-    update every 4 rows after the first 1,000."""
-    names = ["max_episode_steps", "collect_repeat"]
-    if args.collect == "dqn":
-        names += """head v_min v_max gamma n_step double learning_rate target_network_frequency encoder width
-        batch_size clip_rewards precision""".split()
-    key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()[:8]
-    name = f"{env_id.replace('/', '_')}_{args.collect}_{args.collect_steps}_seed{args.seed}_{key}"
-    folder = Path("datasets") / name
-    if folder.exists():
-        print(f"no --dataset: using {folder}, made by an earlier run")
-        return folder
-    what = f"{args.collect_steps:,} steps of {env_id} ({args.collect})"
-    print(f"no --dataset: collecting {what}, into {folder}")
-    envs, T = Envs(env_id, PLAYERS, args), math.ceil(args.collect_steps / PLAYERS)
-    rows, shape = PLAYERS * T, envs.frame_shape
-    kind = np.uint8 if len(shape) == 2 else np.float32
-    reserve(rows * math.prod(shape) * np.dtype(kind).itemsize, "replay", torch.device("cpu"))
-    frames, learning = np.zeros((rows, *shape), kind), args.collect == "dqn"
-    types = dict(act=np.int64, rew=np.float32, terminal=bool, real=bool, begins=bool, age=np.uint8)
-    raw = {k: np.zeros(rows, t) for k, t in types.items()}
-    online = replace(args, cql_alpha=0.0, dr3_coef=0.0, unit_norm=False, dropout=0.0, storage="memory")
-    if learning:
-        learner = Learner(envs.shape, [envs.actions], online, device)
-        replay = Data(frames, {k: v.copy() for k, v in raw.items()}, online, device)
-        usable, count, updates = torch.zeros(rows, dtype=torch.int64, device=device), 0, 0
-    obs, draw, act = envs.reset(args.seed), np.random.default_rng(args.seed), 0
-    age, running, ended = np.full(PLAYERS, -1), np.zeros(PLAYERS), [math.nan]
-    progress = Progress("collecting", rows)
-    with StopSignal() as stop:
-        for t in range(T):  # after an end: envs.over, the row holds the last frame, the action only resets
-            at, seen = np.arange(PLAYERS) * T + t, (t + 1) * PLAYERS
-            anew, chance = draw.integers(envs.actions, size=PLAYERS), draw.random(PLAYERS)
-            if learning:
-                explore = 1.0 if seen < 1_000 else max(0.05, 1 - 0.95 * seen / (rows / 2))
-                with torch.no_grad():
-                    best = learner.q(torch.from_numpy(obs).to(device), 0).argmax(1).cpu().numpy()
-                act = np.where(chance < explore, anew, best)
-            else:
-                act = np.where((chance < args.collect_repeat) & (t > 0), act, anew)
-            age = np.where(envs.begins, 0, np.minimum(age + 1, STACK - 1))
-            closed = envs.over  # whose row holds the last frame of an episode
-            row = {"act": act, "begins": envs.begins, "real": ~closed & (t < T - 1), "age": age}
-            frames[at] = obs[:, -1] if len(shape) == 2 else obs
-            obs, rew, terminated, truncated = envs.step(act)
-            row |= {"rew": rew, "terminal": terminated & row["real"]}
-            running += rew
-            for i in np.flatnonzero(terminated | truncated):
-                ended.append(running[i])
-                running[i] = 0.0
-            for k, v in row.items():
-                raw[k][at] = v
-            if learning:
-                row["rew"] = np.sign(rew) if args.clip_rewards else rew
-                for k, v in row.items():
-                    column = getattr(replay, k)
-                    column[torch.from_numpy(at).to(device)] = torch.from_numpy(np.asarray(v)).to(column)
-                complete = at[:0] if t < args.n_step else at - args.n_step  # their n steps lie behind us
-                complete = torch.from_numpy(complete[raw["real"][complete]])
-                usable[count : count + len(complete)] = complete.to(device)
-                count += len(complete)
-                replay.train = usable[:count]
-                for _ in range(PLAYERS // 4 if seen > 1_000 else 0):
-                    learner.update([replay.sample(args.batch_size)], alone=True)
-                    updates += 1
-                    if updates % args.target_network_frequency == 0:
-                        learner.refresh_target()
-            if stop.signum:
-                print("\nstopped while collecting: nothing is kept, the same command starts again")
-                raise SystemExit(128 + stop.signum)
-            progress.show(seen, {"return": np.nanmean(ended[-20:]) if len(ended) > 1 else math.nan})
-    begins = np.flatnonzero(raw["begins"])
-    last = np.append(begins[1:], rows) - 1
-    # pieces that the end of a stream did not cut; its last row may have closed an episode, too
-    raw["whole"] = (last % T < T - 1) | closed[last // T]
-    if learning:
-        returns, _ = evaluate(learner, Envs(env_id, 10, args), 0, args)
-        raw["made_by"] = {"collector_return_mean": float(returns.mean())}
-
-    def fill(out):
-        out[:] = frames
-
-    write_own(folder, raw | {"frames": (frames.shape, kind)}, fill)
-    return folder
-
-
 HUMAN = {  # scores of a random player and of a person, as google-deepmind/dqn_zoo lists them for Atari-57
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742),
     "asterix": (210, 8503.3), "asteroids": (719.1, 47388.7), "atlantis": (12850, 29028.1),
@@ -1110,222 +1337,6 @@ def normalized_score(env_id: str, value: float) -> float | None:
     return None if low is None else 100 * (value - low) / (high - low)
 
 
-# -------------------------------------------------------------------------- the numbers of one moment
-def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
-    """The numbers of one moment, on fixed probes of at most 2,048 transitions of all games, fp32, eval mode.
-
-    Means over games, but for q_max and the bounds. The TD error is that of Q(s,a), whatever the head, in
-    units of the target's variance; features are those of s, and of the s' that the backup looks at."""
-    net, target = learner.net, learner.target
-    moments, pieces, activity = [], [], []
-
-    def probe(rows):
-        n = min(2048 // len(games), len(rows))
-        chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
-        return rows[torch.from_numpy(chosen).to(rows.device)]
-
-    def judge(g, data, rows, suffix=""):
-        """One game's TD error, and its Q against the data's returns; also Q, features, units' activity."""
-        q, y, found, active = [], [], [], []
-        for part in rows.split(256):  # bounds the memory of activations
-            record, batch = [], data.batch(part)
-            phi, phi_next = net.features(batch.obs, record), net.features(batch.next_obs)
-            out_next = target.heads[g](target.features(batch.next_obs))
-            best = net.q(net.heads[g](phi_next) if args.double else out_next).argmax(1)
-            y.append(batch.rew + batch.discount * target.q(out_next).gather(1, best[:, None])[:, 0])
-            q.append(net.q(net.heads[g](phi)))
-            active.append([h.abs().mean(0, keepdim=True) for h in record])
-            found.append((phi, phi_next, (batch.discount > 0).float()))
-        q, y = torch.cat(q), torch.cat(y)
-        q_data, to_go = q.gather(1, data.act[rows][:, None])[:, 0], data.returns_to_go[rows]
-        known = ~to_go.isnan()
-        out = {"td_error" + suffix: (q_data - y).pow(2).mean() / y.var()}
-        if known.sum() >= 32:
-            out["q_minus_return" + suffix] = (q_data - to_go)[known].mean()
-            out["return_std" + suffix] = to_go[known].std()
-        return out, q, q_data, found, active
-
-    net.eval()
-    with strict_fp32():
-        for g, data in enumerate(games):
-            held = judge(g, data, probe(data.holdout), "_holdout")[0] if len(data.holdout) else {}
-            out, q, q_data, found, active = judge(g, data, probe(data.train))
-            pieces, activity = pieces + found, activity + active
-            out |= held | {"q_data": q_data.mean(), "q_pi": q.amax(1).mean(), "q_rand": q.mean()}
-            out |= {
-                "q_max": q.max(),
-                "v_s0": learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean(),
-            }
-            out["cql_gap"] = (torch.logsumexp(q, 1) - math.log(q.shape[1]) - q_data).mean()
-            low, high = data.info["reward_min"], data.info["reward_max"]
-            out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
-            out["q_range"] = (high - low) / (1 - args.gamma)
-            # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up to 0.5;
-            # beyond that only the softmax holds them. c51's atoms end at v_max.
-            out["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
-            moments.append({k: float(v) for k, v in out.items()})
-        phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))
-        shared = spectrum(phi) | alignment(phi, phi_next, weight)
-        shared["dormant"] = dormant([torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)])
-    net.train()
-    out = {k: float(np.mean([m[k] for m in moments])) for k in moments[0] if all(k in m for m in moments)}
-    out |= {k: max(m[k] for m in moments) for k in ("q_max", "q_bound", "q_range", "q_lift")}
-    return out | {k: float(v) for k, v in shared.items()}
-
-
-def advice(args: Args) -> dict:
-    """The flags that a verdict recommends; what is already on is not among them."""
-    flags = {
-        "divergence": [f"--cql-alpha {max(1, 2 * args.cql_alpha):g}", "--unit-norm"],
-        "overfitting": ["--dropout 0.1", "a smaller --width"],
-        "alpha too large": [f"--cql-alpha {args.cql_alpha / 2:g}"],
-        "underfitting": [f"--width {max(32, 2 * args.width)}", "--encoder resnet", "--dr3-coef 0.1"],
-    }
-    if args.n_step > 1:
-        flags["underfitting"] += [f"--n-step {args.n_step // 2}: the noise of so many rewards is part of it"]
-    on = {flag(k) for k in ("unit_norm", "dropout", "dr3_coef") if getattr(args, k)}
-    on |= {"--encoder"} if args.encoder == "resnet" else set()
-    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
-
-
-# ------------------------------------------------------------------------------------------- training
-def summary_of(kind: str, returns: list, args: Args) -> dict:
-    """Mean and deviation of the returns (means over games), and the score against a person where known."""
-    means = [float(x.mean()) for x in returns]
-    scores = [normalized_score(name, x) for name, x in zip(args.env_id, means)]
-    out = {f"{kind}_return_mean": float(np.mean(means))}
-    out[f"{kind}_return_std"] = float(np.mean([x.std() for x in returns]))
-    if kind == "final":
-        out["normalized_score"] = None if None in scores else float(np.mean(scores))
-    if len(means) > 1:
-        out[f"{kind}_games"] = dict(zip(args.env_id, means))
-    return out
-
-
-def train(args: Args) -> dict:
-    """Train as `args` says; returns what summary.json holds."""
-    check(args)
-    join(args)
-    first = processes()[0] == 0
-    device, saved = set_up(args), find_checkpoint(args)
-    if saved and (past := finished(saved, "num_updates", args.num_updates)):
-        return past
-    envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
-    if len({e.shape for e in envs}) > 1:
-        fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")
-    makes = not args.dataset or args.storage == "mmap"
-    if makes and not first:
-        agree(0)  # the first process collects or unpacks, the others wait
-    paths = args.dataset or [str(collect(name, args, device)) for name in args.env_id]
-    games = [load(path, args, e, device) for path, e in zip(paths, envs)]
-    if makes and first:
-        agree(0)
-    digest = "+".join(data.info["dataset_sha256"] for data in games)
-    if saved and saved["info"]["dataset_sha256"] != digest:
-        fail(f"--resume {args.resume}: that run had other data: {saved['info']['dataset']}")
-    torch.manual_seed(args.seed)  # again: collecting has drawn from it
-    learner = Learner(envs[0].shape, [e.actions for e in envs], args, device)
-    if not learner.net.image:
-        learner.standardise(games)
-    reserve(memory(args, learner.net, envs[0].shape), "networks and one update, roughly", device)
-    step, history, returns, info = 0, [], [np.full(1, math.nan)] * len(games), {}
-    if saved:
-        learner.restore(saved["learner"])
-        step, history = saved["step"], saved["history"]
-        returns = [np.array(x) for x in saved["returns"]]
-        restore_random_state(saved["random"])
-    facts = {"dataset": " ".join(paths), "dataset_sha256": digest}
-    for key in ("dataset_return_mean", "collector_return_mean"):
-        values = [data.info[key] for data in games if key in data.info]
-        facts |= {key: float(np.mean(values))} if values else {}
-    run = Run(args, facts, saved) if first else None
-    share = args.batch_size // len(games)
-    graphs = args.cudagraphs and device.type == "cuda" and processes()[1] == 1
-    draw = lambda: [data.sample(share, *processes()) for data in games]
-    if args.storage == "device":
-        update = GraphedUpdate(lambda: learner.update(draw()), graphs)
-    else:  # a graph cannot fetch: it reads what is put into these tensors
-        rows = torch.zeros(share // processes()[1], dtype=torch.int64, device=device)
-        staged = [data.batch(data.train[rows]) for data in games]
-        replayed = GraphedUpdate(lambda: learner.update(staged), graphs)
-
-        def update():
-            for old, new in zip(staged, draw()):
-                for x, y in zip(old, new):
-                    x.copy_(y)
-            return replayed()
-
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "step": step, "history": history, "random": random_state()}
-        if first:
-            run.save("checkpoint.pt", state | {"returns": [x.tolist() for x in returns]})
-
-    def score():
-        """Evaluate every game; the tags carry a game's name where there are several."""
-        found = [evaluate(learner, e, g, args) for g, e in enumerate(envs)]
-        tags = [f"/{name}" if len(envs) > 1 else "" for name in args.env_id]
-        for (game_returns, overestimation), tag, name in zip(found, tags, args.env_id):
-            mean = game_returns.mean()
-            scores = {"charts/episodic_return": mean, "eval/episodic_return": mean}
-            scores["charts/normalized_score"] = normalized_score(name, mean)
-            scores["diagnostics/overestimation"] = overestimation
-            run.scalars({k + tag: v for k, v in scores.items()}, step)
-        return [r for r, _ in found]
-
-    every = lambda n: n > 0 and step % n == 0
-    progress = Progress("training", args.num_updates, step)
-    with StopSignal() as stop:
-        signum = 0
-        while step < args.num_updates and not signum:
-            info = update()
-            step += 1
-            if every(args.target_network_frequency):
-                learner.refresh_target()
-            diagnosing = every(args.diagnostics_frequency)
-            scoring = args.eval_episodes and (every(args.eval_frequency) or step == args.num_updates)
-            if diagnosing or scoring or every(args.log_frequency):
-                check_finite(step, info | dict(learner.named_parameters()))
-            if first and every(args.log_frequency):
-                rate = progress.rate(step)
-                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
-                run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
-            with progress.paused(first and (diagnosing or scoring)):
-                if first and diagnosing:
-                    moment = diagnose(learner, games, args)
-                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                    history.append(moment | {"step": step})
-                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                        run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
-                if first and scoring:
-                    returns = score()
-            if every(args.checkpoint_frequency) and step < args.num_updates:
-                save()
-            mean = np.mean([x.mean() for x in returns])
-            progress.show(step, {"loss": info["loss"], "Q": info["q_values"], "return": mean})
-            if step % AGREE == 0 or processes()[1] == 1:
-                signum = agree(stop.signum)
-        save()
-        if not first:
-            raise SystemExit(128 + signum if signum else 0)
-        summary = facts | {"num_updates": step, "updates_per_second": progress.rate(step)}
-        if args.eval_episodes:
-            summary |= summary_of("final", returns, args)
-        if args.eval_episodes and step == args.num_updates and (run.dir / "selected.pt").is_file():
-            chosen = load_checkpoint(run.dir / "selected.pt")
-            learner.load_state_dict(chosen["networks"])
-            selected = [evaluate(learner, e, g, args)[0] for g, e in enumerate(envs)]
-            summary |= {"selected_step": chosen["step"]} | summary_of("selected", selected, args)
-        if signum:
-            run.stopped(signum)
-    name, sentence = verdict(history, args)
-    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
-    known = ((k, summary.get(f"{k}_return_mean")) for k in ("dataset", "selected", "final", "collector"))
-    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known if v is not None))
-    print(f"verdict: {name}. {sentence}")
-    return run.finish(summary)
-
-
 # === shared: graph capture (canonical copy: cql_continuous.py) ===
 class GraphedUpdate:
     """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
@@ -1338,7 +1349,6 @@ class GraphedUpdate:
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
         self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
-        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the warm-up
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
@@ -1352,7 +1362,7 @@ class GraphedUpdate:
             return out
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.graphs[key] = graph, self.fn(*key)
         graph, out = self.graphs[key]
         graph.replay()
@@ -1512,8 +1522,12 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
         ),
     }
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
-    if abs(drift) > 0.1:
-        healthy += f". It moved by {drift:+.1f} in the last fifth: try more --num-updates"
+    moved = f"moved by {drift:+.1f} in the last fifth"
+    if off > 0.5 and drift > 0.1:  # more updates may be the way into divergence
+        healthy += f". It {moved}, above those returns: a better policy's value, or overestimation. See "
+        healthy += f"diagnostics/overestimation after an evaluation; beside it try {flags['divergence']}"
+    elif abs(drift) > 0.1:
+        healthy += f". It {moved}: try more --num-updates"
     return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 

@@ -14,10 +14,10 @@ with T Q = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and
 mu maximises its term less the regulariser KL(mu || Unif), KL(mu || rho). Two scales differ from the paper:
 the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5 is alpha = 2.5 above; and the
 log-sum-exp, an integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so
-that a Q which ignores the action has a gap of 0.
+that a Q which ignores the action has a gap of 0. rho is pi, unless --cql-proposals says otherwise.
 
-Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The data readers
-and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
+Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The readers of
+files and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -62,7 +62,6 @@ import sys
 import threading
 import time
 import timeit
-import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -106,7 +105,7 @@ class Args:
     checkpoint_frequency: int = 1_000
     """updates between checkpoints (0: only at the end)"""
     eval_frequency: int = 1_000
-    """updates between evaluations (0: only at the end)"""
+    """updates between evaluations, one more when cloning ends (0: only then and at the end)"""
     eval_episodes: int = 10
     """episodes of each evaluation (0: no evaluation, no environment needed with --dataset)"""
     log_frequency: int = 100
@@ -122,7 +121,7 @@ class Args:
 
     # --- length, size and data
     num_updates: int = 8_000
-    """gradient steps on the dataset (the serious run: 1_000_000)"""
+    """updates on the dataset (the serious run: 1_000_000)"""
     online_steps: int = 0
     """environment steps of fine-tuning after the offline phase, one update each"""
     offline_share: float = 0.5
@@ -168,7 +167,7 @@ class Args:
     cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"
     """which objective: CQL(H), CQL(rho), Eq. 2 or Eq. 1"""
     cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
-    """where actions are drawn: three-sets (H's default); mixture, 1/2 pi + 1/2 Unif; policy (else), pi"""
+    """where actions are drawn: three-sets (H's default); mixture, 1/2 pi + 1/2 Unif; policy, pi (others')"""
     cql_samples: int = 4
     """N, sampled actions of each proposal set (authors: 10)"""
     cql_temperature: float = 1.0
@@ -182,7 +181,7 @@ class Args:
 
     # --- networks and representation
     num_critics: int = 2
-    """n, size of the ensemble (2 to 20); the backup takes its minimum"""
+    """n, size of the ensemble (1 to 20); the backup takes its minimum"""
     critic_width: int = 256
     """units in a hidden layer of the critic"""
     critic_depth: int = 2
@@ -208,7 +207,7 @@ class Args:
 
 
 LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "holdout": (0, 0.9), "dropout": (0, 0.99)}  # least, most
-LIMITS |= {"offline_share": (0, 1), "num_critics": (2, 20), "critic_depth": (1, 64), "policy_depth": (1, 64)}
+LIMITS |= {"offline_share": (0, 1), "num_critics": (1, 20), "critic_depth": (1, 64), "policy_depth": (1, 64)}
 LIMITS |= dict.fromkeys(["reward_shift", "cql_target_gap", "cql_clip_diff"], (-1e18, 1e18))
 LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "reward_scale", "cql_temperature"], (1e-12, 1e12))
 LIMITS |= dict.fromkeys(["critic_width", "policy_width", "vib_dim", "batch_size", "cql_samples"], (1, 1e6))
@@ -284,10 +283,9 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # td3.py's policy asks the first only
-        if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
-            return (x * weight.mT).sum(-1, keepdim=True) + bias
-        return torch.baddbmm(bias, x, weight)
+        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        return torch.baddbmm(self.bias, x, self.weight)
 
 
 class Critic(nn.Module):
@@ -347,7 +345,7 @@ class Batch(NamedTuple):
     next_act: torch.Tensor  # (B, act), the data's own next action (SARSA)
 
 
-def backup(actor, target, log_alpha, batch, args: Args, generator=None):
+def backup(learner, batch: Batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_i(s', a'), (B,).
 
     With `max` each critic takes its own best of the samples, and a' is the best one of their minimum; with
@@ -356,14 +354,14 @@ def backup(actor, target, log_alpha, batch, args: Args, generator=None):
     if args.backup == "sarsa":
         next_act = batch.next_act[:, None]
     elif args.backup == "mean":
-        next_act = torch.tanh(actor(batch.next_obs)[0])[:, None]
+        next_act = torch.tanh(learner.actor(batch.next_obs)[0])[:, None]
     else:
         m = args.cql_samples if args.backup == "max" else 1
-        next_act, next_logp = actor.sample(batch.next_obs, m, generator)  # (B, m, act), (B, m)
-    q = target(batch.next_obs, next_act)  # (n, B, m): the max of each critic, then the ensemble's min
+        next_act, next_logp = learner.actor.sample(batch.next_obs, m, generator)  # (B, m, act), (B, m)
+    q = learner.target(batch.next_obs, next_act)  # (n, B, m): the max of each critic, then the ensemble's min
     value = q.amax(-1).amin(0)
     if args.backup_entropy:
-        value = value - log_alpha.exp() * next_logp[:, 0]
+        value = value - learner.log_alpha.exp() * next_logp[:, 0]
     best = q.amin(0).argmax(-1)
     next_act = next_act[torch.arange(len(best), device=best.device), best]
     return next_act, batch.rew + args.gamma * (1 - batch.done) * value
@@ -413,32 +411,38 @@ def conservative_term(q, log_ratio, q_data, args: Args):
     return term if args.cql_clip_diff is None else term.clamp(min=args.cql_clip_diff)
 
 
+def conservative_loss(learner, batch: Batch, q_data, args: Args):
+    """The conservative term of each critic on the minibatch, (n,); q_data (n, B) is Q(s,a) of the data."""
+    with torch.no_grad():
+        kind, n = proposal_kind(args), args.cql_samples
+        act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, n)
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
+    q = q.float()
+    term = conservative_term(q, log_ratio, q_data, args)
+    info = {"cql_loss": term.mean()}
+    if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
+        weight = torch.softmax((q / args.cql_temperature - log_ratio).detach(), -1)
+        info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
+    return term.mean(1), info
+
+
 def critic_loss(learner, batch: Batch, args: Args):
     """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eqs. 1 to 4)."""
     with torch.no_grad():
-        next_act, y = backup(learner.actor, learner.target, learner.log_alpha, batch, args)
+        next_act, y = backup(learner, batch, args)
     phi, kl = learner.critic.features(batch.obs, batch.act)
     q_data = learner.critic.head(phi).squeeze(-1)  # (n, B)
     td_loss = ((q_data - y) ** 2).mean(1)  # (n,), without the paper's 1/2
-    info = {f"qf{i + 1}_loss": td_loss[i] for i in range(2)} | {"qf_loss": td_loss.mean()}
-    info |= {f"qf{i + 1}_values": q_data[i].mean() for i in range(2)}
+    shown = range(min(2, args.num_critics))
+    info = {f"qf{i + 1}_loss": td_loss[i] for i in shown} | {"qf_loss": td_loss.mean()}
+    info |= {f"qf{i + 1}_values": q_data[i].mean() for i in shown}
     loss = td_loss.sum()
     if args.cql_alpha > 0:
-        with torch.no_grad():
-            kind, n = proposal_kind(args), args.cql_samples
-            act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, n)
-        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
-        q = q.float()
-        term = conservative_term(q, log_ratio, q_data, args)
-        info["cql_loss"] = term.mean()
-        cql_alpha = args.cql_alpha
-        if args.cql_target_gap is not None:
-            cql_alpha = info["cql_alpha"] = learner.log_cql_alpha.detach().exp()
-        loss = loss + cql_alpha * term.mean(1).sum()
-        if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
-            weight = torch.softmax((q / args.cql_temperature - log_ratio).detach(), -1)
-            info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
+        term, cql_info = conservative_loss(learner, batch, q_data, args)
+        cql_alpha = learner.log_cql_alpha.detach().exp()  # moves with --cql-target-gap only
+        loss = loss + cql_alpha * term.sum()
+        info |= cql_info | {"cql_alpha": cql_alpha}
     if args.dr3_coef > 0:
         phi_next, _ = learner.critic.features(batch.next_obs, next_act)  # gradient through both sides
         dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
@@ -485,7 +489,7 @@ class Learner(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device):
         super().__init__()
-        self.args, self.act_dim = args, act_dim
+        self.args, self.device, self.act_dim = args, device, act_dim
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).eval().requires_grad_(False)
@@ -497,16 +501,19 @@ class Learner(nn.Module):
         if args.compile:
             torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         compiled = torch.compile if args.compile else lambda loss: loss
-        self.loss = {f.__name__: compiled(f) for f in (critic_loss, actor_loss, cloning_loss)}
-        critic, actor = self.critic.parameters(), self.actor.parameters()
-        groups = [("critic", critic, args.q_lr), ("cql_alpha", [self.log_cql_alpha], args.q_lr)]
-        groups += [("actor", actor, args.policy_lr), ("alpha", [self.log_alpha], args.policy_lr)]
+        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
+        self.cloning_loss = compiled(cloning_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
-        self.optim = {name: torch.optim.Adam(p, lr=lr, **flags) for name, p, lr in groups}
+        self.optim = {
+            "critic": torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **flags),
+            "cql_alpha": torch.optim.Adam([self.log_cql_alpha], lr=args.q_lr, **flags),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **flags),
+            "alpha": torch.optim.Adam([self.log_alpha], lr=args.policy_lr, **flags),
+        }
 
     def standardised(self, obs):
         """An environment's observation as the networks see it."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return (obs - self.obs_mean) / self.obs_std
 
     def minimise(self, name: str, loss):
@@ -518,12 +525,11 @@ class Learner(nn.Module):
     def update(self, sample, cloning: bool) -> dict:
         """G_Q critic steps and G_pi policy steps, a fresh minibatch `sample()` for each (Algorithm 1)."""
         args, info = self.args, {}
+        policy_loss = self.cloning_loss if cloning else self.actor_loss
         for _ in range(args.critic_updates):
-            loss, q_info = self.loss["critic_loss"](self, sample(), args)
+            loss, q_info = self.critic_loss(self, sample(), args)
             self.minimise("critic", loss)
-            with torch.no_grad():
-                for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
-                    p_target.lerp_(p, args.tau)
+            polyak(self.critic, self.target, args.tau)
             if args.cql_target_gap is not None:
                 excess = q_info["cql_loss"] - args.cql_target_gap
                 self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, excess))
@@ -531,7 +537,7 @@ class Learner(nn.Module):
                 self.log_cql_alpha.data.clamp_(max=math.log(1e6))
             info |= q_info
         for _ in range(args.policy_updates):
-            loss, pi_info = self.loss["cloning_loss" if cloning else "actor_loss"](self, sample(), args)
+            loss, pi_info = policy_loss(self, sample(), args)
             self.minimise("actor", loss)
             if args.alpha is None:  # target entropy -d (arXiv 1812.05905)
                 self.minimise("alpha", dual_loss(self.log_alpha, -self.act_dim - pi_info["entropy"]))
@@ -547,6 +553,13 @@ class Learner(nn.Module):
             load_optimizer(optim, saved["optim"][name])
 
 
+@torch.no_grad()
+def polyak(net, target, tau: float):
+    """target <- target + tau (net - target)."""
+    for p, p_target in zip(net.parameters(), target.parameters()):
+        p_target.lerp_(p, tau)
+
+
 # ----------------------------------------------------------------------------------------------- data
 class Data:
     """Transitions on the device: row i is (obs, act, rew, next_obs, done, next_act)[i].
@@ -560,7 +573,8 @@ class Data:
         self.info = info
         for name, array in arrays.items():
             setattr(self, name, None if array is None else torch.from_numpy(array).to(device))
-        self.next_obs = self.obs[1:] if self.next_obs is None else self.next_obs
+        self.shifted = self.next_obs is None
+        self.next_obs = self.obs[1:] if self.shifted else self.next_obs
         self.next_act = self.act[1:]
 
     def batch(self, rows) -> Batch:
@@ -575,204 +589,8 @@ class Data:
         std, mean = torch.std_mean(self.obs, dim=0)
         learner.obs_mean.copy_(mean)
         learner.obs_std.copy_(std + 1e-3)  # an entry that never varies stays 0
-        view = self.next_obs.untyped_storage().data_ptr() == self.obs.untyped_storage().data_ptr()
-        for x in (self.obs,) if view else (self.obs, self.next_obs):
+        for x in (self.obs,) if self.shifted else (self.obs, self.next_obs):
             x.sub_(learner.obs_mean).div_(learner.obs_std)
-
-
-FLAGS = ("terminals", "timeouts", "terminations", "truncations")
-
-
-def columns(f, keys: list[str], where: str) -> dict:
-    """The HDF5 arrays of these names, refused unless each is there and of the right rank, kind and width."""
-    found = {}
-    for key in keys:
-        try:
-            found[key] = h = f[key]
-        except (KeyError, OSError):
-            fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'none'}), expected a D4RL or Minari file")
-        rank = 1 if key in FLAGS or key == "rewards" else 2
-        kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
-        if getattr(h, "shape", None) is None:
-            fail(f"{where}: '{key}' is not an array (Dict spaces must be flattened first)")
-        if len(h.shape) != rank or h.dtype.kind not in kinds:
-            fail(f"{where}: '{key}' is {len(h.shape)}-D {h.dtype}, expected {rank}-D {what}")
-        if 0 in h.shape[1:]:
-            fail(f"{where}: '{key}' has shape {h.shape}, expected at least one column")
-    return found
-
-
-def read_floats(h, out: np.ndarray, where: str):
-    """An HDF5 array of any float type straight into float32 rows; NaN and infinity are refused."""
-    if h.size:
-        h.read_direct(out)
-    with np.errstate(invalid="ignore"):  # NaN and inf survive a sum: one pass, no temporary
-        finite = np.isfinite(np.sum(out, dtype=np.float64))
-    if not finite:
-        row, *column = np.argwhere(~np.isfinite(out))[0]
-        key = h.name.rsplit("/", 1)[-1]
-        fail(f"{where}: '{key}' row {row} holds {out[row, *column]}, expected finite numbers")
-
-
-def read_flags(h, where: str) -> np.ndarray:
-    x = h[()]
-    bad = np.flatnonzero((x != 0) & (x != 1))
-    if len(bad):
-        fail(f"{where}: '{h.name.rsplit('/', 1)[-1]}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
-    return x.astype(bool)
-
-
-def read_d4rl(f, path: Path, device) -> dict:
-    """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
-    keys = ["observations", "actions", "rewards", "terminals"]
-    h = columns(f, keys + [k for k in ("timeouts", "next_observations") if k in f], path)
-    n, width = h["observations"].shape
-    for key, array in h.items():
-        if len(array) != n or (key == "next_observations" and array.shape[1] != width):
-            fail(f"{path}: '{key}' has shape {array.shape}, 'observations' {(n, width)}")
-    if n == 0:
-        fail(f"{path}: holds no transitions")
-    reserve(sum(4 * array.size for array in h.values()) + 24 * n, "dataset", device)
-
-    def padded(key):
-        x = np.zeros((n + 1, *h[key].shape[1:]), np.float32)
-        read_floats(h[key], x[:n], path)
-        x[n] = x[n - 1]
-        return x
-
-    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards"), "note": ""}
-    raw["next_obs"] = padded("next_observations") if "next_observations" in h else None
-    terminal, timeout = read_flags(h["terminals"], path), np.zeros(n, bool)
-    if "timeouts" in h:
-        timeout = read_flags(h["timeouts"], path)
-    elif raw["next_obs"] is None:
-        raw["note"] = ". No 'timeouts': episodes are taken to end at terminals only"
-    else:
-        timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
-        raw["note"] = ". No 'timeouts': episodes are taken to end where next_observations is not the next row"
-    terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
-    end = terminal | timeout
-    end[n - 1 : n] = True  # the file ends here, whatever its flags say
-    real = np.arange(n + 1) < n
-    has_next = real & (terminal | ~end) if raw["next_obs"] is None else real
-    raw |= {"terminal": terminal, "end": end, "real": real, "has_next": has_next}
-    return raw | {"locate": lambda row: f"{path}: 'actions' row {row}"}
-
-
-def read_minari(f, path: Path, device) -> dict:
-    """Minari layout, a group an episode with T + 1 observations: the last row of each is no transition."""
-    names = [k for k in f if k.startswith("episode_")]
-    for name in names:
-        if not name[8:].isdigit() or not hasattr(f.get(name), "keys"):
-            fail(f"{path}: '{name}' is not an episode's group")
-    names.sort(key=lambda name: int(name[8:]))
-    keys = ["observations", "actions", "rewards", "terminations", "truncations"]
-    episodes = [columns(f[name], keys, f"{path}/{name}") for name in names]
-    width = {k: episodes[0][k].shape[1] for k in ("observations", "actions")}
-    for name, h in zip(names, episodes):
-        shapes, t = {k: array.shape for k, array in h.items()}, len(h["rewards"])
-        expected = {k: (t + (k == "observations"), *([width[k]] if k in width else [])) for k in keys}
-        if shapes != expected:
-            key = next(k for k in keys if shapes[k] != expected[k])
-            wrong = f"'{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
-            fail(f"{path}/{name}: {wrong}")
-    first = np.cumsum([0] + [len(h["observations"]) for h in episodes])
-    n = int(first[-1])
-    reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
-    raw = {"obs": np.zeros((n, width["observations"]), np.float32)}
-    raw |= {"act": np.zeros((n, width["actions"]), np.float32)}
-    raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
-    raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
-    for name, h, i, j in zip(names, episodes, first, first[1:] - 1):  # rows i to j - 1 are transitions
-        where = f"{path}/{name}"
-        read_floats(h["observations"], raw["obs"][i : j + 1], where)
-        read_floats(h["actions"], raw["act"][i:j], where)
-        read_floats(h["rewards"], raw["rew"][i:j], where)
-        raw["terminal"][i:j] = read_flags(h["terminations"], where)
-        raw["end"][i:j] = raw["terminal"][i:j] | read_flags(h["truncations"], where)
-        raw["end"][max(i, j - 1) : j] = raw["real"][i:j] = True
-    raw["has_next"] = raw["real"]
-
-    def locate(row):
-        episode = int(np.searchsorted(first, row, "right")) - 1
-        return f"{path}/{names[episode]}: 'actions' row {row - first[episode]}"
-
-    return raw | {"locate": locate}
-
-
-def load(path: Path, args: Args, env, device) -> Data:
-    """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
-    h5py = need("h5py")
-    if not path.is_file():
-        fail(f"--dataset {path}: no such file, Minari folder or downloaded Minari id")
-    try:
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        with h5py.File(path) as f:
-            minari = "observations" not in f and any(k.startswith("episode_") for k in f)
-            raw = (read_minari if minari else read_d4rl)(f, path, device)
-            made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:  # h5py has all these for damage
-        fail(f"{path}: not readable as HDF5, is it complete? ({first_line(e)})")
-    obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
-    if not real.any():
-        fail(f"{path}: holds no transitions")
-    low, high = -np.ones(act.shape[1]), np.ones(act.shape[1])
-    if env is not None:
-        low, high = env.action_space.low, env.action_space.high
-        widths, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
-        if widths != expected:
-            ant = "; D4RL's ant needs include_cfrc_ext_in_observation=False" if widths[0] == 27 else ""
-            fail(f"{path}: observations and actions are {widths} wide, {args.env_id} has {expected}{ant}")
-    # Episodes: their first rows, returns (before scaling), and for each row the last row of its episode
-    start = real & np.append(True, (end | ~real)[:-1])
-    rew[~real] = 0
-    returns = np.add.reduceat(rew, np.flatnonzero(start), dtype=np.float64)
-    ends, rows = np.flatnonzero(end).astype(np.int32), np.arange(len(real), dtype=np.int32)
-    last = ends[np.minimum(np.searchsorted(ends, rows), len(ends) - 1)]
-    usable = raw["has_next"] & (terminal | ~end if args.backup == "sarsa" else True)
-    dropped = int(real.sum() - usable.sum())
-    held = np.zeros(len(returns), bool)
-    if args.holdout and len(returns) > 1:
-        order = np.random.default_rng(args.seed).permutation(len(returns))
-        held[order[: max(1, round(args.holdout * len(returns)))]] = True
-    held = held[np.cumsum(start) - 1]
-    if not (usable & ~held).any():
-        why = f"of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
-        fail(f"{path}: nothing to train on: {why}")
-
-    # Actions to [-1, 1], rewards to their scale
-    span = f"{act[real].min():.3g} to {act[real].max():.3g}"
-    act -= ((high + low) / 2).astype(np.float32)
-    act /= ((high - low) / 2).astype(np.float32)
-    beyond = np.where(real, np.abs(act).max(1) - 1, 0)
-    if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
-        row, box = int(beyond.argmax()), f"{low.tolist()} to {high.tolist()}"
-        fail(f"{raw['locate'](row)} is outside {box} by {beyond[row] / 2:.1%} of the range")
-    np.clip(act, -1, 1, out=act)
-    rew *= args.reward_scale
-    rew += args.reward_shift
-    g = returns_to_go(rew, last, args.gamma)
-    g[~real | ~terminal[last] & (args.gamma ** (last - rows + np.float32(1)) > 0.01)] = np.nan
-
-    n_end, kind = int(terminal.sum()), "action" if args.backup == "sarsa" else "observation"
-    info = made_by | {"dataset": str(path), "dataset_sha256": digest}
-    info |= {"dataset_return_mean": float(returns.mean())}
-    info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max()), "terminals": n_end}
-    data = Data(
-        device, info, obs=obs, act=act, rew=rew, next_obs=raw["next_obs"], done=terminal.astype(np.float32),
-        returns_to_go=g, train=np.flatnonzero(usable & ~held), holdout=np.flatnonzero(usable & held),
-        starts=np.flatnonzero(start),
-    )  # fmt: skip
-    print(
-        f"{path}: {real.sum():,} transitions in {len(returns):,} episodes, {n_end:,} ended by a terminal "
-        f"state, {len(returns) - n_end:,} by a time-out or the file's end{raw['note']}\n"
-        f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions "
-        f"{span}, {(beyond > 0).sum():,} clipped\n"
-        f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out, {dropped:,} dropped "
-        f"(no next {kind})"
-    )
-    return data
 
 
 # ----------------------------------------------------------------------- environment: collect, evaluate
@@ -834,7 +652,7 @@ class Player:
     """One environment and the replay it fills: the collector's loop, and the fine-tuning's."""
 
     def __init__(self, env: gym.Env, capacity: int, learner, args: Args):
-        o, a, device = env.observation_space.shape, env.action_space.shape, learner.obs_mean.device
+        o, a, device = env.observation_space.shape, env.action_space.shape, learner.device
         reserve(4 * capacity * (2 * o[0] + a[0] + 3), "replay buffer", device)
         shapes = dict(obs=o, act=a, rew=(), next_obs=o, done=(), timeout=())
         self.buffer = {k: torch.zeros(capacity, *shape, device=device) for k, shape in shapes.items()}
@@ -924,38 +742,15 @@ def collect(args: Args, env: gym.Env, device) -> Path:
     return path
 
 
-def dataset_path(name: str) -> Path:
-    """A file; a Minari folder; or a Minari id under MINARI_DATASETS_PATH (default ~/.minari/datasets)."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    inside = ("main_data.hdf5", "data/main_data.hdf5")
-    candidates = [Path(name)] + [folder / x for folder in (Path(name), root / name) for x in inside]
-    return next((p for p in candidates if p.is_file()), Path(name))
-
-
-D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
-    "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3),
-    "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7), "adroithandpen": (96.262799, 3076.8331017826877),
-    "adroithandhammer": (-274.856578, 12794.134825156867), "adroithanddoor": (-56.512833, 2880.5693087298737),
-    "adroithandrelocate": (-6.425911, 4233.877797728884), "frankakitchen": (0.0, 4.0),
-}  # fmt: skip
-
-
-def normalized_score(env_id: str, value: float) -> float | None:
-    """D4RL's score, 0 for a random and 100 for an expert policy; None where there is no reference."""
-    name = re.split("[-_]", env_id.split("/")[-1].lower())[0]
-    low, high = D4RL_REFERENCE.get(name, (None, None))
-    return None if low is None else 100 * (value - low) / (high - low)
-
-
 # -------------------------------------------------------------------------- the numbers of one moment
 def diagnose(learner: Learner, data: Data, args: Args) -> dict:
     """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
 
     Its generators start anew at each call, so that what moves is the network and not the sample. Every Q is
     the ensemble's minimum; the TD error is the ensemble's mean, in units of the target's variance; features
-    are those of the first critic.
+    are those of the first critic; v_s0 is at the data's first states.
     """
-    device, actor, critic = data.obs.device, learner.actor, learner.critic
+    device, actor, critic = learner.device, learner.actor, learner.critic
     draw = torch.Generator(device).manual_seed(0)
 
     def probe(rows):
@@ -965,24 +760,24 @@ def diagnose(learner: Learner, data: Data, args: Args) -> dict:
         return critic(obs, act).amin(0)
 
     def judge(rows, suffix=""):
-        """TD error and Q against the data's returns; also the target's actions."""
+        """TD error and Q against the data's returns; also Q, (rows,), and the target's actions."""
         batch, g = data.batch(rows), data.returns_to_go[rows]
-        next_act, y = backup(actor, learner.target, learner.log_alpha, batch, args, draw)
-        out["td_error" + suffix] = (critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
-        known = ~g.isnan()
+        next_act, y = backup(learner, batch, args, draw)
+        q = critic(batch.obs, batch.act)
+        out["td_error" + suffix] = (q - y).pow(2).mean() / y.var()
+        q, known = q.amin(0), ~g.isnan()
         if known.sum() >= 32:
-            out["q_minus_return" + suffix] = (q_of(batch.obs, batch.act) - g)[known].mean()
+            out["q_minus_return" + suffix] = (q - g)[known].mean()
             out["return_std" + suffix] = g[known].std()
-        return next_act
+        return q, next_act
 
     out, rows = {}, probe(data.train)
     batch = data.batch(rows)
     critic.eval()
     with strict_fp32():
-        next_act = judge(rows)
+        q, next_act = judge(rows)
         if len(data.holdout):
             judge(probe(data.holdout), "_holdout")
-        q = q_of(batch.obs, batch.act)
         uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
         out |= {"q_data": q.mean(), "q_rand": q_of(batch.obs, uniform).mean()}
         out["q_pi"] = q_of(batch.obs, torch.tanh(actor(batch.obs)[0])).mean()
@@ -1141,6 +936,225 @@ def train(args: Args) -> dict:
     return run.finish(summary)
 
 
+# ----------------------------------------------------------------------- files of data, D4RL's scores
+FLAGS = ("terminals", "timeouts", "terminations", "truncations")
+
+
+def columns(f, keys: list[str], where: str) -> dict:
+    """The HDF5 arrays of these names, refused unless each is there and of the right rank, kind and width."""
+    found = {}
+    for key in keys:
+        try:
+            found[key] = h = f[key]
+        except (KeyError, OSError):
+            fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'none'}), expected a D4RL or Minari file")
+        rank = 1 if key in FLAGS or key == "rewards" else 2
+        kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
+        if getattr(h, "shape", None) is None:
+            fail(f"{where}: '{key}' is not an array (Dict spaces must be flattened first)")
+        if len(h.shape) != rank or h.dtype.kind not in kinds:
+            fail(f"{where}: '{key}' is {len(h.shape)}-D {h.dtype}, expected {rank}-D {what}")
+        if 0 in h.shape[1:]:
+            fail(f"{where}: '{key}' has shape {h.shape}, expected at least one column")
+    return found
+
+
+def read_floats(h, out: np.ndarray, where: str):
+    """An HDF5 array of any float type straight into float32 rows; NaN and infinity are refused."""
+    if h.size:
+        h.read_direct(out)
+    with np.errstate(invalid="ignore"):  # NaN and inf survive a sum: one pass, no temporary
+        finite = np.isfinite(np.sum(out, dtype=np.float64))
+    if not finite:
+        row, *column = np.argwhere(~np.isfinite(out))[0]
+        key = h.name.rsplit("/", 1)[-1]
+        fail(f"{where}: '{key}' row {row} holds {out[row, *column]}, expected finite numbers")
+
+
+def read_flags(h, where: str) -> np.ndarray:
+    x = h[()]
+    bad = np.flatnonzero((x != 0) & (x != 1))
+    if len(bad):
+        fail(f"{where}: '{h.name.rsplit('/', 1)[-1]}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
+    return x.astype(bool)
+
+
+def read_d4rl(f, path: Path, device) -> dict:
+    """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
+    keys = ["observations", "actions", "rewards", "terminals"]
+    h = columns(f, keys + [k for k in ("timeouts", "next_observations") if k in f], path)
+    n, width = h["observations"].shape
+    for key, array in h.items():
+        if len(array) != n or (key == "next_observations" and array.shape[1] != width):
+            fail(f"{path}: '{key}' has shape {array.shape}, 'observations' {(n, width)}")
+    if n == 0:
+        fail(f"{path}: holds no transitions")
+    reserve(sum(4 * array.size for array in h.values()) + 24 * n, "dataset", device)
+
+    def padded(key):
+        x = np.zeros((n + 1, *h[key].shape[1:]), np.float32)
+        read_floats(h[key], x[:n], path)
+        x[n] = x[n - 1]
+        return x
+
+    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards"), "note": ""}
+    raw["next_obs"] = padded("next_observations") if "next_observations" in h else None
+    terminal, timeout = read_flags(h["terminals"], path), np.zeros(n, bool)
+    if "timeouts" in h:
+        timeout = read_flags(h["timeouts"], path)
+    elif raw["next_obs"] is None:
+        raw["note"] = ". No 'timeouts': episodes are taken to end at terminals only"
+    else:
+        timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
+        raw["note"] = ". No 'timeouts': episodes are taken to end where next_observations is not the next row"
+    terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
+    end = terminal | timeout
+    end[n - 1] = True  # the file ends here, whatever its flags say
+    real = np.arange(n + 1) < n
+    has_next = real & (terminal | ~end) if raw["next_obs"] is None else real
+    raw |= {"terminal": terminal, "end": end, "real": real, "has_next": has_next}
+    return raw | {"locate": lambda row: f"{path}: 'actions' row {row}"}
+
+
+def read_minari(f, path: Path, device) -> dict:
+    """Minari layout, a group an episode with T + 1 observations: the last row of each is no transition."""
+    names = [k for k in f if k.startswith("episode_")]
+    for name in names:
+        if not name[8:].isdigit() or not hasattr(f.get(name), "keys"):
+            fail(f"{path}: '{name}' is not an episode's group")
+    names.sort(key=lambda name: int(name[8:]))
+    keys = ["observations", "actions", "rewards", "terminations", "truncations"]
+    episodes = [columns(f[name], keys, f"{path}/{name}") for name in names]
+    width = {k: episodes[0][k].shape[1] for k in ("observations", "actions")}
+    for name, h in zip(names, episodes):
+        shapes, t = {k: array.shape for k, array in h.items()}, len(h["rewards"])
+        expected = {k: (t + (k == "observations"), *([width[k]] if k in width else [])) for k in keys}
+        if shapes != expected:
+            key = next(k for k in keys if shapes[k] != expected[k])
+            wrong = f"'{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
+            fail(f"{path}/{name}: {wrong}")
+    first = np.cumsum([0] + [len(h["observations"]) for h in episodes])
+    n = int(first[-1])
+    reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
+    raw = {"obs": np.zeros((n, width["observations"]), np.float32)}
+    raw |= {"act": np.zeros((n, width["actions"]), np.float32)}
+    raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
+    raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
+    for name, h, i, j in zip(names, episodes, first, first[1:] - 1):  # rows i to j - 1 are transitions
+        where = f"{path}/{name}"
+        read_floats(h["observations"], raw["obs"][i : j + 1], where)
+        read_floats(h["actions"], raw["act"][i:j], where)
+        read_floats(h["rewards"], raw["rew"][i:j], where)
+        raw["terminal"][i:j] = read_flags(h["terminations"], where)
+        raw["end"][i:j] = raw["terminal"][i:j] | read_flags(h["truncations"], where)
+        raw["end"][max(i, j - 1) : j] = raw["real"][i:j] = True
+    raw["has_next"] = raw["real"]
+
+    def locate(row):
+        episode = int(np.searchsorted(first, row, "right")) - 1
+        return f"{path}/{names[episode]}: 'actions' row {row - first[episode]}"
+
+    return raw | {"locate": locate}
+
+
+def load(path: Path, args: Args, env, device) -> Data:
+    """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
+    h5py = need("h5py")
+    if not path.is_file():
+        fail(f"--dataset {path}: no such file, Minari folder or downloaded Minari id")
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        with h5py.File(path) as f:
+            minari = "observations" not in f and any(k.startswith("episode_") for k in f)
+            raw = (read_minari if minari else read_d4rl)(f, path, device)
+            made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:  # h5py has all these for damage
+        fail(f"{path}: not readable as HDF5, is it complete? ({first_line(e)})")
+    obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
+    if not real.any():
+        fail(f"{path}: holds no transitions")
+    low, high = -np.ones(act.shape[1]), np.ones(act.shape[1])
+    if env is not None:
+        low, high = env.action_space.low, env.action_space.high
+        widths, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
+        if widths != expected:
+            ant = "; D4RL's ant needs include_cfrc_ext_in_observation=False" if widths[0] == 27 else ""
+            fail(f"{path}: observations and actions are {widths} wide, {args.env_id} has {expected}{ant}")
+    # Episodes: their first rows, returns (before scaling), and for each row the last row of its episode
+    start = real & np.append(True, (end | ~real)[:-1])
+    rew[~real] = 0
+    returns = np.add.reduceat(rew, np.flatnonzero(start), dtype=np.float64)
+    ends, rows = np.flatnonzero(end).astype(np.int32), np.arange(len(real), dtype=np.int32)
+    last = ends[np.minimum(np.searchsorted(ends, rows), len(ends) - 1)]
+    usable = raw["has_next"] & (terminal | ~end) if args.backup == "sarsa" else raw["has_next"]
+    dropped = int(real.sum() - usable.sum())
+    held = np.zeros(len(returns), bool)
+    if args.holdout and len(returns) > 1:
+        order = np.random.default_rng(args.seed).permutation(len(returns))
+        held[order[: max(1, round(args.holdout * len(returns)))]] = True
+    held = held[np.cumsum(start) - 1]
+    if not (usable & ~held).any():
+        why = f"of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
+        fail(f"{path}: nothing to train on: {why}")
+
+    # Actions to [-1, 1], rewards to their scale
+    span = f"{act[real].min():.3g} to {act[real].max():.3g}"
+    act -= ((high + low) / 2).astype(np.float32)
+    act /= ((high - low) / 2).astype(np.float32)
+    beyond = np.where(real, np.abs(act).max(1) - 1, 0)
+    if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
+        row, box = int(beyond.argmax()), f"{low.tolist()} to {high.tolist()}"
+        fail(f"{raw['locate'](row)} is outside {box} by {beyond[row] / 2:.1%} of the range")
+    np.clip(act, -1, 1, out=act)
+    rew *= args.reward_scale
+    rew += args.reward_shift
+    g = returns_to_go(rew, last, args.gamma)
+    g[~real | ~terminal[last] & (args.gamma ** (last - rows + np.float32(1)) > 0.01)] = np.nan
+
+    n_end, kind = int(terminal.sum()), "action" if args.backup == "sarsa" else "observation"
+    info = made_by | {"dataset": str(path), "dataset_sha256": digest}
+    info |= {"dataset_return_mean": float(returns.mean())}
+    info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max()), "terminals": n_end}
+    data = Data(
+        device, info, obs=obs, act=act, rew=rew, next_obs=raw["next_obs"], done=terminal.astype(np.float32),
+        returns_to_go=g, train=np.flatnonzero(usable & ~held), holdout=np.flatnonzero(usable & held),
+        starts=np.flatnonzero(start),
+    )  # fmt: skip
+    print(
+        f"{path}: {real.sum():,} transitions in {len(returns):,} episodes, {n_end:,} ended by a terminal "
+        f"state, {len(returns) - n_end:,} by a time-out or the file's end{raw['note']}\n"
+        f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions "
+        f"{span}, {(beyond > 0).sum():,} clipped\n"
+        f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out, {dropped:,} dropped "
+        f"(no next {kind})"
+    )
+    return data
+
+
+def dataset_path(name: str) -> Path:
+    """A file; a Minari folder; or a Minari id under MINARI_DATASETS_PATH (default ~/.minari/datasets)."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    inside = ("main_data.hdf5", "data/main_data.hdf5")
+    candidates = [Path(name)] + [folder / x for folder in (Path(name), root / name) for x in inside]
+    return next((p for p in candidates if p.is_file()), Path(name))
+
+
+D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
+    "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7), "adroithandpen": (96.262799, 3076.8331017826877),
+    "adroithandhammer": (-274.856578, 12794.134825156867), "adroithanddoor": (-56.512833, 2880.5693087298737),
+    "adroithandrelocate": (-6.425911, 4233.877797728884), "frankakitchen": (0.0, 4.0),
+}  # fmt: skip
+
+
+def normalized_score(env_id: str, value: float) -> float | None:
+    """D4RL's score, 0 for a random and 100 for an expert policy; None where there is no reference."""
+    name = re.split("[-_]", env_id.split("/")[-1].lower())[0]
+    low, high = D4RL_REFERENCE.get(name, (None, None))
+    return None if low is None else 100 * (value - low) / (high - low)
+
+
 # === shared: graph capture (canonical copy: cql_continuous.py) ===
 class GraphedUpdate:
     """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
@@ -1153,7 +1167,6 @@ class GraphedUpdate:
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
         self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
-        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the warm-up
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
@@ -1167,7 +1180,7 @@ class GraphedUpdate:
             return out
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.graphs[key] = graph, self.fn(*key)
         graph, out = self.graphs[key]
         graph.replay()
@@ -1327,8 +1340,12 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
         ),
     }
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
-    if abs(drift) > 0.1:
-        healthy += f". It moved by {drift:+.1f} in the last fifth: try more --num-updates"
+    moved = f"moved by {drift:+.1f} in the last fifth"
+    if off > 0.5 and drift > 0.1:  # more updates may be the way into divergence
+        healthy += f". It {moved}, above those returns: a better policy's value, or overestimation. See "
+        healthy += f"diagnostics/overestimation after an evaluation; beside it try {flags['divergence']}"
+    elif abs(drift) > 0.1:
+        healthy += f". It {moved}: try more --num-updates"
     return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
 
 

@@ -34,9 +34,9 @@ are no layer: their Fisher matrix is 2 I exactly, their step g / (2 + l).
   d^T F d       quadratic()                       scalar, exact, by one forward-mode product
   A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
 
-Where to read: from the Fisher matrix to Learner.critic_step is the algorithm; train() is the loop. The
-blocks marked `shared`, which sibling scripts have too, can wait (marks like [C5] and remarks on Atari
-there are ppo.py's).
+Where to read: from the Fisher matrix to Learner.critic_step, and gae (in the block `rollouts`), is the
+algorithm; train() is the loop. The other blocks marked `shared`, which sibling scripts have too, can wait
+(marks like [C5] and remarks on Atari there are ppo.py's).
 
 K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
   python kfac_npg.py
@@ -604,7 +604,7 @@ class Learner(nn.Module):
             return loss.detach()
         self.critic_factors.update(record, v.sum())  # e = dV/ds: Gauss-Newton, nothing sampled
         d = self.critic_factors.solve([-x for x in g])
-        with torch.no_grad():
+        with strict_fp32():
             Jd = tangent(critic, batch.obs, d)[1][:, 0]
             best = -((v - batch.target) @ Jd) / (Jd @ Jd).clamp(min=1e-30)
             for p, x in zip(params, d):
@@ -819,9 +819,10 @@ class Player:
         """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
         stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
         the rewards takes the rollout in first."""
-        T, N, device, ended = args.num_steps, self.n, learner.device, []
-        rew, terminated, over, valid = (np.zeros((T, N), np.float32) for _ in range(4))
-        observations, actions, raw, space = [], [], [], self.envs.single_action_space
+        T, N, device, space = args.num_steps, self.n, learner.device, self.envs.single_action_space
+        rew, terminated, over = (np.zeros((T, N), np.float32) for _ in range(3))
+        valid = np.zeros((T, N), bool)
+        observations, actions, raw, ended = [], [], [], []
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             observations.append(learner.standardised(self.obs))
@@ -832,8 +833,8 @@ class Player:
             self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t].astype(int)
+            self.over = cut | ended_here & (lives == 0)  # [A3] a lost life is not the game's end
+            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t]
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
@@ -850,7 +851,7 @@ class Player:
             torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
         )
         raw = torch.cat(raw) if raw else None
-        return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
+        return Rollout(obs, act, logp, value, rew, terminated, over, valid, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
@@ -858,7 +859,7 @@ class Player:
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
             self.discounted = self.discounted * (1 - over[t])
-        learner.return_stats.update(torch.from_numpy(sums[valid > 0]))
+        learner.return_stats.update(torch.from_numpy(sums[valid]))
         return np.clip(rew / float((learner.return_stats.var + 1e-8).sqrt()), -10, 10).astype(np.float32)
 
     def checkpoint(self) -> dict:

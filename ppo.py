@@ -26,8 +26,9 @@ The details that matter (Huang et al., "The 37 implementation details of PPO", 2
 happen: [1] to [13] in all environments ([13] not for frames), [C1] to [C9] for continuous actions, [A1] to
 [A9] for Atari.
 
-Where to read: networks, ppo_loss and Learner.update are the algorithm; Player.collect makes a rollout;
-train() is the loop. The other blocks marked `shared`, which sibling scripts have too, can wait.
+Where to read: networks, ppo_loss, Learner.update and gae (in the block `rollouts`) are the algorithm;
+Player.collect makes a rollout; train() is the loop. The other blocks marked `shared`, which sibling scripts
+have too, can wait.
 
 CartPole, then the same faster:
   python ppo.py
@@ -472,7 +473,8 @@ def train(args: Args) -> dict:
     eval_envs = make_eval_envs(args) if args.eval_episodes else None
     learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
     reserve_rollout(envs, args, device)
-    player, step, episodes, returns, info = Player(envs, args.seed), 0, [], np.full(1, math.nan), {}
+    player = Player(envs, args.seed)
+    step, episodes, returns, info = 0, [], np.full(1, math.nan), {}
     if saved:
         step, episodes, returns = saved["step"], saved["episodes"], np.array(saved["returns"])
         learner.restore(saved["learner"])
@@ -620,9 +622,10 @@ class Player:
         """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
         stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
         the rewards takes the rollout in first."""
-        T, N, device, ended = args.num_steps, self.n, learner.device, []
-        rew, terminated, over, valid = (np.zeros((T, N), np.float32) for _ in range(4))
-        observations, actions, raw, space = [], [], [], self.envs.single_action_space
+        T, N, device, space = args.num_steps, self.n, learner.device, self.envs.single_action_space
+        rew, terminated, over = (np.zeros((T, N), np.float32) for _ in range(3))
+        valid = np.zeros((T, N), bool)
+        observations, actions, raw, ended = [], [], [], []
         for t in range(T):
             must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
             observations.append(learner.standardised(self.obs))
@@ -633,8 +636,8 @@ class Player:
             self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
             terminated[t], over[t] = ended_here, ended_here | cut
             lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = (ended_here | cut) & ((lives == 0) | cut)  # [A3] a lost life is not the game's end
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t].astype(int)
+            self.over = cut | ended_here & (lives == 0)  # [A3] a lost life is not the game's end
+            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t]
             for i in np.flatnonzero(self.over):
                 ended.append((float(self.returns[i]), int(self.lengths[i])))
                 self.returns[i], self.lengths[i] = 0.0, 0
@@ -651,7 +654,7 @@ class Player:
             torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
         )
         raw = torch.cat(raw) if raw else None
-        return Rollout(obs, act, logp, value, rew, terminated, over, valid > 0, raw), ended
+        return Rollout(obs, act, logp, value, rew, terminated, over, valid, raw), ended
 
     def scaled(self, rew, over, valid, learner, args: Args):
         """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
@@ -659,7 +662,7 @@ class Player:
         for t in range(len(rew)):
             sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
             self.discounted = self.discounted * (1 - over[t])
-        learner.return_stats.update(torch.from_numpy(sums[valid > 0]))
+        learner.return_stats.update(torch.from_numpy(sums[valid]))
         return np.clip(rew / float((learner.return_stats.var + 1e-8).sqrt()), -10, 10).astype(np.float32)
 
     def checkpoint(self) -> dict:

@@ -68,7 +68,6 @@ import sys
 import threading
 import time
 import timeit
-import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -219,7 +218,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # td3.py's policy asks the first only
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]  # the policy asks the first critic only
         if weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -310,7 +309,7 @@ class Learner(nn.Module):
         if args.compile:
             torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         compiled = torch.compile if args.compile else lambda loss: loss
-        self.loss = {f.__name__: compiled(f) for f in (critic_loss, actor_loss)}
+        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {
             "critic": torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **flags),
@@ -330,10 +329,10 @@ class Learner(nn.Module):
     def update(self, batch: Batch, policy: bool) -> dict:
         """A critic step; if `policy`, every d-th time, also a policy step and the target networks move."""
         args = self.args
-        loss, info = self.loss["critic_loss"](self, batch, args)
+        loss, info = self.critic_loss(self, batch, args)
         self.minimise("critic", loss)
         if policy:
-            loss, pi_info = self.loss["actor_loss"](self, batch, args)
+            loss, pi_info = self.actor_loss(self, batch, args)
             self.minimise("actor", loss)
             polyak(self.critic, self.target, args.tau)
             polyak(self.actor, self.target_actor, args.tau)
@@ -381,15 +380,15 @@ def train(args: Args) -> dict:
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, act_dim = check_boxes(envs, args.env_id)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    if saved:
-        step, updates, idle_steps = (saved[k] for k in ("step", "updates", "idle_steps"))
-        recent_returns, returns = saved["recent_returns"], np.array(saved["returns"])
-        info = {k: v.to(device) for k, v in saved["losses"].items()}
-    capacity = min(args.buffer_size, max(step, args.total_timesteps) + args.num_envs)
+    longest = max(args.total_timesteps, saved["step"] if saved else 0)
+    capacity = min(args.buffer_size, longest + args.num_envs)
     replay = Replay(capacity, obs_dim, act_dim, device)
     reserve(memory(args, obs_dim + act_dim), "networks and one update, roughly", device)
     learner, player = Learner(obs_dim, act_dim, args, device), Player(envs, args.seed)
     if saved:
+        step, updates, idle_steps = (saved[k] for k in ("step", "updates", "idle_steps"))
+        recent_returns, returns = saved["recent_returns"], np.array(saved["returns"])
+        info = {k: v.to(device) for k, v in saved["losses"].items()}
         learner.restore(saved["learner"])
         player.restore(saved["player"], args.seed + step)
         if saved["replay"]:
@@ -503,12 +502,12 @@ class Replay:
         full = self.added >= len(self.rows)  # a part is copied: torch.save would write the whole tensor
         return {"rows": self.rows if full else self.rows[: self.added].cpu().clone(), "added": self.added}
 
-    def restore(self, saved: dict, continues: bool = True):
+    def restore(self, saved: dict, continues: bool):
         """`continues`: the environments go on where they were; else each one's last episode is cut here."""
         self.rows[: len(saved["rows"])] = saved["rows"]
         self.added = saved["added"]
         self.size.fill_(len(saved["rows"]))
-        if not continues:
+        if not continues and self.added <= len(self.rows):  # of a ring that has wrapped write() makes no file
             c = self.column(self.rows)
             for env in c["env"][: self.added].unique():
                 newest = (c["env"][: self.added, 0] == env).nonzero()[-1]
@@ -553,13 +552,17 @@ class Player:
 
     def step(self, act, replay: Replay) -> tuple[int, list]:
         """Actions (n, act) in [-1, 1]; how many rows were stored, and (return, length) of ended episodes."""
+        act = act.cpu()
         obs, rew, terminated, truncated, _ = self.envs.step(to_env(act, self.envs.single_action_space))
         real, number = ~self.over, np.arange(self.n)
-        columns = (self.obs, act.cpu().numpy(), rew, obs, terminated, truncated & ~terminated, number)
+        columns = (self.obs, act.numpy(), rew, obs, terminated, truncated & ~terminated, number)
         rows = np.column_stack(columns)[real]
         if not np.isfinite(rows).all():  # it would stay in the replay, and in the checkpoints
             what = "an action" if not np.isfinite(columns[1]).all() else "an observation or a reward"
-            fail(f"step {replay.added}: {what} is not finite; the last checkpoint is from before", status=3)
+            fail(
+                f"transition {replay.added}: {what} is not finite; the last checkpoint is from before",
+                status=3,
+            )
         replay.add(rows)
         self.returns, self.lengths = (self.returns + rew) * real, (self.lengths + 1) * real
         self.obs, self.over = obs, terminated | truncated
@@ -802,7 +805,6 @@ class GraphedUpdate:
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
         self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
-        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the warm-up
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
@@ -816,7 +818,7 @@ class GraphedUpdate:
             return out
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.graphs[key] = graph, self.fn(*key)
         graph, out = self.graphs[key]
         graph.replay()

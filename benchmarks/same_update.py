@@ -211,9 +211,9 @@ def ppo(updates: int):
             obs, act, rew = torch.randn(B + 1, 1, OBS), torch.randn(B, 1, ACT), torch.randn(B, 1)
             over = (torch.rand(B, 1) < 0.05).float()  # each end a terminal one, no rows spent on resets
             with torch.no_grad():
-                head, value = module.over_rows(ours.agent, obs)
+                head, value = module.in_chunks(ours.agent, obs)
                 logp = ours.agent.log_prob(head[:-1, 0], act[:, 0])[:, None]
-            yield module.Rollout(obs, act, logp, value, rew, over, over, torch.ones_like(over), None)
+            yield module.Rollout(obs, act, logp, value, rew, over, over, over >= 0, None)
 
     def update(i, r):
         peer.rollout_buffer.reset()

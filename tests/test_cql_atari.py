@@ -247,7 +247,8 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(head, double):
     batches = [random_batch(6, 3), random_batch(6, 4)]
     mixture = torch.rand(learner.net.K)
     mixture /= mixture.sum()
-    loss, info = c.q_loss(learner.net, learner.target, batches, mixture, args)
+    drawn = mixture if args.head == "rem" else None
+    loss, info = c.q_loss(learner.net, learner.target, batches, drawn, args)
     loss.backward()
     found = [p.grad.clone() for p in learner.net.parameters()]
     learner.net.zero_grad()
@@ -1487,9 +1488,10 @@ def test_one_action_in_a_thousand_of_an_evaluation_is_random():
     none = np.zeros((n, 1), np.float32)
     over = lambda act: acts.append(act) or (none, np.zeros(n), np.ones(n, bool), np.zeros(n, bool))
     envs = SimpleNamespace(n=n, actions=4, reset=lambda seed: none, step=over)
-    net = SimpleNamespace(eval=lambda: None, train=lambda: None, z=torch.zeros(1))
+    net = SimpleNamespace(eval=lambda: None, train=lambda: None)
     q = torch.tensor([[0.0, 0, 1, 0]]).expand(n, 4)
-    c.evaluate(SimpleNamespace(net=net, q=lambda obs, game: q), envs, 0, tiny())
+    learner = SimpleNamespace(net=net, device=CPU, q=lambda obs, game: q)
+    c.evaluate(learner, envs, 0, tiny())
     counts = np.bincount(acts[0], minlength=4)
     assert len(acts) == 1 and all(abs(counts[a] - 50) < 5 * 50**0.5 for a in (0, 1, 3)), counts
 

@@ -318,7 +318,7 @@ def test_backups_by_hand():
         args = tiny(backup=kind, cql_samples=5, num_critics=3, backup_entropy=kind == "sac")
         nets = Learner(3, 2, args, CPU)
         torch.manual_seed(3)
-        next_act, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+        next_act, y = backup(nets, batch, args)
         torch.manual_seed(3)
         act, logp = (
             {"sarsa": batch.next_act, "mean": torch.tanh(nets.actor(batch.next_obs)[0])}.get(kind),
@@ -343,7 +343,7 @@ def test_critic_loss_by_hand():
     torch.manual_seed(5)
     loss, info = critic_loss(nets, batch, args)
     torch.manual_seed(5)
-    next_act, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+    next_act, y = backup(nets, batch, args)
     act, log_ratio = proposals(nets.actor, batch.obs, batch.next_obs, "three-sets", 4)
     expected = 0.0
     for i in range(3):
@@ -362,6 +362,19 @@ def test_critic_loss_by_hand():
     assert 0 < float(info["cql_ess"]) <= 1
 
 
+def test_one_critic_is_an_ensemble_of_one():
+    """Its own backup, no minimum; no second critic is reported."""
+    args = tiny(num_critics=1, cql_alpha=0.0, backup="mean")
+    nets, b = Learner(3, 2, args, CPU), random_batch()
+    loss, info = critic_loss(nets, b, args)
+    assert set(info) == {"qf1_loss", "qf_loss", "qf1_values"} and info["qf1_loss"] == info["qf_loss"]
+    with torch.no_grad():
+        following = nets.target(b.next_obs, torch.tanh(nets.actor(b.next_obs)[0]))[0]
+        y = b.rew + args.gamma * (1 - b.done) * following
+        assert torch.isclose(loss, ((nets.critic(b.obs, b.act)[0] - y) ** 2).mean())
+    nets.update(random_batch, cloning=False)
+
+
 @pytest.mark.parametrize("kind", ["policy", "mixture", "three-sets"])
 def test_what_the_critic_reports_by_loops(kind):
     """Losses and values of the first two critics; the gap and the effective share of 3 samples a set."""
@@ -372,7 +385,7 @@ def test_what_the_critic_reports_by_loops(kind):
     torch.manual_seed(4)
     act, log_ratio = proposals(nets.actor, batch.obs, batch.next_obs, kind, 3)
     with torch.no_grad():
-        _, y = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+        _, y = backup(nets, batch, args)
         q, q_data = nets.critic(batch.obs, act), nets.critic(batch.obs, batch.act)
     gaps, shares = [], []
     for i, b in itertools.product(range(3), range(8)):
@@ -382,7 +395,7 @@ def test_what_the_critic_reports_by_loops(kind):
     losses = [sum(float(q_data[i, b] - y[b]) ** 2 for b in range(8)) / 8 for i in range(3)]
     expected = {"qf1_loss": losses[0], "qf2_loss": losses[1], "qf_loss": sum(losses) / 3}
     expected |= {"qf1_values": float(q_data[0].mean()), "qf2_values": float(q_data[1].mean())}
-    expected |= {"cql_loss": sum(gaps) / 24, "cql_ess": sum(shares) / 24}
+    expected |= {"cql_loss": sum(gaps) / 24, "cql_ess": sum(shares) / 24, "cql_alpha": args.cql_alpha}
     assert {k: float(v) for k, v in info.items()} == pytest.approx(expected, abs=1e-5)
 
 
@@ -436,7 +449,7 @@ def test_dr3_gradient_flows_through_both_sides():
         critic_loss(nets, batch, tiny(cql_alpha=0.0))[0], nets.critic.layers[0].weight
     )[0]
     torch.manual_seed(1)
-    next_act, _ = backup(nets.actor, nets.target, nets.log_alpha, batch, args)
+    next_act, _ = backup(nets, batch, args)
     phi_next = nets.critic.features(batch.next_obs, next_act)[0]
     dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
     both = torch.autograd.grad(dot, nets.critic.layers[0].weight)[0]
@@ -527,7 +540,7 @@ def test_duals_move_the_right_way():
     target."""
     for entropy, sign in ((-2.1, 1), (-1.9, -1)):
         nets = Learner(3, 2, tiny(policy_updates=1), CPU)
-        nets.loss["actor_loss"] = lambda *_, e=entropy, n=nets: (
+        nets.actor_loss = lambda *_, e=entropy, n=nets: (
             sum(p.sum() for p in n.actor.parameters()) * 0,
             {"actor_loss": torch.zeros(()), "entropy": torch.tensor(e)},
         )
@@ -836,6 +849,18 @@ def test_a_q_that_still_moves_is_told_to_go_on():
         name, sentence = verdict(curve(q), make_args(num_updates=4000))
         assert name == "no sign of trouble" and sentence.startswith(numbers)
         assert sentence.endswith("It moved by +0.7 in the last fifth: try more --num-updates") == moves
+
+
+@pytest.mark.parametrize("above, still", [(4.0, False), (6.0, True), (-6.0, False), (math.nan, False)])
+def test_a_q_that_rises_above_the_returns_is_not_told_to_go_on(above, still):
+    """In deviations of 10: more than half a one above the data's returns, and 0.7 up in the last fifth."""
+    args = make_args(num_updates=4000)
+    name, sentence = verdict(curve(np.linspace(0, 39, 40), q_minus_return=above), args)
+    assert name == "no sign of trouble"
+    assert sentence.endswith(advice(args)["divergence"] if still else "try more --num-updates")
+    assert ("a better policy's value, or overestimation" in sentence) == still
+    settled = curve(np.minimum(np.linspace(0, 60, 40), 30), q_minus_return=above)
+    assert "in the last fifth" not in verdict(settled, args)[1]
 
 
 def test_advice_by_hand():

@@ -144,7 +144,7 @@ BAD = [
     "--q-lr 0",
     "--tau 2",
     "--gamma 1.0",
-    "--num-critics 1",
+    "--num-critics 0",
     "--batch-size 0",
     "--dropout 1.0",
     "--seed -1",

@@ -380,7 +380,7 @@ def test_what_is_normalised_is_clipped_at_ten():
     assert far.tolist() == [[10.0, -10.0]]
     learner.return_stats.update(torch.randn(100_000, dtype=torch.float64))
     player, one = ppo.Player(ppo.make_train_envs(args), 0), np.ones((1, 2), np.float32)
-    rew = player.scaled(one * [1e6, -1e6], one, one, learner, args)
+    rew = player.scaled(one * [1e6, -1e6], one, one > 0, learner, args)
     assert rew.tolist() == [[10.0, -10.0]]
 
 

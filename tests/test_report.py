@@ -1,5 +1,7 @@
-"""benchmarks/report.py on planted runs."""
+"""benchmarks/report.py on planted runs; that what benchmarks/ takes from the scripts is there."""
 
+import ast
+import importlib
 import json
 import math
 import sys
@@ -209,3 +211,30 @@ def test_lambda_takes_all_seeds_though_their_steps_differ(monkeypatch, capsys, t
     monkeypatch.setattr(figures, "save", lambda figure, name: None)
     figures.gae_lambda()
     assert "300.0 [100.0, 500.0] | 500, 100, 300" in capsys.readouterr().out
+
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def taken(tree) -> set:
+    """(script, name) of each name that a benchmark's code reads off a script, where it imports it."""
+    found = set()
+    for scope in [tree, *(x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef))]:
+        imports = [x for x in scope.body if isinstance(x, ast.Import | ast.ImportFrom)]
+        aliases = {a.asname or a.name: a.name for x in imports if isinstance(x, ast.Import) for a in x.names}
+        for x in ast.walk(scope):
+            if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name):
+                found.add((aliases.get(x.value.id), x.attr))
+        found |= {(x.module, a.name) for x in imports if isinstance(x, ast.ImportFrom) for a in x.names}
+    return {(script, name) for script, name in found if script in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_what_benchmarks_take_from_the_scripts_is_there(path, monkeypatch):
+    """The comparisons with peers need environments that the tests have not."""
+    monkeypatch.syspath_prepend(ROOT)
+    names = taken(ast.parse(path.read_text()))
+    if path.name in ("same_update.py", "speed.py"):
+        assert len(names) > 8
+    gone = [f"{s}.{n}" for s, n in sorted(names) if not hasattr(importlib.import_module(s), n)]
+    assert not gone, f"{path.name}: {', '.join(gone)}"

@@ -346,7 +346,7 @@ def test_the_ring_keeps_the_newest_rows(script):
         replay.add(np.full((1, 7), float(i)))
     assert sorted(replay.rows[:, 0].tolist()) == [2, 3, 4, 5, 6] and float(replay.size) == 5
     other = script.Replay(5, 1, 1, CPU)
-    other.restore(replay.checkpoint())
+    other.restore(replay.checkpoint(), continues=True)
     torch.manual_seed(0)
     a = replay.sample(50).rew
     torch.manual_seed(0)

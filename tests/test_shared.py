@@ -82,9 +82,9 @@ def test_no_script_imports_another():
 
 
 TWINS = {  # small parts of the algorithms, too small for a block and told again in each script
-    "StackedLinear": ("cql_continuous", "sac", "td3"),
+    "StackedLinear": ("cql_continuous", "sac"),
     "squashed_log_prob": ("cql_continuous", "sac"),
-    "polyak": ("sac", "td3"),
+    "polyak": ("cql_continuous", "sac", "td3"),
     "Learner.minimise": ("cql_continuous", "sac", "td3"),
     "Agent.sample": ("ppo", "kfac_npg"),
     "Agent.mode": ("ppo", "kfac_npg"),

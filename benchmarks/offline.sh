@@ -2,6 +2,8 @@
 # A replay of 100,000 steps of sac.py, and on it CQL(H), behaviour cloning, SARSA and naive offline SAC; d3rlpy's
 # CQL on the same file at the same sizes (peer_d3rlpy.py); then Eq. 1 and naive ensembles of 4 and 10.
 #   bash benchmarks/offline.sh HalfCheetah-v5 "1 2 3" peer/bin/python
+#   bash benchmarks/offline.sh HalfCheetah-v5 "1 2 3" "" 40000   # or, bitwise the same: --resume THAT_RUN --num-updates 40_000
+#   python benchmarks/report.py runs/HalfCheetah-v5__* --csv benchmarks/raw/offline_halfcheetah.csv
 # Each run takes one thread: start several seeds side by side, e.g. one call with "1" and one with "2"; or on a
 # cluster, one array task a seed, once the replay is there:
 #   sbatch --array=1-3 --wrap 'bash benchmarks/offline.sh HalfCheetah-v5 $SLURM_ARRAY_TASK_ID'
@@ -14,7 +16,8 @@ run="python cql_continuous.py --env $env --dataset $file --batch-size 128 --hold
 run="$run --eval-frequency 5_000 --diagnostics-frequency 500"
 rl="$run --bc-steps 0"
 for seed in $seeds; do
-  $rl --seed $seed --num-updates $updates --exp-name cql_h  # longer: --resume THAT_RUN --num-updates 40_000
+  $rl --seed $seed --num-updates $updates --exp-name cql_h
+  $rl --seed $seed --num-updates $updates --exp-name cql_h_bf16 --precision bf16
   $rl --seed $seed --num-updates $updates --exp-name cql_meanbackup --backup mean
   $run --seed $seed --num-updates $updates --exp-name bc --bc-steps $updates --cql-alpha 0
   $rl --seed $seed --num-updates $updates --exp-name naive2 --cql-alpha 0

@@ -1331,11 +1331,11 @@ def verdict(history: list[dict], args) -> tuple[str, str]:
             f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
         ),
         "alpha too large": (
-            args.cql_alpha > 0 and gap < 0 and off < -1 and not rising,
+            args.cql_alpha > 0 and gap < -0.5 and off < -1 and not rising,  # the term has got its way, Q not
             f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
         ),
         "underfitting": (
-            td > LOW_TD and not falling and gap > -0.5,  # a fitted conservative critic's gap is below 0
+            td > LOW_TD and not falling and gap > -0.5,  # neither: the gap of a fitted critic is below that
             f"{numbers}: both stay high, this critic cannot lower them. Try {flags['underfitting']}",
         ),
     }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The deadly triad: DDPG (td3.py's three switches) with and without target networks, with 1, 4 and 16 updates a step.
-#   bash benchmarks/triad.sh Hopper-v5 "1 2 3 4 5" "1 4" && bash benchmarks/triad.sh Hopper-v5 "1 2" 16
+#   bash benchmarks/triad.sh Hopper-v5 "1 2 3 4 5"
 #   python benchmarks/report.py runs/Hopper-v5__*target_utd* --curves benchmarks/raw/triad.csv
 #   python benchmarks/figures.py triad
 set -euo pipefail

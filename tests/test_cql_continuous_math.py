@@ -814,7 +814,9 @@ def test_verdict_on_planted_curves(expected, history, flags):
         ("divergence", dict(q_max=361.0), {}),
         ("no sign of trouble", dict(q_max=[1000.0] * 39 + [50.0]), {}),  # the last moment counts
         ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-9.0), {}),
-        ("alpha too large", dict(cql_gap=-0.1, q_minus_return=-11.0), {}),
+        ("alpha too large", dict(cql_gap=-0.6, q_minus_return=-11.0), {}),
+        ("no sign of trouble", dict(cql_gap=-0.4, q_minus_return=-11.0), {}),
+        ("underfitting", dict(cql_gap=-0.4, q_minus_return=-11.0, td_error=0.15), {}),  # not alpha's fault
         ("undefined", dict(td_error=math.nan), {}),
         ("sarsa fails", dict(td_error=0.3), {"backup": "sarsa"}),
         ("sarsa fails", dict(td_error_holdout=0.3), {"backup": "sarsa"}),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Diseases and the flags that their verdicts recommend. On a Hopper-v5 replay of the collector (stuck at about 350):
-# underfitting (a critic of 4 units on the whole file) and overfitting (800 transitions, 3 episodes of it). On three
-# episodes of the HalfCheetah-v5 replay of offline.sh: alpha too large.
+# Diseases and the flags that their verdicts recommend. On the collector's replay of Hopper-v5: underfitting (a critic of
+# 4 units on the whole file) and overfitting (800 transitions, 19 short episodes of it). On three episodes of the
+# HalfCheetah-v5 replay of offline.sh: too little data again, and a smaller alpha.
 #   bash benchmarks/diseases.sh "1 2"
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -33,4 +33,5 @@ for seed in ${1:-1}; do
   $three --exp-name three_episodes
   $three --exp-name three_episodes_alpha2.5 --cql-alpha 2.5
   $three --exp-name three_episodes_alpha1 --cql-alpha 1
+  $three --exp-name three_episodes_dropout --dropout 0.1
 done

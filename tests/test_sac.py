@@ -355,6 +355,19 @@ def test_the_ring_keeps_the_newest_rows(script):
     assert sorted(other.rows[:, 0].tolist()) == [4, 5, 6, 9, 9]
 
 
+@SCRIPTS
+@pytest.mark.parametrize("capacity, cut", [(5, []), (9, [4, 6])])
+def test_new_episodes_cut_the_old_ones_where_the_file_can_be_written(script, capacity, cut):
+    """Two environments take turns; each one's last row ends its episode, but in a ring that has wrapped:
+    there the last index is not the newest row, and write() refuses anyway."""
+    replay = script.Replay(capacity, 1, 1, CPU)
+    for i in (0, 1, 0, 1, 1, 0, 0):
+        replay.add(np.array([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float(i)]]))
+    other = script.Replay(capacity, 1, 1, CPU)
+    other.restore(replay.checkpoint(), continues=False)
+    assert other.column(other.rows)["timeout"][:, 0].nonzero()[:, 0].tolist() == cut
+
+
 class Tally:
     """Counts what a training does, at the places where it is done."""
 

@@ -440,7 +440,7 @@ class Learner(nn.Module):
     def update(self, batches: list[Batch], alone: bool = False) -> dict:
         """One gradient step; unless `alone`, together with the other processes. The target network moves when
         the caller asks: refresh_target()."""
-        mixture = torch.rand(self.net.K, device=self.device)
+        mixture = torch.rand(self.net.K, device=self.device)  # by all heads: the measured runs' random stream
         mixture = mixture / mixture.sum() if self.args.head == "rem" else None
         loss, info = self.loss(self.net, self.target, batches, mixture, self.args)
         self.optim.zero_grad()

@@ -1,88 +1,59 @@
-r"""Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy; it writes datasets, too.
+r"""Soft actor-critic (SAC): off-policy reinforcement learning with maximum entropy.
 
-Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The objective is the
-discounted sum of rewards and alpha times the policy's entropies. For a fixed Q the optimal policy and its
-value are known:
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. The policy, a
+Gaussian squashed by tanh, maximises the discounted sum of rewards and of alpha times its entropy.
+Three losses on minibatches of a replay buffer D, for n critics Q_i and their slow targets Qt_i:
 
-  pi*(a|s) = exp((Q(s,a) - V(s)) / alpha),   V(s) = alpha log integral exp(Q(s,a) / alpha) da.
+  J(Q_i)   = 1/2 E_D[ (Q_i(s,a) - y)^2 ]                                              (Eq. 5)
+         y = r + gamma (1 - done) (min_j Qt_j(s',a') - alpha log pi(a'|s')),  a' ~ pi(.|s')
+  J(pi)    = E_D[ alpha log pi(a|s) - min_i Q_i(s,a) ],  a = tanh(mean + std noise)   (Eqs. 7, 9)
+  J(alpha) = E_D[ -alpha (log pi(a|s) + H_target) ]                                   (Eq. 18)
 
-The actor, a tanh-squashed Gaussian, is the nearest such policy in KL: J(pi) below is alpha KL(pi || pi*) - V,
-and V does not depend on pi. Three losses, on minibatches of a replay buffer D, for n critics Q_i:
-
-  J(Q_i)   = 1/2 E_D[ (Q_i(s,a) - y)^2 ]                                                  (Eq. 5)
-         y = r + gamma (1 - done) ( min_j Qt_j(s',a') - alpha log pi(a'|s') ),  a' ~ pi(.|s')
-  J(pi)    = E_D[ alpha log pi(a|s) - min_i Q_i(s,a) ],  a = tanh(mean + std noise)       (Eqs. 7, 9)
-  J(alpha) = E_D[ -alpha (log pi(a|s) + H_target) ]                                       (Eq. 18)
-
-Target critics follow slowly, Qt <- Qt + tau (Q - Qt), so that the regression's target holds still. The
-minimum over critics answers overestimation: the policy seeks out actions whose Q is too large by accident.
-REDQ (arXiv 2101.05982) and DroQ (arXiv 2110.02034) learn more from each environment step by many updates a
-step, and keep Q in check by a random subset of a large ensemble, or by dropout and layer norm.
+The minimum over critics answers overestimation: the policy seeks out actions whose Q is too large
+by accident. REDQ (arXiv 2101.05982) and DroQ (arXiv 2110.02034) make many updates a step and keep
+Q in check by a random subset of a large ensemble, or by dropout and layer norm.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
   Q_i(s,a)           critic(obs, act)                       (n, B)
   y                  backup()                               (B,)
-  pi(a|s)            actor.sample(obs)                      (B, act) in [-1, 1], log pi(a|s) (B,)
-  alpha              --alpha, log_alpha                     scalar, the temperature
-  H_target           --target-entropy                       scalar
-  tau                --tau                                  Polyak rate of the target critics
+  pi(a|s)            actor.sample(obs)                      (B, act) in [-1, 1], log pi (B,)
+  alpha, H_target    log_alpha, --target-entropy            scalars
 
-Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The blocks marked
-`shared`, which sibling scripts have too, can be skipped at first.
-
-Quick, Pendulum:
+Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.py; DroQ; REDQ (their
+H_target: -1 Hopper, -2 Humanoid, -3 HalfCheetah and Walker2d, -4 Ant):
   python sac.py
+  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
+  python sac.py --env Hopper-v5 --total-timesteps 100_000 --save-dataset replay.hdf5
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 \
+      --actor-q mean --target-entropy -1 --layer-norm --dropout 0.01
+  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 \
+      --actor-q mean --target-entropy -1 --num-critics 10 --target-subset 2
 
-A MuJoCo baseline:
-  python sac.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000 \
-      --eval-frequency 10_000 --checkpoint-frequency 100_000
+While it trains, `eval/episodic_return` should rise, `losses/entropy` fall to H_target and stay (an
+alpha that grows for ever: H_target is out of reach), `diagnostics/q_max` stay below `q_bound`.
+`overestimation` is positive while Q holds much entropy, then negative for long: Q needs about
+1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
 
-DroQ, then REDQ (its authors' target entropies: -1 Hopper, -3 HalfCheetah, Walker2d, -4 Ant, -2 Humanoid):
-  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \
-      --target-entropy -1 --layer-norm --dropout 0.01
-  python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 --actor-q mean \
-      --target-entropy -1 --num-critics 10 --target-subset 2
-
-Datasets for cql_continuous.py, in D4RL's layout: random; medium-replay; medium, that run's policy; expert:
-  python sac.py --env Hopper-v5 --total-timesteps 100_000 --learning-starts 100_000 --save-dataset random.hdf5
-  python sac.py --env Hopper-v5 --total-timesteps 100_000 --exp-name medium --save-dataset replay.hdf5
-  python sac.py --resume runs/MEDIUM --rollout-dataset medium.hdf5 --rollout-steps 100_000
-  python sac.py --env Hopper-v5 --total-timesteps 1_000_000 --exp-name expert
-  python sac.py --resume runs/EXPERT --rollout-dataset expert.hdf5 --rollout-steps 100_000
-
-While it trains,
-- `eval/episodic_return` should rise, `diagnostics/q_max` stay below `q_bound` (early on it may pass: the
-  bound falls with alpha at once, Q slowly);
-- `losses/entropy` fall to H_target and stay, `losses/alpha` fall, then follow the scale of Q (an alpha that
-  grows for ever: H_target is out of reach);
-- `overestimation` is positive while alpha is large, since Q then holds the entropy, and negative for long
-  after: Q needs about 1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
-
-Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
-`--num-envs` does not change the updates per step: `--utd` counts stored steps of all environments.
-
-Known limits: vector observations and box actions. Left out on purpose: observation normalisation (the paper
-has none), prioritised replay, n-step targets, pixels.
+Networks, losses and Learner.update are the algorithm, train() is the loop; the blocks marked
+`shared`, which sibling scripts have too, can wait. Known limits: vector observations, box actions.
+Left out on purpose: observation normalisation (the paper has none), n-step targets, pixels.
 """
 
 import copy
 import ctypes
-import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-import threading
 import time
-import timeit
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -97,132 +68,89 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seeds networks, exploration, minibatches and environments"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    capture_video: bool = False
-    """record an episode at each evaluation, under the run folder's videos/"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seeds networks, exploration, minibatches and environments
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    compile: bool = False  # run the losses through torch.compile
+    cudagraphs: bool = True  # on a GPU: capture the whole update in a CUDA graph
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # Gymnasium environment, `module:Id` where a package has to be imported for it
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Pendulum-v1"
-    """Gymnasium environment"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 10_000
-    """environment steps between checkpoints (0: only at the end)"""
-    checkpoint_replay: bool = True
-    """keep the replay in the checkpoint; without it a resumed run first refills --learning-starts steps"""
-    eval_frequency: int = 2_000
-    """environment steps between evaluations (0: only at the end)"""
-    eval_episodes: int = 10
-    """episodes of each evaluation (0: no evaluation)"""
-    log_frequency: int = 500
-    """environment steps between logged losses and checks for non-finite numbers"""
-    diagnostics_frequency: int = 2_000
-    """environment steps between diagnostics (0: none)"""
-    compile: bool = False
-    """run the losses through torch.compile"""
-    cudagraphs: bool = True
-    """on a GPU: capture the whole update in a CUDA graph"""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: hidden layers of the online critics inside the losses; tf32: matrix products on a GPU"""
-    save_dataset: str | None = None
-    """file that the whole replay is written to at the end, D4RL layout (HDF5)"""
-    rollout_dataset: str | None = None
-    """file that --rollout-steps of the policy of --resume are written to; nothing is trained"""
-    rollout_steps: int = 100_000
-    """length of --rollout-dataset"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from, with its arguments but for those given
+    checkpoint_frequency: int = 10_000  # environment steps between checkpoints (0: only at the end)
+    eval_frequency: int = 2_000  # steps between evaluations and diagnostics (0: only at the end)
+    eval_episodes: int = 10  # episodes of each evaluation (0: diagnostics only)
+    log_frequency: int = 500  # environment steps between logged losses
+    save_dataset: str | None = None  # HDF5 file for the replay at the end, in D4RL's layout
 
-    # --- length and data
-    total_timesteps: int = 20_000
-    """environment steps"""
-    num_envs: int = 1
-    """environments stepped together"""
-    utd: float = 1.0
-    """update-to-data ratio: updates for each environment step after --learning-starts"""
-    learning_starts: int = 1_000
-    """environment steps with uniform actions, before the first update"""
-    buffer_size: int = 1_000_000
-    """capacity of the replay"""
-    batch_size: int = 256
-    """B, transitions in a minibatch"""
+    # length and data
+    total_timesteps: int = 20_000  # environment steps
+    num_envs: int = 1  # environments stepped together
+    utd: float = 1.0  # update-to-data ratio: updates for each step after --learning-starts
+    learning_starts: int = 1_000  # environment steps with uniform actions, before the first update
+    buffer_size: int = 1_000_000  # capacity of the replay
+    batch_size: int = 256  # B, transitions in a minibatch
 
-    # --- SAC (arXiv 1812.05905, Table 1)
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """Polyak rate of the target critics (1: no target network)"""
-    policy_lr: float = 3e-4
-    """learning rate of policy and temperature"""
-    q_lr: float = 3e-4
-    """learning rate of the critics"""
-    alpha: float | None = None
-    """entropy temperature; not given: tuned to --target-entropy"""
-    target_entropy: float | None = None
-    """H_target, entropy in units of [-1, 1] actions; not given: -dim(A)"""
-    policy_frequency: int = 1
-    """critic updates for each policy update (REDQ, DroQ: 20 with --utd 20)"""
+    # SAC (arXiv 1812.05905, Table 1)
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak rate of the target critics (1: no target network)
+    policy_lr: float = 3e-4  # learning rate of policy and temperature
+    q_lr: float = 3e-4  # learning rate of the critics
+    alpha: float | None = None  # entropy temperature; not given: tuned to --target-entropy
+    target_entropy: float | None = None  # H_target of actions in [-1, 1]; not given: -dim(A)
+    policy_frequency: int = 1  # critic updates for each policy update (REDQ, DroQ: 20)
 
-    # --- networks, REDQ and DroQ
-    num_critics: int = 2
-    """n, size of the ensemble (REDQ: 10)"""
-    target_subset: int | None = None
-    """critics whose minimum is the target, drawn anew each update (REDQ: 2); not given: all"""
-    actor_q: Literal["min", "mean"] = "min"
-    """what of the ensemble the policy climbs (REDQ, DroQ: mean)"""
-    critic_width: int = 256
-    """units in a hidden layer of the critic"""
-    critic_depth: int = 2
-    """hidden layers of the critic"""
-    policy_width: int = 256
-    """units in a hidden layer of the policy"""
-    policy_depth: int = 2
-    """hidden layers of the policy"""
-    layer_norm: bool = False
-    """layer norm before each ReLU of the critic (DroQ; without its gain and bias)"""
-    dropout: float = 0.0
-    """dropout rate before each layer norm and ReLU of the critic, on in the target too (DroQ: 0.01)"""
+    # networks, REDQ and DroQ
+    width: int = 256  # units in a hidden layer
+    depth: int = 2  # hidden layers
+    num_critics: int = 2  # n, size of the ensemble (REDQ: 10)
+    target_subset: int | None = None  # critics drawn for each target's minimum (REDQ: 2)
+    actor_q: Literal["min", "mean"] = "min"  # what the policy climbs (REDQ, DroQ: mean)
+    layer_norm: bool = False  # before each ReLU of the critic, without gain and bias (DroQ)
+    dropout: float = 0.0  # rate in the critic and in its target (DroQ: 0.01)
 
 
-LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "num_critics": (1, 100), "utd": (1e-3, 1e3)}  # least, most
-LIMITS |= {"critic_depth": (1, 64), "policy_depth": (1, 64), "buffer_size": (2, 1e12), "dropout": (0, 0.99)}
-LIMITS |= {"target_entropy": (-1e6, 1e6)} | dict.fromkeys(["policy_lr", "q_lr"], (1e-12, 1e12))
-LIMITS |= dict.fromkeys(["critic_width", "policy_width", "batch_size", "num_envs", "target_subset"], (1, 1e6))
-LIMITS |= dict.fromkeys(["policy_frequency", "total_timesteps", "rollout_steps", "log_frequency"], (1, 1e12))
+# a resumed run must have these as before: else its replay, networks and counts mean nothing
+FIXED = "env_id seed num_envs utd learning_starts buffer_size alpha width depth num_critics".split()
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    check_dataset_flags(args)
-    if (args.target_subset or 1) > args.num_critics:
+    """Refuse what no run could use, before anything starts."""
+    zero = "seed threads learning_starts eval_episodes eval_frequency checkpoint_frequency alpha"
+    one = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency width "
+    check_numbers(args, zero, 0, 1e12)
+    check_numbers(args, one + "depth num_critics target_subset", 1, 1e12)
+    check_numbers(args, "utd policy_lr q_lr", 1e-9, 1e3)
+    check_numbers(args, "gamma dropout", 0, 0.99999)
+    check_numbers(args, "tau", 1e-9, 1)
+    check_numbers(args, "target_entropy", -1e6, 1e6)
+    if args.target_subset and args.target_subset > args.num_critics:
         fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
-    only_if(args, args.num_critics > 1, "with one critic", "actor_q", "target_subset")
-    only_if(args, args.alpha is None, "with a fixed --alpha", "target_entropy")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+    if args.alpha is not None and args.target_entropy is not None:
+        fail("--target-entropy has no effect with a fixed --alpha")
+    if args.save_dataset:
+        folder = Path(args.save_dataset).absolute().parent
+        if Path(args.save_dataset).exists() or not os.access(folder, os.W_OK):
+            fail(f"--save-dataset {args.save_dataset}: exists, or its folder cannot be written")
+        if args.buffer_size < args.total_timesteps + args.num_envs:
+            fail("--save-dataset writes the whole replay: it needs a larger --buffer-size")
 
 
-# ------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
     """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^act."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = [obs_dim] + [args.policy_width] * args.policy_depth
-        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
+        sizes = [obs_dim] + [args.width] * args.depth
+        layers = []
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
 
     def forward(self, obs):
         """Mean and log standard deviation of u, where a = tanh(u); each (B, act)."""
@@ -232,15 +160,18 @@ class Actor(nn.Module):
     def sample(self, obs, generator=None):
         """A reparameterised action for each state, (B, act), and its log pi(a|s), (B,)."""
         mean, log_std = self(obs)
-        u = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=obs.device)
+        noise = torch.randn(mean.shape, generator=generator, device=obs.device)
+        u = mean + log_std.exp() * noise
         return torch.tanh(u), squashed_log_prob(u, mean, log_std)
 
 
 def squashed_log_prob(u, mean, log_std):
-    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last term in
-    the form that neither overflows nor cancels for large |u|: 2 (log 2 - u - softplus(-2u))."""
-    log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last
+    term as 2 (log 2 - u - softplus(-2u)), which neither overflows nor cancels for large |u|."""
+    z = (u - mean) / log_std.exp()
+    log_normal = -0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return (log_normal - log_jacobian).sum(-1)
 
 
 class StackedLinear(nn.Module):
@@ -253,7 +184,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+        if self.weight.shape[-1] == 1:  # w . x: on a CPU three times as fast as the product
             return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
@@ -263,31 +194,31 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.n, self.args = args.num_critics, args
-        sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
-        self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.n, self.layer_norm, self.dropout = args.num_critics, args.layer_norm, args.dropout
+        sizes = [obs_dim + act_dim] + [args.width] * args.depth
+        self.layers = nn.ModuleList(
+            StackedLinear(self.n, fan_in, fan_out) for fan_in, fan_out in zip(sizes, sizes[1:])
+        )
         self.head = StackedLinear(self.n, sizes[-1], 1)
 
-    def hidden(self, obs, act):
-        """Activations of the hidden layers: a list of (n, B, width); the last are the features phi(s,a)."""
+    def hidden(self, obs, act) -> list:
+        """Each hidden layer's activations, (n, B, width); the last are the features phi(s,a)."""
         h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
         activations = []
         for layer in self.layers:
-            z = F.dropout(layer(h), self.args.dropout, self.training)
-            if self.args.layer_norm:
-                z = F.layer_norm(z, z.shape[-1:])
-            h = F.relu(z, inplace=True)
+            h = F.dropout(layer(h), self.dropout, self.training)
+            if self.layer_norm:
+                h = F.layer_norm(h, h.shape[-1:])
+            h = F.relu(h, inplace=True)
             activations.append(h)
         return activations
 
-    def forward(self, obs, act, bf16: bool = False):
-        """Q(s,a) of each critic, (n, B); bf16 concerns the hidden layers."""
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
-            phi = self.hidden(obs, act)[-1]
-        return self.head(phi.float()).squeeze(-1)
+    def forward(self, obs, act):
+        """Q(s,a) of each critic, (n, B)."""
+        return self.head(self.hidden(obs, act)[-1]).squeeze(-1)
 
 
-# ------------------------------------------------------------------------- losses: one function each
+# --------------------------------------------------------------------- losses: one function each
 class Batch(NamedTuple):
     obs: torch.Tensor  # (B, obs)
     act: torch.Tensor  # (B, act), in [-1, 1]
@@ -301,7 +232,8 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     next_act, next_logp = learner.actor.sample(batch.next_obs, generator)
     q = learner.target(batch.next_obs, next_act)  # (n, B)
     if args.target_subset:  # REDQ: another random subset at each update
-        q = q[torch.rand(len(q), generator=generator, device=q.device).argsort()[: args.target_subset]]
+        order = torch.rand(len(q), generator=generator, device=q.device).argsort()
+        q = q[order[: args.target_subset]]
     value = q.amin(0) - learner.log_alpha.exp() * next_logp
     return next_act, batch.rew + args.gamma * (1 - batch.done) * value
 
@@ -310,34 +242,25 @@ def critic_loss(learner, batch: Batch, args: Args):
     """1/2 (Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble (Eq. 5)."""
     with torch.no_grad():
         _, y = backup(learner, batch, args)
-    q = learner.critic(batch.obs, batch.act, args.precision == "bf16")
-    td_loss = ((q - y) ** 2).mean(1)  # (n,)
-    info = {f"qf{i + 1}_loss": td_loss[i] for i in range(min(2, len(q)))} | {"qf_loss": td_loss.mean()}
-    info |= {f"qf{i + 1}_values": q[i].mean() for i in range(min(2, len(q)))}
-    return 0.5 * td_loss.sum(), {k: v.detach() for k, v in info.items()}
+    q = learner.critic(batch.obs, batch.act)
+    loss = ((q - y) ** 2).mean(1)  # (n,)
+    info = {"qf_loss": loss.mean(), "qf1_loss": loss[0], "qf1_values": q[0].mean()}
+    return 0.5 * loss.sum(), {name: x.detach() for name, x in info.items()}
 
 
 def actor_loss(learner, batch: Batch, args: Args):
     """E[alpha log pi(a|s) - Q(s,a)], Q the ensemble's minimum or mean (Eqs. 7 and 9)."""
     act, logp = learner.actor.sample(batch.obs)
-    q = learner.critic(batch.obs, act, args.precision == "bf16")
+    q = learner.critic(batch.obs, act)
     q = q.amin(0) if args.actor_q == "min" else q.mean(0)
     loss = (learner.log_alpha.exp().detach() * logp - q).mean()
-    return loss, {"actor_loss": loss.detach(), "entropy": -logp.detach().mean()}
+    return loss, {"actor_loss": loss.detach(), "entropy": -logp.mean().detach()}
 
 
 def temperature_loss(log_alpha, entropy, target_entropy: float):
-    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its target.
-    Stable-Baselines3 has log alpha for alpha: a gradient that does not shrink with it, so it falls faster."""
+    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its
+    target. (With log alpha for alpha, as in Stable-Baselines3, it falls faster.)"""
     return log_alpha.exp() * (entropy - target_entropy)
-
-
-def memory(args: Args, inputs: int) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations with their
-    gradients in three passes."""
-    n, width, depth = args.num_critics, args.critic_width, args.critic_depth
-    actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
-    return 20 * (actor + n * width * (inputs + width * depth)) + 24 * args.batch_size * n * width * depth
 
 
 class Learner(nn.Module):
@@ -353,8 +276,6 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
-        if args.compile:
-            torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         compiled = torch.compile if args.compile else lambda loss: loss
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
@@ -371,491 +292,330 @@ class Learner(nn.Module):
         return self.actor.sample(obs)[0] if explore else torch.tanh(self.actor(obs)[0])
 
     def update(self, batch: Batch, policy: bool) -> dict:
-        """A critic step; if `policy`, also a policy and a temperature step; then the target networks move."""
-        args = self.args
-        loss, info = self.critic_loss(self, batch, args)
+        """A critic step; if `policy` a policy and a temperature step; then the targets move."""
+        loss, info = self.critic_loss(self, batch, self.args)
         self.minimise("critic", loss)
         if policy:
-            loss, pi_info = self.actor_loss(self, batch, args)
+            loss, pi_info = self.actor_loss(self, batch, self.args)
             self.minimise("actor", loss)
-            if args.alpha is None:
-                loss = temperature_loss(self.log_alpha, pi_info["entropy"], self.target_entropy)
-                self.minimise("alpha", loss)
             info |= pi_info
-        polyak(self.critic, self.target, args.tau)
+            if self.args.alpha is None:
+                loss = temperature_loss(self.log_alpha, info["entropy"], self.target_entropy)
+                self.minimise("alpha", loss)
+        with torch.no_grad():
+            for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
+                p_target.lerp_(p, self.args.tau)  # target <- target + tau (critic - target)
         return info | {"alpha": self.log_alpha.detach().exp()}
 
+    def minimise(self, name: str, loss):
+        optim = self.optim[name]
+        optim.zero_grad()
+        loss.backward(inputs=optim.param_groups[0]["params"])  # the actor's loss moves no critic
+        optim.step()
+
     def least_q(self, obs, act):
-        """min Q(s,a), (B,), over as many critics as the target's minimum takes: what is reported as Q."""
+        """min Q(s,a), (B,), over as many critics as in the target: what is reported as Q."""
         return self.critic(obs, act)[: self.args.target_subset].amin(0)
 
-    def entropy_bonus(self) -> float:
-        """The most that the entropy adds to a reward in Eq. 5: gamma alpha times a uniform policy's. It falls
-        with alpha at once, Q follows slowly: early in a run Q may pass its bound without harm."""
-        return self.args.gamma * float(self.log_alpha.detach().exp()) * self.act_dim * math.log(2)
-
-    def minimise(self, name: str, loss):
-        params = self.optim[name].param_groups[0]["params"]
-        self.optim[name].zero_grad()
-        loss.backward(inputs=params)  # only these: the actor's loss costs no critic weight gradients
-        self.optim[name].step()
-
-    def checkpoint(self) -> dict:
-        return {"networks": self.state_dict(), "optim": {k: o.state_dict() for k, o in self.optim.items()}}
-
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        for name, optim in self.optim.items():
-            load_optimizer(optim, saved["optim"][name])
+    def entropy_bonus(self):
+        """The most that the entropy adds to a reward in Eq. 5: gamma alpha times a uniform
+        policy's. It falls with alpha at once, Q slowly: early on Q may pass its bound."""
+        return self.args.gamma * self.log_alpha.detach().exp() * self.act_dim * math.log(2)
 
 
-@torch.no_grad()
-def polyak(net, target, tau: float):
-    """target <- target + tau (net - target)."""
-    for p, p_target in zip(net.parameters(), target.parameters()):
-        p_target.lerp_(p, tau)
-
-
-# ------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
-    if args.rollout_dataset:
-        return write_rollouts(args)
-    device, saved = set_up(args), find_checkpoint(args)
-    past = finished(saved, "global_step", args.total_timesteps) if saved else None
-    if past and not args.save_dataset:
-        return past
-    step, updates, idle_steps = 0, 0, args.learning_starts  # updates = utd (step - idle_steps)
-    recent_returns, returns, info = [], np.full(1, math.nan), {}
+    device = set_up(args)
     envs = make_envs(args.env_id, args.num_envs)
-    obs_dim, act_dim = check_boxes(envs, args.env_id)
     eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    longest = max(args.total_timesteps, saved["step"] if saved else 0)
-    capacity = min(args.buffer_size, longest + args.num_envs)
+    obs_dim, act_dim = check_boxes(envs, args.env_id)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
     replay = Replay(capacity, obs_dim, act_dim, device)
-    reserve(memory(args, obs_dim + act_dim), "networks and one update, roughly", device)
-    learner, player = Learner(obs_dim, act_dim, args, device), Player(envs, args.seed)
-    if saved:
-        step, updates, idle_steps = (saved[k] for k in ("step", "updates", "idle_steps"))
-        recent_returns, returns = saved["recent_returns"], np.array(saved["returns"])
-        info = {k: v.to(device) for k, v in saved["losses"].items()}
-        learner.restore(saved["learner"])
-        player.restore(saved["player"], args.seed + step)
-        if saved["replay"]:
-            replay.restore(saved.pop("replay"), continues=saved["player"]["envs"] is not None)
-        elif args.save_dataset:
-            fail(f"--save-dataset: {saved['folder']} was saved without its replay")
-        else:  # refill before the next update
-            idle_steps = step + args.learning_starts - updates / args.utd
-        restore_random_state(saved["random"])
-    if args.learning_starts >= args.total_timesteps:
-        print(f"--learning-starts {args.learning_starts:,}: every action is random, nothing is trained")
-    video = Video(args.env_id) if args.capture_video else None
-    run = Run(args, {}, saved)
+    learner = Learner(obs_dim, act_dim, args, device)
+    step, updates, info, returns, last_return = 0, 0, {}, np.zeros(0), math.nan
+    with Run(args, args.total_timesteps, envs, eval_envs) as run:
+        obs, _ = envs.reset(seed=env_seeds(args.seed, args.num_envs))
+        if run.saved:
+            step, updates, info = run.saved["step"], run.saved["updates"], run.saved["losses"]
+            returns, last_return = np.array(run.saved["returns"]), run.saved["last_return"]
+            run.restore(learner, learner.optim)
+            obs = replay.load_state_dict(run.saved["replay"], envs)
 
-    greedy = lambda obs: to_env(learner.act(obs[None], explore=False)[0], envs.single_action_space)
+        def save():
+            state = {"updates": updates, "losses": {name: float(x) for name, x in info.items()}}
+            state |= {"returns": returns.tolist(), "last_return": last_return}
+            run.save(step, learner, learner.optim, replay=replay.state_dict(envs), **state)
 
-    def update_once(policy: bool):
-        return learner.update(replay.sample(args.batch_size), policy)
-
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        state |= {"step": step, "updates": updates, "idle_steps": idle_steps, "losses": info}
-        state |= {"recent_returns": recent_returns, "returns": returns.tolist()}
-        run.save("checkpoint.pt", state | {"replay": replay.checkpoint() if args.checkpoint_replay else None})
-
-    update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
-    progress = Progress("training", args.total_timesteps, step)
-    with StopSignal() as stop:
-        while step < args.total_timesteps and not stop.signum:
-            act = learner.act(player.obs, explore=True)
+        update = GraphedUpdate(
+            lambda policy: learner.update(replay.sample(args.batch_size), policy),
+            enabled=args.cudagraphs and device.type == "cuda",
+        )
+        while step < args.total_timesteps and not run.signum:
+            act = learner.act(obs, explore=True)
             if step < args.learning_starts:
                 act = torch.rand_like(act) * 2 - 1
-            stored, ended = player.step(act, replay)
-            before, step = step, step + stored
-            while updates < int(args.utd * (step - idle_steps) + 1e-9):
+            next_obs, rew, terminated, truncated, infos = envs.step(to_env(act, envs))
+            last_obs = next_obs.copy()  # where an episode ended next_obs is the next one's first
+            for i in np.flatnonzero(terminated | truncated):
+                last_obs[i] = infos["final_obs"][i]
+                last_return = float(infos["final_info"]["return"][i])
+                run.log(step, {"charts/episodic_return": last_return})
+            replay.add(obs, act, rew, last_obs, terminated, truncated & ~terminated)
+            obs, before, step = next_obs, step, step + args.num_envs
+            while updates < int(args.utd * (step - args.learning_starts) + 1e-9):
                 updates += 1
                 info |= update(updates % args.policy_frequency == 0)
 
-            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
-            diagnosing, logging = updates and every(args.diagnostics_frequency), every(args.log_frequency)
-            scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
-            if diagnosing or scoring or logging:
-                check_finite(step, info | dict(learner.named_parameters()))
-            for episode in ended:
-                run.scalars(dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step)
-                recent_returns = [*recent_returns, episode[0]][-10:]
-            if logging:
-                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
-                run.scalars({"charts/SPS": progress.rate(step), "charts/updates": updates}, step)
-            with progress.paused(diagnosing or scoring):
-                moment = diagnose(learner, replay, args, learner.entropy_bonus()) if diagnosing else {}
-                if scoring:
-                    returns, against_achieved = evaluate(learner, eval_envs, args)
-                    run.scalars({"eval/episodic_return": returns.mean()}, step)
-                    moment |= against_achieved
-                    if video:
-                        video.record(greedy, run.dir / "videos", 1_000_000 + 1_000 * args.seed, step)
-                run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-            if every(args.checkpoint_frequency) and step < args.total_timesteps:
+            if every(args.log_frequency, before, step):
+                run.log(step, {"losses/" + name: x for name, x in info.items()})
+                run.log(step, {"charts/SPS": run.rate(step), "charts/updates": updates})
+                run.show(step, Q=info.get("qf1_values", math.nan), **{"return": last_return})
+            if every(args.eval_frequency, before, step) or step >= args.total_timesteps:
+                with run.paused():
+                    returns, numbers = evaluate(learner, eval_envs, args)
+                    numbers |= diagnose(learner, replay, args)
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
+                if eval_envs:
+                    run.log(step, {"eval/episodic_return": returns.mean()})
+            if every(args.checkpoint_frequency, before, step):
                 save()
-            recent = {"return": np.mean(recent_returns or [math.nan]), "eval": returns.mean()}
-            progress.show(min(step, args.total_timesteps), recent | {"Q": info.get("qf1_values", math.nan)})
         save()
-        if stop.signum:
-            run.stopped(stop.signum)
-    summary = {"global_step": step, "updates": updates, "steps_per_second": progress.rate(step)}
-    summary["eval_episodes"] = args.eval_episodes
-    if eval_envs:
-        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
-        print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-    summary = run.finish(past or summary)  # past: it came back for --save-dataset alone
-    if args.save_dataset:
-        made_by = {"collector_return_mean": returns.mean()} if eval_envs and updates else {}
-        replay.write(Path(args.save_dataset), envs.single_action_space, **made_by)
-    return summary
+        run.stop_if_asked()
+        summary = {"global_step": step, "updates": updates, "steps_per_second": run.rate(step)}
+        if args.save_dataset:
+            replay.write(Path(args.save_dataset), envs)
+        summary["eval_episodes"] = args.eval_episodes
+        if eval_envs:
+            say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
+            summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
+        return run.finish(summary)
 
 
-# === shared: replay (canonical copy: sac.py) ===
-class Replay:
-    """Transitions on the device, a row of one tensor each: allocated once, filled in a ring, sampled by one
-    gather. `rows` (capacity, width), `size` on the device because CUDA graphs cannot read a Python number."""
-
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
-        self.widths = {"obs": obs_dim, "act": act_dim, "rew": 1, "next_obs": obs_dim, "done": 1}
-        self.widths |= {"timeout": 1, "env": 1}  # for the file that write() makes
-        reserve(4 * capacity * sum(self.widths.values()), "replay buffer", device)
-        self.rows = torch.zeros(capacity, sum(self.widths.values()), device=device)
-        self.size = torch.zeros((), dtype=torch.float64, device=device)
-        self.added = 0
-
-    def add(self, rows: np.ndarray):
-        """Append transitions (k, width), columns as in `widths`; the oldest make room."""
-        at = torch.arange(self.added, self.added + len(rows), device=self.rows.device) % len(self.rows)
-        self.rows[at] = torch.from_numpy(rows).to(self.rows.device, torch.float32)
-        self.added += len(rows)
-        self.size.fill_(min(self.added, len(self.rows)))
-
-    def column(self, rows) -> dict:
-        return dict(zip(self.widths, rows.split(list(self.widths.values()), dim=1)))
-
-    def batch(self, rows) -> Batch:
-        c = self.column(self.rows[rows])
-        return Batch(c["obs"], c["act"], c["rew"][:, 0], c["next_obs"], c["done"][:, 0])
-
-    def sample(self, n: int) -> Batch:
-        u = torch.rand(n, dtype=torch.float64, device=self.rows.device)
-        return self.batch((u * self.size).long())
-
-    def checkpoint(self) -> dict:
-        full = self.added >= len(self.rows)  # a part is copied: torch.save would write the whole tensor
-        return {"rows": self.rows if full else self.rows[: self.added].cpu().clone(), "added": self.added}
-
-    def restore(self, saved: dict, continues: bool):
-        """`continues`: the environments go on where they were; else each one's last episode is cut here."""
-        self.rows[: len(saved["rows"])] = saved["rows"]
-        self.added = saved["added"]
-        self.size.fill_(len(saved["rows"]))
-        if not continues and self.added <= len(self.rows):  # of a ring that has wrapped write() makes no file
-            c = self.column(self.rows)
-            for env in c["env"][: self.added].unique():
-                newest = (c["env"][: self.added, 0] == env).nonzero()[-1]
-                c["timeout"][newest] = 1 - c["done"][newest]
-
-    def write(self, path: Path, box, **attributes):
-        """The transitions as a D4RL-layout HDF5 file, environment by environment, actions in its bounds."""
-        if self.added > len(self.rows):
-            fail(f"{path}: the replay holds only the last {len(self.rows):,} of {self.added:,} transitions")
-        c = {k: v.cpu() for k, v in self.column(self.rows[: self.added]).items()}
-        order = c["env"][:, 0].argsort(stable=True).numpy()
-        c = {k: v.numpy()[order] for k, v in c.items()}
-        c["timeout"][np.append(np.diff(c["env"][:, 0]) != 0, True)] = 1  # cut here, whatever follows
-        done = c["done"][:, 0] > 0
-        act = to_env(torch.from_numpy(c["act"]), box).astype(np.float32)
-        try:
-            with write_beside(path) as temporary, need("h5py").File(temporary, "w") as f:
-                f["observations"], f["next_observations"], f["actions"] = c["obs"], c["next_obs"], act
-                f["rewards"], f["terminals"] = c["rew"][:, 0], done
-                f["timeouts"] = (c["timeout"][:, 0] > 0) & ~done
-                f.attrs.update(attributes)
-        except (OSError, RuntimeError) as e:
-            fail(f"{path} could not be written ({first_line(e)})")
-        print(f"{path}: {len(done):,} transitions, {int(done.sum()):,} of them terminal")
+@torch.no_grad()
+def evaluate(learner, envs, args) -> tuple[np.ndarray, dict]:
+    """One episode in each of `envs` without exploration: its returns (n,); the mean of predicted
+    Q(s0, a0), and its excess over the discounted return that followed. Draws no random number."""
+    if envs is None:
+        return np.zeros(0), {}
+    learner.eval()
+    policy = lambda obs: to_env(learner.act(obs, explore=False), envs)
+    s0, rewards = play(policy, envs, args.seed)
+    s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
+    predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
+    learner.train()
+    excess = predicted - args.gamma ** np.arange(len(rewards)) @ rewards
+    return rewards.sum(0), {"v_s0": predicted.mean(), "overestimation": excess.mean()}
 
 
-class Player:
-    """Steps the environments and stores what they show.
+# === shared: environments (canonical copy: sac.py) ===
+# Needs fail() of the block `run`.
+class Episodes(gym.Wrapper):
+    """Gives each episode a seed of its own: where a deterministic environment stands is then told
+    by its seed, the episode's number and the actions in it. Infos are dropped, for packages put
+    anything there; an ended episode has `return` and `length`."""
 
-    After an episode's last step, gymnasium's NEXT_STEP autoreset spends a row on the reset: its action is
-    ignored, and it is neither stored nor counted. The row before it holds the true last observation as
-    next_obs, so that only `terminated`, never a time-out, cuts the bootstrap.
-    """
+    def reset(self, *, seed: int | None = None, options=None):
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode, self.actions, self.total = self.episode + 1, [], 0.0
+        own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        self.obs, _ = self.env.reset(seed=int(own), options=options)
+        return self.obs, {}
 
-    def __init__(self, envs, seed: int):
-        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
-        self.envs, self.n = envs, envs.num_envs
-        self.obs, _ = envs.reset(seed=seed)
-        self.over = np.zeros(self.n, bool)  # episodes that ended with the last step
-        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.obs, rew, terminated, truncated, _ = self.env.step(action)
+        rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.total += rew
+        ended = {"return": self.total, "length": len(self.actions)}
+        return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
 
-    def step(self, act, replay: Replay) -> tuple[int, list]:
-        """Actions (n, act) in [-1, 1]; how many rows were stored, and (return, length) of ended episodes."""
-        act = act.cpu()
-        obs, rew, terminated, truncated, _ = self.envs.step(to_env(act, self.envs.single_action_space))
-        real, number = ~self.over, np.arange(self.n)
-        columns = (self.obs, act.numpy(), rew, obs, terminated, truncated & ~terminated, number)
-        rows = np.column_stack(columns)[real]
-        if not np.isfinite(rows).all():  # it would stay in the replay, and in the checkpoints
-            what = "an action" if not np.isfinite(columns[1]).all() else "an observation or a reward"
-            fail(
-                f"transition {replay.added}: {what} is not finite; the last checkpoint is from before",
-                status=3,
-            )
-        replay.add(rows)
-        self.returns, self.lengths = (self.returns + rew) * real, (self.lengths + 1) * real
-        self.obs, self.over = obs, terminated | truncated
-        ended = [(float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.over)]
-        return int(real.sum()), ended
+    def state_dict(self) -> dict:
+        arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
+        state = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        return state | {"seed": self.seed, "episode": self.episode}
 
-    def checkpoint(self) -> dict:
-        names = ("obs", "over", "returns", "lengths")
-        return {k: torch.from_numpy(getattr(self, k)) for k in names} | {"envs": env_states(self.envs)}
+    def load_state_dict(self, saved: dict) -> bool:
+        """Plays the episode again; whether that led to the same place. If not, the next begins."""
+        self.seed, self.episode = saved["seed"], saved["episode"] - 1
+        self.reset()
+        for action in saved["actions"].numpy():
+            self.step(action)
+        same = np.array_equal(self.obs, saved["obs"].numpy())
+        if not same:
+            self.reset()
+        return same
 
-    def restore(self, saved: dict, seed: int):
-        if saved["envs"] is None:
-            print("these environments cannot be restored exactly: new episodes start")
-            self.obs, _ = self.envs.reset(seed=seed)
-            return
-        for k in ("obs", "over", "returns", "lengths"):
-            setattr(self, k, saved[k].numpy())
-        restore_envs(self.envs, saved["envs"], self.over)
+
+def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
+    """n environments stepped together; where an episode ends the next starts in the same step."""
+
+    def make():
+        env = gym.make(env_id)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
+        return Episodes(env)
+
+    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
+    if envs.envs[0].spec.max_episode_steps is None:
+        fail(f"--env-id {env_id} has no time limit: register it with max_episode_steps")
+    return envs
+
+
+def env_seeds(seed: int, n: int, evaluation: bool = False) -> list[int]:
+    """Seeds of n environments; no other run and no evaluation has one of them."""
+    return np.random.SeedSequence([seed, evaluation]).generate_state(n, np.uint64).tolist()
 
 
 def check_boxes(envs, env_id: str) -> tuple[int, int]:
     """Widths of the observation vector and of the action box; other spaces are refused."""
-    box, obs = envs.single_action_space, envs.single_observation_space
-    for space, what in ((box, "actions"), (obs, "observations")):
+    obs, box = envs.single_observation_space, envs.single_action_space
+    for space, what in ((obs, "observations"), (box, "actions")):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: {what} are {space}, expected a Box of one dimension")
-    if not np.isfinite([box.low, box.high]).all():
-        fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box")
+    span = box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not ((span > 0) & (span < 1e12)).all():
+        fail(f"--env-id {env_id}: actions are {box}, expected floats with low < high, both finite")
     return obs.shape[0], box.shape[0]
 
 
-def check_dataset_flags(args: Args):
-    """What would only fail hours later, when the file is written."""
-    only_if(args, args.rollout_dataset is not None, "without --rollout-dataset", "rollout_steps")
-    only_if(args, args.rollout_dataset is None, "with --rollout-dataset", "save_dataset")
-    name = "rollout_dataset" if args.rollout_dataset else "save_dataset"
-    path = getattr(args, name)
-    if path is not None:
-        need("h5py")
-        folder = Path(path).parent
-        if Path(path).exists() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            fail(f"{flag(name)} {path}: exists already, or its folder cannot be written")
-    enough = args.total_timesteps + args.num_envs - 1  # the last step may store num_envs rows
-    if args.save_dataset and (args.buffer_size < enough or not args.checkpoint_replay):
-        fail(f"--save-dataset writes the whole replay: it needs --checkpoint-replay, --buffer-size {enough}")
-
-
-def to_env(act, box) -> np.ndarray:
+def to_env(act, envs) -> np.ndarray:
     """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
-    return np.clip(box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low), box.low, box.high)
+    box = envs.single_action_space
+    act = box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
+    return act.clip(box.low, box.high)
 
 
-@torch.no_grad()
-def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, dict]:
-    """One episode in each of `envs` from fixed seeds, without exploration. Draws no torch random number.
-
-    Returns the returns (episodes,); and v_s0, the mean of least_q(s0, a0), with the overestimation, that
-    less the discounted return that followed (an episode cut at T steps misses gamma^T of it; SAC's Q speaks
-    of the sampled policy and holds its entropy).
-    """
-    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
-    alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
-    discount, predicted = 1.0, None
-    learner.critic.eval()
+def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A whole episode in each of `envs`: first observations (n, obs), rewards (T, n), 0 after its
+    end."""
+    obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
+    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
     while alive.any():
-        act = learner.act(obs, explore=False)
-        if predicted is None:
-            x = torch.as_tensor(obs, dtype=torch.float32, device=act.device)
-            predicted = learner.least_q(x, act).cpu().numpy()
-        obs, rew, terminated, truncated, _ = envs.step(to_env(act, envs.single_action_space))
-        returns += alive * rew
-        discounted += alive * discount * rew
-        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
-        discount *= args.gamma
-    learner.critic.train()
-    return returns, {"v_s0": predicted.mean(), "overestimation": (predicted - discounted).mean()}
+        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
+        rewards.append(rew * alive)
+        alive &= ~(terminated | truncated)  # what follows the first episode does not count
+    return s0, np.array(rewards)
 
 
-def diagnose(learner, replay: Replay, args: Args, bonus: float) -> dict:
-    """The numbers of one moment, on at most 2,048 transitions of the replay, in fp32 and eval mode.
+# === end shared ===
 
-    Its generators start anew at each call. Every Q is least_q; the TD error is the ensemble's mean, in units
-    of the target's variance; features are those of the first critic. `bonus` is the most that the entropy
-    can add to a reward: with it r_max / (1 - gamma) bounds Q.
-    """
-    critic, target, device = learner.critic, learner.target, replay.rows.device
+
+# === shared: replay (canonical copy: sac.py) ===
+# Needs Batch, whose fields are columns of the replay, and backup(); to_env() of the block
+# `environments`; spectrum(), alignment(), dormant() and strict_fp32() of `diagnostics`; fail(),
+# say(), reserve() and write_beside() of `run`.
+class Replay:
+    """A ring of transitions on the device. `size` is a tensor so that CUDA graphs can read it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
+        reserve(4 * capacity * (2 * obs_dim + act_dim + 3), "replay buffer", device)
+        shapes = {"obs": [obs_dim], "act": [act_dim], "rew": [], "next_obs": [obs_dim]}
+        shapes |= {"done": [], "cut": []}  # cut: by a time-out, or where a new episode started
+        self.columns = {k: torch.zeros(capacity, *s, device=device) for k, s in shapes.items()}
+        self.capacity, self.added, self.device = capacity, 0, device
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, *columns):
+        """Append a transition of each environment; the oldest make room."""
+        rows = torch.arange(self.added, self.added + len(columns[0]), device=self.device)
+        self.added += len(rows)
+        for (name, column), x in zip(self.columns.items(), columns):
+            x = torch.as_tensor(x, dtype=torch.float32)
+            if not x.isfinite().all():
+                what = {"act": "an action", "rew": "a reward"}.get(name, "an observation")
+                fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
+            column[rows % self.capacity] = x.to(self.device)
+        self.size.fill_(min(self.added, self.capacity))
+
+    def batch(self, rows) -> Batch:
+        return Batch(*(self.columns[name][rows] for name in Batch._fields))
+
+    def sample(self, n: int) -> Batch:
+        u = torch.rand(n, dtype=torch.float64, device=self.device)
+        return self.batch((u * self.size).long())
+
+    def state_dict(self, envs) -> dict:
+        """Of the transitions, and of the environments that they come from."""
+        n = int(self.size)  # a part is copied, for torch.save would write the whole tensor
+        rows = {k: x if n == self.capacity else x[:n].clone() for k, x in self.columns.items()}
+        return {"added": self.added, "rows": rows, "envs": [e.state_dict() for e in envs.envs]}
+
+    def load_state_dict(self, saved: dict, envs) -> np.ndarray:
+        """The environments go on where they were, if they can; their observations."""
+        self.added = saved["added"]
+        self.size.fill_(min(self.added, self.capacity))
+        for name, x in saved["rows"].items():
+            self.columns[name][: len(x)] = x
+        for i, (env, state) in enumerate(zip(envs.envs, saved["envs"])):
+            if not env.load_state_dict(state):
+                say(f"environment {i} does not repeat itself from its seed: a new episode starts")
+                self.columns["cut"][(self.added - envs.num_envs + i) % self.capacity] = 1
+        return np.stack([env.obs for env in envs.envs])
+
+    def write(self, path: Path, envs):
+        """The transitions as a D4RL-layout HDF5 file, one environment after the other."""
+        import h5py
+
+        n = envs.num_envs
+        in_order = torch.arange(self.added).view(-1, n).T.flatten()
+        c = {name: x.cpu()[in_order].numpy() for name, x in self.columns.items()}
+        c["cut"].reshape(n, -1)[:, -1] = 1  # the recording stops here, whatever follows
+        done = c["done"] > 0
+        with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
+            f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
+            f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
+            f["rewards"], f["terminals"], f["timeouts"] = c["rew"], done, (c["cut"] > 0) & ~done
+        say(f"{path}: {self.added:,} transitions, {done.sum():,} of them terminal")
+
+
+def diagnose(learner, replay: Replay, args) -> dict:
+    """Q-values, TD error and features on at most 2,048 transitions of the replay, in eval mode.
+
+    Its generator starts anew at each call. Every Q is learner.least_q(obs, act); the TD error is in
+    units of the target's variance; features are those of the first critic."""
+    size, device = int(replay.size), replay.device
     draw = torch.Generator(device).manual_seed(0)
-    rows = np.random.default_rng(0).choice(int(replay.size), min(int(replay.size), 2048), replace=False)
-    batch = replay.batch(torch.from_numpy(rows).to(device))
+    batch = replay.batch(torch.randperm(size, generator=draw, device=device)[:2048])
     uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
-    critic.eval(), target.eval()
+    learner.eval()
     with strict_fp32():
         next_act, y = backup(learner, batch, args, draw)
-        choices = {"data": batch.act, "pi": learner.act(batch.obs, explore=False), "rand": uniform}
-        q = {f"q_{k}": learner.least_q(batch.obs, act) for k, act in choices.items()}
-        out = {k: v.mean() for k, v in q.items()} | {"q_max": torch.stack([*q.values()]).max()}
-        out["td_error"] = (critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
-        activations = critic.hidden(batch.obs, batch.act)
-        phi, phi_next = activations[-1][0], critic.hidden(batch.next_obs, next_act)[-1][0]
-        out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
-        out["dormant"] = dormant([h[0] for h in activations])
-    critic.train(), target.train()
-    seen = replay.column(replay.rows[: replay.added])
-    r_max = seen["rew"].max() + bonus
-    ends = bool(seen["done"].any())  # where all rewards are negative and episodes end, ending at once is best
-    out["q_bound"] = r_max if r_max < 0 and ends else r_max / (1 - args.gamma)
-    return {k: float(v) for k, v in out.items()}
-
-
-def write_rollouts(args: Args) -> dict:
-    """--rollout-dataset: the exploring policy of --resume, run for --rollout-steps, as a dataset."""
-    if args.resume in (None, "auto"):
-        fail("--rollout-dataset needs --resume RUN_FOLDER, the run whose policy it plays")
-    path = checkpoint_path(args)
-    saved = load_checkpoint(path)
-    given = {k: getattr(args, k) for k in ("seed", "cuda", "rollout_dataset", "rollout_steps", "resume")}
-    for k, v in asdict(args).items():
-        same = v == saved["args"].get(k, getattr(Args, k))  # a flag that the run did not know yet
-        only_if(args, k in given or same, "with --rollout-dataset: the run's is used", k)
-    args = Args(**saved["args"] | given | {"precision": "fp32", "compile": False})
-    device = set_up(args)
-    envs = make_envs(args.env_id, 1)
-    sizes = check_boxes(envs, args.env_id)
-    learner, replay = Learner(*sizes, args, device), Replay(args.rollout_steps, *sizes, device)
-    learner.load_state_dict(saved["learner"]["networks"])
-    player, returns = Player(envs, 2_000_000 + args.seed), []
-    progress = Progress("rolling out", args.rollout_steps)
-    with StopSignal() as stop:
-        while replay.added < args.rollout_steps:
-            _, episodes = player.step(learner.act(player.obs, explore=True), replay)
-            returns += [r for r, _ in episodes]
-            progress.show(replay.added, {"return": np.mean(returns[-10:] or [math.nan])})
-            if stop.signum:
-                print("\nstopped while rolling out: nothing is kept, the same command starts again")
-                raise SystemExit(128 + stop.signum)
-    made_by = {"policy": str(path), "policy_step": saved["step"]}
-    if returns:
-        made_by["collector_return_mean"] = np.mean(returns)
-        print(f"{len(returns)} whole episodes, mean return {np.mean(returns):.1f}")
-    replay.write(Path(args.rollout_dataset), envs.single_action_space, **made_by)
-    return {"episodes": len(returns), "rollout_return_mean": float(np.mean(returns)) if returns else None}
+        q_data = learner.least_q(batch.obs, batch.act)
+        q_pi = learner.least_q(batch.obs, learner.act(batch.obs, explore=False))
+        q_rand = learner.least_q(batch.obs, uniform)
+        td_error = (learner.critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
+        hidden = [h[0] for h in learner.critic.hidden(batch.obs, batch.act)]
+        phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1][0]
+    learner.train()
+    r_max = replay.columns["rew"][:size].max() + learner.entropy_bonus()
+    ends = replay.columns["done"][:size].any()  # then ending at once beats rewards below 0
+    out = {"q_data": q_data.mean(), "q_pi": q_pi.mean(), "q_rand": q_rand.mean()}
+    out |= {"q_max": torch.stack([q_data, q_pi, q_rand]).max(), "td_error": td_error}
+    out |= {"q_bound": r_max if r_max < 0 and ends else r_max / (1 - args.gamma)}
+    out |= {"dormant": dormant(hidden)} | spectrum(hidden[-1])
+    return out | alignment(hidden[-1], phi_next, 1 - batch.done)
 
 
 # === end shared ===
 
 
-# === shared: environments (canonical copy: sac.py) ===
-def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
-    """n environments stepped together, NEXT_STEP autoreset; refused in one line."""
-    try:
-        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-    except Exception as e:  # registration, missing packages, a namespace's own errors
-        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
-    if envs.envs[0].spec.max_episode_steps is None:
-        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
-    return envs
-
-
-def env_states(envs) -> list | None:
-    """What the next steps of each environment depend on, as tensors and plain numbers; None where that is not
-    known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
-    and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
-    states = []
-    if not hasattr(envs, "envs"):  # Atari's vector environment
-        return None
-    for env in envs.envs:
-        e = env.unwrapped
-        if env.spec.additional_wrappers:  # they may hold state of their own
-            return None
-        state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
-        if type(e).__module__.startswith("gymnasium.envs.classic_control"):
-            inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
-            plain = lambda v: v if v is None or isinstance(v, int) else torch.from_numpy(np.array(v))
-            state["inner"] = {k: plain(v) for k, v in inner}
-        elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
-            mujoco = importlib.import_module("mujoco")
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_getState(e.model, e.data, x := np.empty(mujoco.mj_stateSize(e.model, what)), what)
-            arrays = {"integration": x, "xpos": e.data.xpos, "xipos": e.data.xipos}
-            state["mujoco"] = {k: torch.tensor(v) for k, v in arrays.items()}
-        else:
-            return None
-        states.append(state)
-    return states
-
-
-def restore_envs(envs, states: list, over: np.ndarray):
-    """The inverse of env_states; `over` tells which environments reset at their next step."""
-    envs.reset(seed=0)
-    for env, state in zip(envs.envs, states):
-        e = env.unwrapped
-        for k, v in state.get("inner", {}).items():
-            setattr(e, k, v.numpy() if isinstance(v, torch.Tensor) else v)
-        if "mujoco" in state:
-            mujoco, saved = importlib.import_module("mujoco"), state["mujoco"]
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_setState(e.model, e.data, saved["integration"].numpy(), what)
-            e.data.xpos[:], e.data.xipos[:] = saved["xpos"], saved["xipos"]
-        e.np_random.bit_generator.state = state["random"]
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
-    envs._autoreset_envs = over.copy()
-
-
-class Video:
-    """--capture-video: one episode by `act` at each evaluation, in an environment of its own."""
-
-    def __init__(self, env_id: str):
-        need("moviepy")
-        try:
-            env = gym.make(env_id, render_mode="rgb_array")
-            env.reset(seed=0)
-            env.render()
-        except Exception as e:  # no rgb_array mode, no display, no OpenGL
-            fail(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {first_line(e)})")
-        env.close()
-        self.env_id = env_id
-
-    def record(self, act, folder: Path, seed: int, step: int):
-        env = gym.make(self.env_id, render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
-        (obs, _), over = env.reset(seed=seed), False
-        while not over:
-            obs, _, terminated, truncated, _ = env.step(act(obs))
-            over = terminated or truncated
-        env.close()
-
-
-# === end shared ===
-
-
-# === shared: graph capture (canonical copy: cql_continuous.py) ===
+# === shared: graph capture (canonical copy: sac.py) ===
 class GraphedUpdate:
-    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
+    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update.
 
-    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is
-    captured and replayed. Capture freezes Python values: all that varies must be in `key` or in a device
-    tensor.
-    """
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the
+    fourth is captured and replayed. Capture freezes Python values: all that varies must be in
+    `key` or in a device tensor."""
 
     def __init__(self, fn, enabled: bool):
         self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
-        self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
+        self.stream = torch.cuda.Stream() if enabled else None  # one: each has its workspaces
 
     def __call__(self, *key) -> dict:
         if not self.enabled:
@@ -879,399 +639,330 @@ class GraphedUpdate:
 # === end shared ===
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+# === shared: diagnostics (canonical copy: sac.py) ===
 def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
 
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
     s = torch.linalg.svdvals(phi.float()).double()
 
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
 
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
 
 
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
     means = [h.abs().mean(0) for h in activations]
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
 
 
 @contextmanager
 def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    """No gradients, no tf32: it inflates ranks (a true rank of 5 reads 96 in bf16)."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "ieee"
+    with torch.no_grad():
+        yield
+    products.fp32_precision, convolutions.fp32_precision = before
 
 
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(text), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:1000]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Such errors end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        fail(f"{what}: {e!r}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(
+            f"{path} could not be written, what was there is intact", OSError, RuntimeError
+        ):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        saved = {} if damaged else torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError(f"{damaged} is damaged" if damaged else "another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    info: what is known of the data. saved: the checkpoint of --resume, or None. signum: the signal
+    that came, or 0; SIGINT, SIGTERM and SIGHUP only set it, for the loop to read between updates,
+    and a second one acts as usual. On leaving, `environments` are closed."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int, *environments, **info):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, info, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.wall, self.busy = time.time(), 0.0  # when it began; seconds of training until `clock`
+        if self.saved:
+            self.compare(asdict(args) | info, self.saved["args"] | self.saved["info"])
+            self.wall, self.busy = self.wall - self.saved["wall"], self.saved["busy"]
+        for envs in filter(None, environments):
+            self.callback(envs.close)
+        if int(os.environ.get("RANK", 0)) == 0:  # of several processes the first one writes
+            with failing("copy the folder, or give another --run-dir", OSError):
+                self.open_folder(self.saved or {"csv_bytes": 0, "step": -1, "wandb": None})
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if (usual := signal.getsignal(s)) != signal.SIG_IGN:  # nohup's stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
+        self.clock = time.perf_counter()
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """What a resume gives anew is printed; of FIXED it may be nothing."""
+        for name in args.keys() & before.keys() - {"resume", "run_dir"}:
+            if args[name] != before[name]:
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {args[name]}")
+                say(f"from here on --{name} {args[name]}, {before[name]} so far")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
+    def open_folder(self, saved: dict):
         args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
+        name = f"{'+'.join(np.atleast_1d(args.env_id))}__{args.exp_name}__{args.seed}"
+        name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+        self.dir = Path(args.resume or Path(args.run_dir) / f"{name}__{int(time.time())}")
+        while not self.saved:
             try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+                self.dir.mkdir(parents=True)
+                break
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(self.dir.name + "+")
+        self.csv = self.enter_context(open(self.dir / "metrics.csv", "a"))
+        self.lock()
+        self.csv.truncate(min(saved["csv_bytes"], self.csv.tell()))  # later rows come again
+        if self.csv.seek(0, os.SEEK_END) == 0:
+            self.csv.write("step,tag,value\n")
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        about |= {"info": self.info, "args": asdict(args)}
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2))
+        self.wandb = None
+        if args.track:
+            with failing(
+                "--track (pip install wandb; wandb login, or WANDB_MODE=offline)", Exception
+            ):
+                import wandb
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
-                value = float(value)
-                self.csv.write(f"{step},{tag},{value!r}\n")
-                self.writer.add_scalar(tag, value, step)
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                same = {"id": saved["wandb"], "resume": "allow", "sync_tensorboard": True}
+                self.wandb = wandb.init(name=self.dir.name, config=asdict(args), **where, **same)
+                self.callback(wandb.finish)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
+        self.callback(self.writer.close)
+        say(f"run folder: {self.dir}")
+
+    def lock(self):
+        """Refuse a second process on one folder; the lock ends with its process."""
         try:
+            import fcntl
+
+            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{self.dir}: another process is running it")
+        except (ImportError, OSError) as e:  # Windows; a file system without locks
+            say(f"{self.dir} is not locked ({e}): let one process only run it")
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # a GPU's `capturable` must not come to a CPU, either
+            groups = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": groups})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(self.busy + time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        self.busy += time.perf_counter() - self.clock
+        yield
+        self.clock = time.perf_counter()
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        for tag, value in scalars.items():
+            value = float(value)
+            if not math.isfinite(value):
+                fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
+            self.csv.write(f"{step},{tag},{value!r}\n")
+            self.writer.add_scalar(tag, value, step)
+        with failing(f"{self.csv.name}; the last checkpoint is intact", OSError):
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
         os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        seconds = {"wall": time.time() - self.wall}
+        seconds["busy"] = self.busy + time.perf_counter() - self.clock
+        state |= {"script": SCRIPT, "format": FORMAT, "args": asdict(self.args), "info": self.info}
+        state |= {"step": step, "networks": networks, "csv_bytes": self.csv.tell()} | seconds
+        state |= {"optim": {key: x.state_dict()["state"] for key, x in optim.items()}}
+        state |= {"random": torch.get_rng_state(), "cuda_random": gpu}
+        state |= {"wandb": self.wandb and self.wandb.id}
+        with write_beside(self.dir / name) as temporary:
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+            start = [Path(sys.executable).name] if many is None else ["torchrun", f"--nproc={many}"]
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            command = shlex.join([*start, called, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.wall, "device": self.device}
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
-
-    def close(self):
-        self.csv.close()
-        self.writer.close()
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

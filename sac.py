@@ -9,9 +9,10 @@ Three losses on minibatches of a replay buffer D, for n critics Q_i and their sl
   J(pi)    = E_D[ alpha log pi(a|s) - min_i Q_i(s,a) ],  a = tanh(mean + std noise)   (Eqs. 7, 9)
   J(alpha) = E_D[ -alpha (log pi(a|s) + H_target) ]                                   (Eq. 18)
 
-The minimum over critics answers overestimation: the policy seeks out actions whose Q is too large
-by accident. REDQ (arXiv 2101.05982) and DroQ (arXiv 2110.02034) make many updates a step and keep
-Q in check by a random subset of a large ensemble, or by dropout and layer norm.
+The minimum over critics counters overestimation: the policy seeks out actions whose Q is too large
+by accident. REDQ (arXiv 2101.05982) and DroQ (arXiv 2110.02034) make many updates in each step of
+the environment and keep Q in check by a random subset of a large ensemble, or by dropout and layer
+norm; their policy climbs the mean over critics.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -30,13 +31,13 @@ H_target: -1 Hopper, -2 Humanoid, -3 HalfCheetah and Walker2d, -4 Ant):
   python sac.py --env Hopper-v5 --learning-starts 5_000 --utd 20 --policy-frequency 20 \
       --actor-q mean --target-entropy -1 --num-critics 10 --target-subset 2
 
-While it trains, `eval/episodic_return` should rise, `losses/entropy` fall to H_target and stay (an
-alpha that grows for ever: H_target is out of reach), `diagnostics/q_max` stay below `q_bound`.
-`overestimation` is positive while Q holds much entropy, then negative for long: Q needs about
-1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
+While it trains, `eval/episodic_return` should rise, `losses/entropy` fall to H_target and stay (if
+alpha grows for ever, H_target is out of reach), `diagnostics/q_max` stay below `q_bound`. The
+`overestimation` is positive while Q contains a large entropy bonus, then negative for a long time:
+Q needs about 1 / (tau (1 - gamma)) = 20,000 updates to reach its level.
 
-Networks, losses and Learner.update are the algorithm, train() is the loop; the blocks marked
-`shared`, which sibling scripts have too, can wait. Known limits: vector observations, box actions.
+Networks, losses and Learner.update are the algorithm, train() is the loop. The blocks marked
+"shared", which sibling scripts have too, can wait. Known limits: vector observations, box actions.
 Left out on purpose: observation normalisation (the paper has none), n-step targets, pixels.
 """
 
@@ -80,7 +81,7 @@ class Args:
     # Gymnasium environment, `module:Id` where a package has to be imported for it
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Pendulum-v1"
     run_dir: str = "runs"  # folder that holds the run folders
-    resume: str | None = None  # run folder to go on from, with its arguments but for those given
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
     checkpoint_frequency: int = 10_000  # environment steps between checkpoints (0: only at the end)
     eval_frequency: int = 2_000  # steps between evaluations and diagnostics (0: only at the end)
     eval_episodes: int = 10  # episodes of each evaluation (0: diagnostics only)
@@ -97,7 +98,7 @@ class Args:
 
     # SAC (arXiv 1812.05905, Table 1)
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # Polyak rate of the target critics (1: no target network)
+    tau: float = 0.005  # Polyak rate of the target critics (1: no lag)
     policy_lr: float = 3e-4  # learning rate of policy and temperature
     q_lr: float = 3e-4  # learning rate of the critics
     alpha: float | None = None  # entropy temperature; not given: tuned to --target-entropy
@@ -109,21 +110,21 @@ class Args:
     depth: int = 2  # hidden layers
     num_critics: int = 2  # n, size of the ensemble (REDQ: 10)
     target_subset: int | None = None  # critics drawn for each target's minimum (REDQ: 2)
-    actor_q: Literal["min", "mean"] = "min"  # what the policy climbs (REDQ, DroQ: mean)
-    layer_norm: bool = False  # before each ReLU of the critic, without gain and bias (DroQ)
+    actor_q: Literal["min", "mean"] = "min"  # Q that the policy climbs, over critics
+    layer_norm: bool = False  # layer norm before each ReLU of the critic, without gain and bias
     dropout: float = 0.0  # rate in the critic and in its target (DroQ: 0.01)
 
 
-# a resumed run must have these as before: else its replay, networks and counts mean nothing
+# a resumed run must have these as before: its replay, networks and counters would not fit
 FIXED = "env_id seed num_envs utd learning_starts buffer_size alpha width depth num_critics".split()
 
 
 def check(args: Args):
     """Refuse what no run could use, before anything starts."""
-    zero = "seed threads learning_starts eval_episodes eval_frequency checkpoint_frequency alpha"
-    one = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency width "
-    check_numbers(args, zero, 0, 1e12)
-    check_numbers(args, one + "depth num_critics target_subset", 1, 1e12)
+    check_numbers(args, "seed learning_starts eval_frequency checkpoint_frequency alpha", 0, 1e12)
+    check_numbers(args, "total_timesteps buffer_size batch_size policy_frequency", 1, 1e12)
+    check_numbers(args, "log_frequency num_envs width depth num_critics target_subset", 1, 1e12)
+    check_numbers(args, "threads eval_episodes", 0, 1e4)
     check_numbers(args, "utd policy_lr q_lr", 1e-9, 1e3)
     check_numbers(args, "gamma dropout", 0, 0.99999)
     check_numbers(args, "tau", 1e-9, 1)
@@ -133,9 +134,8 @@ def check(args: Args):
     if args.alpha is not None and args.target_entropy is not None:
         fail("--target-entropy has no effect with a fixed --alpha")
     if args.save_dataset:
-        folder = Path(args.save_dataset).absolute().parent
-        if Path(args.save_dataset).exists() or not os.access(folder, os.W_OK):
-            fail(f"--save-dataset {args.save_dataset}: exists, or its folder cannot be written")
+        if Path(args.save_dataset).exists():
+            fail(f"--save-dataset {args.save_dataset} exists already")
         if args.buffer_size < args.total_timesteps + args.num_envs:
             fail("--save-dataset writes the whole replay: it needs a larger --buffer-size")
 
@@ -234,12 +234,13 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     if args.target_subset:  # REDQ: another random subset at each update
         order = torch.rand(len(q), generator=generator, device=q.device).argsort()
         q = q[order[: args.target_subset]]
-    value = q.amin(0) - learner.log_alpha.exp() * next_logp
+    value = q.amin(0) - learner.log_alpha.exp() * next_logp  # the minimum over critics
     return next_act, batch.rew + args.gamma * (1 - batch.done) * value
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """1/2 (Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble (Eq. 5)."""
+    """1/2 (Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble (Eq. 5); logged without
+    the 1/2."""
     with torch.no_grad():
         _, y = backup(learner, batch, args)
     q = learner.critic(batch.obs, batch.act)
@@ -258,8 +259,8 @@ def actor_loss(learner, batch: Batch, args: Args):
 
 
 def temperature_loss(log_alpha, entropy, target_entropy: float):
-    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18): alpha falls while the entropy exceeds its
-    target. (With log alpha for alpha, as in Stable-Baselines3, it falls faster.)"""
+    """E[-alpha (log pi(a|s) + H_target)] (Eq. 18), with entropy = -E[log pi(a|s)], detached: alpha
+    falls while it exceeds H_target. (Stable-Baselines3 has log alpha for the factor alpha.)"""
     return log_alpha.exp() * (entropy - target_entropy)
 
 
@@ -272,11 +273,11 @@ class Learner(nn.Module):
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        alpha = 1.0 if args.alpha is None else max(args.alpha, 1e-30)
+        alpha = 1.0 if args.alpha is None else max(args.alpha, 1e-30)  # log 0 is not finite
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
-        compiled = torch.compile if args.compile else lambda loss: loss
+        compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {
@@ -291,11 +292,11 @@ class Learner(nn.Module):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.actor.sample(obs)[0] if explore else torch.tanh(self.actor(obs)[0])
 
-    def update(self, batch: Batch, policy: bool) -> dict:
-        """A critic step; if `policy` a policy and a temperature step; then the targets move."""
+    def update(self, batch: Batch, with_policy: bool) -> dict:
+        """A critic step; with_policy, a policy and a temperature step; then the targets move."""
         loss, info = self.critic_loss(self, batch, self.args)
         self.minimise("critic", loss)
-        if policy:
+        if with_policy:
             loss, pi_info = self.actor_loss(self, batch, self.args)
             self.minimise("actor", loss)
             info |= pi_info
@@ -328,50 +329,57 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device = set_up(args)
-    envs = make_envs(args.env_id, args.num_envs)
-    eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    obs_dim, act_dim = check_boxes(envs, args.env_id)
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
-    replay = Replay(capacity, obs_dim, act_dim, device)
-    learner = Learner(obs_dim, act_dim, args, device)
-    step, updates, info, returns, last_return = 0, 0, {}, np.zeros(0), math.nan
-    with Run(args, args.total_timesteps, envs, eval_envs) as run:
+    with Run(args, args.total_timesteps) as run:
+        envs = make_envs(args.env_id, args.num_envs, run)
+        eval_envs = make_envs(args.env_id, args.eval_episodes, run)
+        obs_dim, act_dim = check_boxes(envs, args.env_id)
+        capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+        replay = Replay(capacity, obs_dim, act_dim, device)
+        learner = Learner(obs_dim, act_dim, args, device)
         obs, _ = envs.reset(seed=env_seeds(args.seed, args.num_envs))
+        step, updates, last_return = 0, 0, math.nan
+        info, returns = {}, np.zeros(0)
         if run.saved:
-            step, updates, info = run.saved["step"], run.saved["updates"], run.saved["losses"]
-            returns, last_return = np.array(run.saved["returns"]), run.saved["last_return"]
+            step, updates, last_return = (run.saved[k] for k in ("step", "updates", "last_return"))
+            info, returns = run.saved["losses"], np.array(run.saved["returns"])
             run.restore(learner, learner.optim)
             obs = replay.load_state_dict(run.saved["replay"], envs)
+        run.open()
 
         def save():
-            state = {"updates": updates, "losses": {name: float(x) for name, x in info.items()}}
-            state |= {"returns": returns.tolist(), "last_return": last_return}
-            run.save(step, learner, learner.optim, replay=replay.state_dict(envs), **state)
+            numbers = {"updates": updates, "last_return": last_return, "returns": returns.tolist()}
+            losses = {name: float(x) for name, x in info.items()}
+            replayed = replay.state_dict(envs)
+            run.save(step, learner, learner.optim, replay=replayed, losses=losses, **numbers)
 
-        update = GraphedUpdate(
-            lambda policy: learner.update(replay.sample(args.batch_size), policy),
-            enabled=args.cudagraphs and device.type == "cuda",
-        )
+        def update(with_policy: bool) -> dict:
+            return learner.update(replay.sample(args.batch_size), with_policy)
+
+        if args.cudagraphs and device.type == "cuda":
+            update = GraphedUpdate(update)
         while step < args.total_timesteps and not run.signum:
             act = learner.act(obs, explore=True)
             if step < args.learning_starts:
                 act = torch.rand_like(act) * 2 - 1
             next_obs, rew, terminated, truncated, infos = envs.step(to_env(act, envs))
-            last_obs = next_obs.copy()  # where an episode ended next_obs is the next one's first
-            for i in np.flatnonzero(terminated | truncated):
-                last_obs[i] = infos["final_obs"][i]
-                last_return = float(infos["final_info"]["return"][i])
-                run.log(step, {"charts/episodic_return": last_return})
+            over, last_obs = terminated | truncated, next_obs.copy()
+            if over.any():  # there next_obs is the next episode's first
+                last_obs[over] = np.stack(infos["final_obs"][over])
             replay.add(obs, act, rew, last_obs, terminated, truncated & ~terminated)
             obs, before, step = next_obs, step, step + args.num_envs
-            while updates < int(args.utd * (step - args.learning_starts) + 1e-9):
+            while updates < int(args.utd * (step - args.learning_starts) + 1e-9):  # 1e-9: rounding
                 updates += 1
                 info |= update(updates % args.policy_frequency == 0)
 
+            if over.any():
+                last_return = float(infos["final_info"]["return"][over].mean())
+                length = infos["final_info"]["length"][over].mean()
+                run.log(step, {"charts/episodic_return": last_return})
+                run.log(step, {"charts/episodic_length": length})
             if every(args.log_frequency, before, step):
                 run.log(step, {"losses/" + name: x for name, x in info.items()})
                 run.log(step, {"charts/SPS": run.rate(step), "charts/updates": updates})
-                run.show(step, Q=info.get("qf1_values", math.nan), **{"return": last_return})
+                run.show(step, Q=info.get("qf1_values", math.nan), last_return=last_return)
             if every(args.eval_frequency, before, step) or step >= args.total_timesteps:
                 with run.paused():
                     returns, numbers = evaluate(learner, eval_envs, args)
@@ -383,10 +391,9 @@ def train(args: Args) -> dict:
                 save()
         save()
         run.stop_if_asked()
-        summary = {"global_step": step, "updates": updates, "steps_per_second": run.rate(step)}
         if args.save_dataset:
             replay.write(Path(args.save_dataset), envs)
-        summary["eval_episodes"] = args.eval_episodes
+        summary = {"global_step": step, "updates": updates, "steps_per_second": run.rate(step)}
         if eval_envs:
             say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
             summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
@@ -400,21 +407,21 @@ def evaluate(learner, envs, args) -> tuple[np.ndarray, dict]:
     if envs is None:
         return np.zeros(0), {}
     learner.eval()
-    policy = lambda obs: to_env(learner.act(obs, explore=False), envs)
-    s0, rewards = play(policy, envs, args.seed)
+    s0, rewards = play(lambda obs: to_env(learner.act(obs, explore=False), envs), envs, args.seed)
     s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
     predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
     learner.train()
-    excess = predicted - args.gamma ** np.arange(len(rewards)) @ rewards
-    return rewards.sum(0), {"v_s0": predicted.mean(), "overestimation": excess.mean()}
+    discounted = (args.gamma ** np.arange(len(rewards))) @ rewards
+    numbers = {"v_s0": predicted.mean(), "overestimation": (predicted - discounted).mean()}
+    return rewards.sum(0), numbers
 
 
 # === shared: environments (canonical copy: sac.py) ===
-# Needs fail() of the block `run`.
+# Needs fail(), failing() and say() of the block "run".
 class Episodes(gym.Wrapper):
     """Gives each episode a seed of its own: where a deterministic environment stands is then told
-    by its seed, the episode's number and the actions in it. Infos are dropped, for packages put
-    anything there; an ended episode has `return` and `length`."""
+    by its seed, the episode's number and the actions in it. Infos are dropped, since packages put
+    anything there; an ended episode has `return` and `length`. The first reset needs a seed."""
 
     def reset(self, *, seed: int | None = None, options=None):
         if seed is not None:
@@ -449,8 +456,9 @@ class Episodes(gym.Wrapper):
         return same
 
 
-def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
-    """n environments stepped together; where an episode ends the next starts in the same step."""
+def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv | None:
+    """n environments stepped together; where an episode ends the next starts in the same step.
+    `stack` closes them."""
 
     def make():
         env = gym.make(env_id)
@@ -458,17 +466,20 @@ def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
             env = gym.wrappers.FlattenObservation(env)
         return Episodes(env)
 
+    if n == 0:
+        return None
     hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
+    stack.callback(envs.close)
     if envs.envs[0].spec.max_episode_steps is None:
-        fail(f"--env-id {env_id} has no time limit: register it with max_episode_steps")
+        say(f"{env_id} has no time limit: an evaluation lasts until the policy ends its episodes")
     return envs
 
 
 def env_seeds(seed: int, n: int, evaluation: bool = False) -> list[int]:
-    """Seeds of n environments; no other run and no evaluation has one of them."""
+    """Seeds of n environments, shared with no other run's and with no evaluation's."""
     return np.random.SeedSequence([seed, evaluation]).generate_state(n, np.uint64).tolist()
 
 
@@ -486,19 +497,20 @@ def check_boxes(envs, env_id: str) -> tuple[int, int]:
 
 def to_env(act, envs) -> np.ndarray:
     """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
-    box = envs.single_action_space
-    act = box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low)
-    return act.clip(box.low, box.high)
+    box, act = envs.single_action_space, act.cpu().numpy()
+    if not np.isfinite(act).all():
+        fail("the policy's action is not finite; the last checkpoint is from before", 3)
+    return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
 
 
 def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A whole episode in each of `envs`: first observations (n, obs), rewards (T, n), 0 after its
-    end."""
+    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
+    (T, n), which are 0 after its end."""
     obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
     s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
     while alive.any():
         obs, rew, terminated, truncated, _ = envs.step(policy(obs))
-        rewards.append(rew * alive)
+        rewards.append(np.where(alive, rew, 0.0))
         alive &= ~(terminated | truncated)  # what follows the first episode does not count
     return s0, np.array(rewards)
 
@@ -507,9 +519,8 @@ def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # === shared: replay (canonical copy: sac.py) ===
-# Needs Batch, whose fields are columns of the replay, and backup(); to_env() of the block
-# `environments`; spectrum(), alignment(), dormant() and strict_fp32() of `diagnostics`; fail(),
-# say(), reserve() and write_beside() of `run`.
+# Needs Batch, whose fields are columns here; to_env() of the block "environments"; fail(), say(),
+# reserve() and write_beside() of "run". diagnose() also needs backup() and the block "diagnostics".
 class Replay:
     """A ring of transitions on the device. `size` is a tensor so that CUDA graphs can read it."""
 
@@ -518,17 +529,18 @@ class Replay:
         shapes = {"obs": [obs_dim], "act": [act_dim], "rew": [], "next_obs": [obs_dim]}
         shapes |= {"done": [], "cut": []}  # cut: by a time-out, or where a new episode started
         self.columns = {k: torch.zeros(capacity, *s, device=device) for k, s in shapes.items()}
-        self.capacity, self.added, self.device = capacity, 0, device
+        self.capacity, self.device = capacity, device
+        self.added = 0  # Python's: nothing that a CUDA graph captures may read it
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, *columns):
         """Append a transition of each environment; the oldest make room."""
         rows = torch.arange(self.added, self.added + len(columns[0]), device=self.device)
         self.added += len(rows)
-        for (name, column), x in zip(self.columns.items(), columns):
+        for (name, column), x in zip(self.columns.items(), columns, strict=True):
             x = torch.as_tensor(x, dtype=torch.float32)
             if not x.isfinite().all():
-                what = {"act": "an action", "rew": "a reward"}.get(name, "an observation")
+                what = {"rew": "a reward", "next_obs": "an observation"}.get(name, name)
                 fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
             column[rows % self.capacity] = x.to(self.device)
         self.size.fill_(min(self.added, self.capacity))
@@ -543,7 +555,8 @@ class Replay:
     def state_dict(self, envs) -> dict:
         """Of the transitions, and of the environments that they come from."""
         n = int(self.size)  # a part is copied, for torch.save would write the whole tensor
-        rows = {k: x if n == self.capacity else x[:n].clone() for k, x in self.columns.items()}
+        full = n == self.capacity
+        rows = {k: x.cpu() if full else x[:n].cpu().clone() for k, x in self.columns.items()}
         return {"added": self.added, "rows": rows, "envs": [e.state_dict() for e in envs.envs]}
 
     def load_state_dict(self, saved: dict, envs) -> np.ndarray:
@@ -558,7 +571,7 @@ class Replay:
                 self.columns["cut"][(self.added - envs.num_envs + i) % self.capacity] = 1
         return np.stack([env.obs for env in envs.envs])
 
-    def write(self, path: Path, envs):
+    def write(self, path: Path, envs, **attributes):
         """The transitions as a D4RL-layout HDF5 file, one environment after the other."""
         import h5py
 
@@ -571,55 +584,61 @@ class Replay:
             f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
             f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
             f["rewards"], f["terminals"], f["timeouts"] = c["rew"], done, (c["cut"] > 0) & ~done
+            f.attrs.update(attributes)
         say(f"{path}: {self.added:,} transitions, {done.sum():,} of them terminal")
 
 
+@torch.no_grad()
 def diagnose(learner, replay: Replay, args) -> dict:
     """Q-values, TD error and features on at most 2,048 transitions of the replay, in eval mode.
 
-    Its generator starts anew at each call. Every Q is learner.least_q(obs, act); the TD error is in
-    units of the target's variance; features are those of the first critic."""
+    A fresh generator each time. Every Q is learner.least_q(obs, act); the TD error is in units of
+    the variance of y; features are those of the first critic."""
     size, device = int(replay.size), replay.device
     draw = torch.Generator(device).manual_seed(0)
     batch = replay.batch(torch.randperm(size, generator=draw, device=device)[:2048])
     uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
     learner.eval()
-    with strict_fp32():
-        next_act, y = backup(learner, batch, args, draw)
-        q_data = learner.least_q(batch.obs, batch.act)
-        q_pi = learner.least_q(batch.obs, learner.act(batch.obs, explore=False))
-        q_rand = learner.least_q(batch.obs, uniform)
-        td_error = (learner.critic(batch.obs, batch.act) - y).pow(2).mean() / y.var()
-        hidden = [h[0] for h in learner.critic.hidden(batch.obs, batch.act)]
-        phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1][0]
+    next_act, y = backup(learner, batch, args, draw)
+    q_data = learner.least_q(batch.obs, batch.act)
+    q_pi = learner.least_q(batch.obs, learner.act(batch.obs, explore=False))
+    q_rand = learner.least_q(batch.obs, uniform)
+    squared_error = (learner.critic(batch.obs, batch.act) - y).pow(2).mean()
+    hidden = [h[0] for h in learner.critic.hidden(batch.obs, batch.act)]
+    phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1][0]
     learner.train()
-    r_max = replay.columns["rew"][:size].max() + learner.entropy_bonus()
-    ends = replay.columns["done"][:size].any()  # then ending at once beats rewards below 0
-    out = {"q_data": q_data.mean(), "q_pi": q_pi.mean(), "q_rand": q_rand.mean()}
-    out |= {"q_max": torch.stack([q_data, q_pi, q_rand]).max(), "td_error": td_error}
-    out |= {"q_bound": r_max if r_max < 0 and ends else r_max / (1 - args.gamma)}
-    out |= {"dormant": dormant(hidden)} | spectrum(hidden[-1])
-    return out | alignment(hidden[-1], phi_next, 1 - batch.done)
+    q_bound = (replay.columns["rew"][:size].max() + learner.entropy_bonus()) / (1 - args.gamma)
+    if q_bound < 0 and replay.columns["done"][:size].any():
+        q_bound = q_bound * (1 - args.gamma)  # where every reward costs, ending at once is best
+    numbers = {
+        "q_data": q_data.mean(),
+        "q_pi": q_pi.mean(),
+        "q_rand": q_rand.mean(),
+        "q_max": torch.stack([q_data, q_pi, q_rand]).max(),
+        "q_bound": q_bound,
+        "td_error": squared_error / y.var(correction=0).clamp(min=1e-12),
+        "dormant": dormant(hidden),
+    }
+    return numbers | spectrum(hidden[-1]) | alignment(hidden[-1], phi_next, 1 - batch.done)
 
 
 # === end shared ===
 
 
 # === shared: graph capture (canonical copy: sac.py) ===
+# Needs PyTorch alone, as does the block "diagnostics".
 class GraphedUpdate:
-    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update.
+    """`fn(*key)` captured into a CUDA graph for each key: one launch an update.
 
     Every call is exactly one real update: the first three of a key run eagerly (warm-up), the
     fourth is captured and replayed. Capture freezes Python values: all that varies must be in
     `key` or in a device tensor."""
 
-    def __init__(self, fn, enabled: bool):
-        self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
-        self.stream = torch.cuda.Stream() if enabled else None  # one: each has its workspaces
+    def __init__(self, fn):
+        self.fn, self.calls, self.graphs = fn, {}, {}
+        self.stream = torch.cuda.Stream()  # one for all graphs: cuBLAS keeps a workspace for each
 
     def __call__(self, *key) -> dict:
-        if not self.enabled:
-            return self.fn(*key)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -672,17 +691,6 @@ def dormant(activations: list):
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
 
 
-@contextmanager
-def strict_fp32():
-    """No gradients, no tf32: it inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = products.fp32_precision, convolutions.fp32_precision
-    products.fp32_precision = convolutions.fp32_precision = "ieee"
-    with torch.no_grad():
-        yield
-    products.fp32_precision, convolutions.fp32_precision = before
-
-
 # === end shared ===
 
 
@@ -703,17 +711,18 @@ def say(text: str, stream=None, end: str = "\n"):
 
 def fail(message: str, status: int = 2):
     """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
-    say(f"error: {' '.join(message.split())[:1000]}", sys.stderr)
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
 @contextmanager
 def failing(what: str, *kinds):
-    """Such errors end the program in one line: `what`, and the error's own words."""
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
         yield
     except kinds as e:
-        fail(f"{what}: {e!r}")
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
 def parse(Args, description: str):
@@ -731,7 +740,9 @@ def check_numbers(args, names: str, least: float, most: float):
     for name in names.split():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+            fail(
+                f"--{name.replace('_', '-')} {value}: expected a number from {least:g} to {most:g}"
+            )
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
@@ -792,87 +803,77 @@ def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        saved = {} if damaged else torch.load(path, "cpu", weights_only=True)
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "another script or format")
+            raise ValueError("of another script or format")
     return saved
 
 
 class Run(ExitStack):
     """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
-    info: what is known of the data. saved: the checkpoint of --resume, or None. signum: the signal
-    that came, or 0; SIGINT, SIGTERM and SIGHUP only set it, for the loop to read between updates,
-    and a second one acts as usual. On leaving, `environments` are closed."""
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-    def __init__(self, args, total: int, *environments, **info):
+    def __init__(self, args, total: int):
         super().__init__()
-        self.args, self.total, self.info, self.signum = args, total, info, 0
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
-        self.wall, self.busy = time.time(), 0.0  # when it began; seconds of training until `clock`
+        before = self.saved or {"wall": 0.0, "busy": 0.0}
+        self.began = time.time() - before["wall"]
+        self.clock = time.perf_counter() - before["busy"]  # as `began`, pauses left out
         if self.saved:
-            self.compare(asdict(args) | info, self.saved["args"] | self.saved["info"])
-            self.wall, self.busy = self.wall - self.saved["wall"], self.saved["busy"]
-        for envs in filter(None, environments):
-            self.callback(envs.close)
-        if int(os.environ.get("RANK", 0)) == 0:  # of several processes the first one writes
-            with failing("copy the folder, or give another --run-dir", OSError):
-                self.open_folder(self.saved or {"csv_bytes": 0, "step": -1, "wandb": None})
+            self.compare(asdict(args), self.saved["args"])
         with suppress(ValueError):  # outside the main thread there are no signals
-            for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if (usual := signal.getsignal(s)) != signal.SIG_IGN:  # nohup's stays ignored
-                    signal.signal(s, self.note)
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
                     self.callback(signal.signal, s, usual)
-        self.clock = time.perf_counter()
+                    signal.signal(s, self.note)
 
     def note(self, signum, frame):
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """What a resume gives anew is printed; of FIXED it may be nothing."""
-        for name in args.keys() & before.keys() - {"resume", "run_dir"}:
-            if args[name] != before[name]:
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
                 if name in FIXED:
-                    fail(f"--resume: that run has --{name} {before[name]}, not {args[name]}")
-                say(f"from here on --{name} {args[name]}, {before[name]} so far")
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def open_folder(self, saved: dict):
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
         args = self.args
-        name = f"{'+'.join(np.atleast_1d(args.env_id))}__{args.exp_name}__{args.seed}"
-        name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
-        self.dir = Path(args.resume or Path(args.run_dir) / f"{name}__{int(time.time())}")
-        while not self.saved:
-            try:
-                self.dir.mkdir(parents=True)
-                break
-            except FileExistsError:  # a sweep starts many in one second
-                self.dir = self.dir.with_name(self.dir.name + "+")
-        self.csv = self.enter_context(open(self.dir / "metrics.csv", "a"))
-        self.lock()
-        self.csv.truncate(min(saved["csv_bytes"], self.csv.tell()))  # later rows come again
-        if self.csv.seek(0, os.SEEK_END) == 0:
-            self.csv.write("step,tag,value\n")
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
-        about |= {"info": self.info, "args": asdict(args)}
-        (self.dir / "args.json").write_text(json.dumps(about, indent=2))
-        self.wandb = None
-        if args.track:
-            with failing(
-                "--track (pip install wandb; wandb login, or WANDB_MODE=offline)", Exception
-            ):
-                import wandb
-
-                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-                same = {"id": saved["wandb"], "resume": "allow", "sync_tensorboard": True}
-                self.wandb = wandb.init(name=self.dir.name, config=asdict(args), **where, **same)
-                self.callback(wandb.finish)
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
-        self.callback(self.writer.close)
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
+            if not self.saved:
+                try:
+                    self.dir.mkdir(parents=True)
+                except FileExistsError:  # a sweep starts many in one second
+                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                    self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            self.lock()
+            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
+            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
+            if end == 0:
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = self.start_wandb() if args.track else None
+        first = self.saved["step"] + 1 if self.saved else None
+        self.writer = SummaryWriter(str(self.dir), purge_step=first)
         say(f"run folder: {self.dir}")
+        self.saved = None  # its replay may be large
 
     def lock(self):
         """Refuse a second process on one folder; the lock ends with its process."""
@@ -883,29 +884,47 @@ class Run(ExitStack):
         except BlockingIOError:
             fail(f"{self.dir}: another process is running it")
         except (ImportError, OSError) as e:  # Windows; a file system without locks
-            say(f"{self.dir} is not locked ({e}): let one process only run it")
+            say(f"{self.dir} is not locked ({e}): let only one process run it")
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def start_wandb(self):
+        args, run_id = self.args, self.saved["wandb"] if self.saved else None
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
+        with failing("--track: pip install wandb, wandb login", Exception):
+            import wandb
+
+            self.callback(wandb.finish)  # another train() in this process is another run
+            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
+            return wandb.init(sync_tensorboard=True, **where)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""
         learner.load_state_dict(self.saved["networks"])
-        for name, x in optim.items():  # a GPU's `capturable` must not come to a CPU, either
-            groups = x.state_dict()["param_groups"]
-            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": groups})
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
         torch.set_rng_state(self.saved["random"])
         if self.saved["cuda_random"] and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(self.saved["cuda_random"][0])
 
     def rate(self, step: int) -> float:
-        return step / max(self.busy + time.perf_counter() - self.clock, 1e-9)
+        return step / max(time.perf_counter() - self.clock, 1e-9)
 
     @contextmanager
     def paused(self):
         """What is done inside does not count for rate()."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # queued updates are not part of the pause
-        self.busy += time.perf_counter() - self.clock
+        start = time.perf_counter()
         yield
-        self.clock = time.perf_counter()
+        self.clock += time.perf_counter() - start
 
     def show(self, step: int, **numbers):
         """How far the run is: one line on a terminal, a line each time elsewhere."""
@@ -917,13 +936,13 @@ class Run(ExitStack):
 
     def log(self, step: int, scalars: dict):
         """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
-        for tag, value in scalars.items():
-            value = float(value)
-            if not math.isfinite(value):
-                fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
-            self.csv.write(f"{step},{tag},{value!r}\n")
-            self.writer.add_scalar(tag, value, step)
-        with failing(f"{self.csv.name}; the last checkpoint is intact", OSError):
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
+                value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
+                self.csv.write(f"{step},{tag},{value!r}\n")
+                self.writer.add_scalar(tag, value, step)
             self.csv.flush()
 
     def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
@@ -932,33 +951,50 @@ class Run(ExitStack):
         for key, x in networks.items():
             if not x.isfinite().all():
                 fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
-        os.fsync(self.csv.fileno())
-        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        seconds = {"wall": time.time() - self.wall}
-        seconds["busy"] = self.busy + time.perf_counter() - self.clock
-        state |= {"script": SCRIPT, "format": FORMAT, "args": asdict(self.args), "info": self.info}
-        state |= {"step": step, "networks": networks, "csv_bytes": self.csv.tell()} | seconds
-        state |= {"optim": {key: x.state_dict()["state"] for key, x in optim.items()}}
-        state |= {"random": torch.get_rng_state(), "cuda_random": gpu}
-        state |= {"wandb": self.wandb and self.wandb.id}
         with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
             torch.save(state, temporary)
 
     def stop_if_asked(self):
         """After the last save: say how to go on, and end."""
         if self.signum:
             many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-            start = [Path(sys.executable).name] if many is None else ["torchrun", f"--nproc={many}"]
+            start = (
+                ["torchrun", f"--nproc_per_node={many}"] if many else [Path(sys.executable).name]
+            )
             called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
             command = shlex.join([*start, called, "--resume", str(self.dir)])
             say(f"\nstopped and saved; to go on:\n  {command}")
             raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= self.info | {"wall_seconds": time.time() - self.wall, "device": self.device}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
+
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===

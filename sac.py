@@ -740,9 +740,8 @@ def check_numbers(args, names: str, least: float, most: float):
     for name in names.split():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            fail(
-                f"--{name.replace('_', '-')} {value}: expected a number from {least:g} to {most:g}"
-            )
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
@@ -821,9 +820,7 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.info, self.signum = args, total, {}, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
-        before = self.saved or {"wall": 0.0, "busy": 0.0}
-        self.began = time.time() - before["wall"]
-        self.clock = time.perf_counter() - before["busy"]  # as `began`, pauses left out
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
         with suppress(ValueError):  # outside the main thread there are no signals
@@ -873,6 +870,7 @@ class Run(ExitStack):
         first = self.saved["step"] + 1 if self.saved else None
         self.writer = SummaryWriter(str(self.dir), purge_step=first)
         say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
         self.saved = None  # its replay may be large
 
     def lock(self):
@@ -974,12 +972,11 @@ class Run(ExitStack):
     def stop_if_asked(self):
         """After the last save: say how to go on, and end."""
         if self.signum:
-            many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-            start = (
-                ["torchrun", f"--nproc_per_node={many}"] if many else [Path(sys.executable).name]
-            )
             called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
-            command = shlex.join([*start, called, "--resume", str(self.dir)])
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
             say(f"\nstopped and saved; to go on:\n  {command}")
             raise SystemExit(128 + self.signum)
 

@@ -924,7 +924,7 @@ def train(args: Args) -> dict:
             summary |= {"selected_step": chosen["step"], "selected_return_mean": float(selected)}
         if stop.signum:
             run.stopped(stop.signum)
-    name, sentence = verdict(history, args)
+    name, sentence = verdict(history, args, 1.0)
     summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
     summary["bc_return_mean"] = bc_return
     names = ("dataset", "bc", "selected", "final", "collector")
@@ -1244,8 +1244,13 @@ def strict_fp32():
 
 
 # === shared: workflow (canonical copy: cql_continuous.py) ===
+# Needs NumPy, and advice(args) of the script: the flags to try, by the name of the verdict.
+LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
+UNTRAINED = 1.0  # about the largest Q of a network that has learned nothing
+
+
 def returns_to_go(rew, last, gamma: float):
-    """G_i = sum_k gamma^k r_{i+k} up to row last[i], the end of the episode; log2(T) passes by doubling."""
+    """G_i = sum_k gamma^k r_{i+k} up to row last[i], the end of its episode; by doubling k."""
     g, k, rows = rew.copy(), 1, np.arange(len(rew), dtype=np.int32)
     while k <= (last - rows).max():
         g[:-k] += np.where(rows[:-k] + k <= last[:-k], np.float32(gamma**k) * g[k:], 0)
@@ -1253,100 +1258,129 @@ def returns_to_go(rew, last, gamma: float):
     return g
 
 
-LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
-
-
 def q_unit(moment: dict) -> float:
-    """The scale for differences of Q: the deviation of the data's discounted return, or where time-outs hide
-    that a tenth of the range of Q."""
+    """The scale for differences of Q: the deviation of the data's discounted return, or where
+    time-outs hide that a tenth of the range of Q."""
     return moment.get("return_std") or moment["q_range"] / 10 or 1.0
 
 
 def peak(history: list[dict], args) -> tuple[dict, float]:
-    """The moment to which the dataset's Q rose before it fell, and that rise; the last one if it never rose.
+    """The moment to which the dataset's Q rose before it fell, and that rise; the last one and 0
+    if it never rose.
 
-    Q first drifts from 0 to its level, with negative rewards downwards: nothing counts before the TD error
-    was first low, nor in the first tenth of the run, and a peak is the end of a *rise*, not merely the
-    highest.
-    """
-    low = [h["step"] for h in history if h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10]
-    best, rise, trough = history[-1], 0.0, 0.0  # Q of the untrained network
+    Q first drifts from 0 to its level, with negative rewards downwards: nothing counts before the
+    TD error was first low, nor in the first tenth of the run, and a peak ends a *rise*."""
+    best, rise, trough = history[-1], 0.0, 0.0  # Q of the untrained network is about 0
+    settled = False
     for h in history:
-        if low and h["step"] >= low[0]:
+        settled = settled or (h["td_error"] < LOW_TD and h["step"] >= args.num_updates / 10)
+        if settled:
             trough = min(trough, h["q_data"])
-            if h["q_data"] - trough > 0.1 * q_unit(h) and (rise == 0 or h["q_data"] > best["q_data"]):
+            higher = rise == 0 or h["q_data"] > best["q_data"]
+            if h["q_data"] - trough > 0.1 * q_unit(h) and higher:
                 best, rise = h, h["q_data"] - trough
     return best, rise
 
 
-def verdict(history: list[dict], args) -> tuple[str, str]:
-    """A name for what the run shows, and a sentence: the numbers it rests on and the flag to try next.
+def on_its_way(history: list[dict]) -> bool:
+    """Whether the dataset's Q is still on its way from 0 to its level: farther from 0 in each of
+    the last three fifths of the run, and in the last one by an eighth of the whole way. (On a
+    straight line that is a fifth; after 1 / (tau (1 - gamma)) updates about an eighth.)"""
+    fifths = [history[len(history) * k // 5 - 1]["q_data"] for k in (2, 3, 4, 5)]
+    way = np.abs(fifths)
+    same_side = min(fifths) > 0 or max(fifths) < 0
+    return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 0.875 * way[3])
 
-    Only from what an offline user sees (arXiv 2109.10813), means of the last fifth of the run: the TD error
-    in units of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages;
-    divergence is read off the last moment. The script's advice(args) holds the flags.
-    """
-    if not history:
-        return "none", "no diagnostics were recorded (--diagnostics-frequency 0, or a run shorter than that)"
-    end, late, (top, rise) = history[-1], history[-max(1, len(history) // 5) :], peak(history, args)
-    keys = ("td_error", "td_error_holdout", "cql_gap", "q_minus_return", "q_minus_return_holdout")
-    td, held, gap, off, off_held = (float(np.mean([h.get(k, math.nan) for h in late])) for k in keys)
-    off, off_held = off / q_unit(end), off_held / q_unit(end)
-    since = [h["q_data"] for h in late if h["step"] > top["step"]]
-    fall = (top["q_data"] - np.mean(since)) / q_unit(end) if rise and since else 0.0
-    ceiling, sarsa = end["q_bound"] + 0.05 * end["q_range"], getattr(args, "backup", "") == "sarsa"
-    ceiling += end["q_lift"]  # raising Q of the data's actions may lift it by that much
-    flags = advice(args)
-    numbers = f"TD error {td:.3f} of the target's variance ({held:.3f} held out), cql_gap {gap:.1f}"
+
+def verdict(history: list[dict], args, rewarded: float) -> tuple[str, str]:
+    """What a run shows: a name, and a sentence with the numbers it rests on and the flag to try.
+
+    Only from what an offline user sees (arXiv 2109.10813): the share of rows whose reward is not
+    the usual one, and the diagnostics' mean over the last fifth of the run. The TD error is in units
+    of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages."""
+    flags, longer = advice(args), f"--num-updates {2 * args.num_updates}"
+    if rewarded <= 0.001:
+        return "nothing to learn from", f"only {rewarded:.2%} of the rewards differ from the others"
+    if len(history) < 10:
+        closer = f"--diagnostics-frequency {max(1, args.num_updates // 20)}"
+        few = f"{len(history)} diagnostics, ten are the least"
+        return "too short to judge", f"{few}: try {longer}, or {closer} if it is long enough"
+
+    end, late = history[-1], history[-(len(history) // 5) :]
+    before, midway, unit = history[-1 - len(late)], history[len(history) // 2], q_unit(end)
+
+    def mean(key: str) -> float:
+        return float(np.mean([h.get(key, math.nan) for h in late]))
+
+    td, held, gap = mean("td_error"), mean("td_error_holdout"), mean("cql_gap")
+    off, off_held = mean("q_minus_return") / unit, mean("q_minus_return_holdout") / unit
+    numbers = f"TD error {td:.3f} of the target's variance"
+    numbers += "" if math.isnan(held) else f" ({held:.3f} held out)"
+    numbers += f", cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
-    numbers = numbers.replace(" (nan held out)", "")
-    drift = (end["q_data"] - late[0]["q_data"]) / q_unit(end)
-    midway = history[len(history) // 2]
-    falling = td <= 0.6 * midway["td_error"]  # fast: that is not staying high
-    # on its way up from 0: the second half made good a tenth of what is missing
-    rising = (end["q_data"] - midway["q_data"]) / q_unit(end) > -0.1 * off
-    sign = f"it is {held / max(td, 1e-9):.0f} times as large on held-out episodes"
+    drift, moving = (end["q_data"] - before["q_data"]) / unit, on_its_way(history)
+    moved = f"Q went from {before['q_data']:.3g} to {end['q_data']:.3g} in the last fifth"
+    advised = f"try {longer}"
+    if off > 0.5 and drift > 0:  # more updates may be the way into divergence
+        advised = "above those returns: a better policy's value, or overestimation (see that after "
+        advised += f"an evaluation); beside it try {flags['divergence']}"
+
+    # the most that the rewards allow, and what raising Q at the data's actions may add to it
+    scale = max(end["q_range"], abs(end["q_bound"]))
+    allowed = end["q_bound"] + end["q_lift"] + 0.05 * scale + UNTRAINED
+    # but Q starts at 0, and to a bound below that it has to come down
+    step_down = before["q_data"] - end["q_data"]
+    risen = step_down <= 0 or end["q_max"] > max(UNTRAINED, history[0]["q_max"])
+    settled = not moving and end["q_max"] - 5 * step_down > allowed
+    if end["q_max"] > allowed and (risen or settled):
+        too_high = f"Q reaches {end['q_max']:.3g}, these rewards allow about {allowed:.3g}"
+        cause = "the backup feeds on overestimated actions"
+        return "divergence", f"{too_high}: {cause}. Try {flags['divergence']}"
+
+    if getattr(args, "backup", "") == "sarsa":
+        if moving:
+            return "too short to judge", f"{numbers}. {moved}: try {longer}"
+        error = np.nanmax(np.abs([off, off_held, 0]))
+        if np.nanmax([td, held]) < 2 * LOW_TD and error < 0.5:
+            basics = "the basics hold without a policy in the backup"
+            return "sarsa passes", f"{numbers}: {basics}. Go on to --backup sac"
+        return "sarsa fails", f"{numbers}: mend this first. Try {flags['sarsa fails']}"
+
+    top, rise = peak(history, args)
+    since = [h["q_data"] for h in late if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / unit if rise and since else 0.0
+    cure = f"Take selected.pt; try {flags['overfitting']}"
     if fall > 0.1:
-        sign = f"the dataset's Q rose until update {top['step']:,} and fell by {fall:.2f} deviations since"
-    rules = {
-        "undefined": (
-            not math.isfinite(td + gap),
-            f"{numbers}: the target has no variance on the probe, look at the data",
-        ),
-        "divergence": (
-            end["q_max"] > ceiling,
-            f"Q reaches {end['q_max']:.3g}, these rewards allow about {ceiling:.3g}: the backup "
-            f"feeds on overestimated actions. Try {flags['divergence']}",
-        ),
-        "sarsa passes": (
-            sarsa and np.nanmax([td, held]) < 2 * LOW_TD and not np.nanmax(np.abs([off, off_held, 0])) > 0.5,
-            f"{numbers}: the basics hold without a policy in the backup. Go on to --backup sac",
-        ),
-        "sarsa fails": (
-            sarsa,
-            f"{numbers}: mend this before a policy enters. Try {flags.get('sarsa fails')}",
-        ),
-        "overfitting": (
-            fall > 0.1 or held > max(5 * td, LOW_TD),
-            f"{numbers}: {sign}. Take selected.pt; try {flags['overfitting']}",
-        ),
-        "alpha too large": (
-            args.cql_alpha > 0 and gap < -0.5 and off < -1 and not rising,  # the term has got its way, Q not
-            f"{numbers}: the conservative term outweighs the TD error. Try {flags['alpha too large']}",
-        ),
-        "underfitting": (
-            td > LOW_TD and not falling and gap > -0.5,  # neither: the gap of a fitted critic is below that
-            f"{numbers}: both stay high, this critic cannot lower them. Try {flags['underfitting']}",
-        ),
-    }
+        peaked = f"the dataset's Q rose to {top['q_data']:.3g} until update {top['step']:,}"
+        return "overfitting", f"{numbers}: {peaked} and fell to {np.mean(since):.3g} since. {cure}"
+    if held > max(5 * td, LOW_TD):
+        times = held / max(td, 1e-9)
+        return "overfitting", f"{numbers}: {times:.0f} times as large on held-out episodes. {cure}"
+
+    # on its way up: the second half of the run made good a tenth of what is missing
+    enough = (end["q_data"] - midway["q_data"]) / unit > -0.1 * off
+    rising = drift > 0 and (moving or enough)
+    if args.cql_alpha > 0 and gap < -0.5 and off < -1 and not rising:
+        cause = "the conservative term outweighs the TD error"
+        return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
+    if moving:
+        return "too short to judge", f"{numbers}. {moved}: {advised}"
+    if td > LOW_TD and td > 0.6 * midway["td_error"] and gap > -0.5:
+        cause = "both stay high, this critic cannot lower them"
+        return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
-    moved = f"moved by {drift:+.1f} in the last fifth"
-    if off > 0.5 and drift > 0.1:  # more updates may be the way into divergence
-        healthy += f". It {moved}, above those returns: a better policy's value, or overestimation. See "
-        healthy += f"diagnostics/overestimation after an evaluation; beside it try {flags['divergence']}"
-    elif abs(drift) > 0.1:
-        healthy += f". It {moved}: try more --num-updates"
-    return next(((k, text) for k, (holds, text) in rules.items() if holds), ("no sign of trouble", healthy))
+    return "no sign of trouble", healthy + (f". {moved}: {advised}" if abs(drift) > 0.1 else "")
+
+
+def evaluated(summary: dict) -> str:
+    """What evaluations add to the verdict's sentence: "" where there were none."""
+    if "final_return_mean" not in summary:
+        return ""
+    text = f" (What an offline user would not have: the policy returns {summary['final_return_mean']:.1f}"
+    text += f", its data {summary['dataset_return_mean']:.1f}"
+    if "overestimation" in summary:
+        text += f"; at first states Q is {summary['overestimation']:+.1f} off what followed"
+    return text + ")"
 
 
 # === end shared ===

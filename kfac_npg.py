@@ -1,84 +1,66 @@
-r"""Natural policy gradient by K-FAC, conjugate gradients (TRPO) or the exact Fisher matrix; or the plain one.
+r"""Natural policy gradient by K-FAC, by conjugate gradients (TRPO), or by the exact Fisher matrix.
 
-A policy gradient g depends on how the policy is written down; the natural one, F^-1 g, does not. It is the
-steepest ascent when distance is the change of the *distribution*, to second order KL = x^T F x / 2, with
+A policy gradient g depends on how the policy is written down; the natural one, F^-1 g, does not. It
+is the steepest ascent where distance is the change of the distribution: KL = x^T F x / 2 for a
+small step x (TRPO, arXiv 1502.05477).
 
-  F = E_s E_{a~pi} [ grad log pi(a|s) grad log pi(a|s)^T ]                         the Fisher matrix
-  maximise g^T x  subject to  x^T F x / 2 <= delta   =>   x = sqrt(2 delta / d^T F d) d,   d = F^-1 g
+  F = E_s E_{a~pi} [ grad log pi(a|s) grad log pi(a|s)^T ]                   the Fisher matrix
+  max g^T x  s.t.  x^T F x / 2 <= delta   =>   x = sqrt(2 delta / d^T F d) d,   d = F^-1 g
 
-Solvers differ in how well d solves F d = g. Its length d^T F d is exact for all of them (one forward-mode
-product), so that each step has the predicted KL delta, also where d is only an approximation.
+Solvers differ in how well d solves F d = g. The length d^T F d is exact for all of them (one
+forward-mode product), so that each step has the predicted KL, also where d is only approximate.
 
-F has a row for each parameter: 4,610 for a small policy here, 60 million for AlexNet. K-FAC (Martens, Grosse,
-arXiv 1503.05671; for policies ACKTR, arXiv 1708.05144) writes it in small factors. In the papers' letters,
-which mean other things elsewhere: a layer s = W a, its input a with a 1 appended for the bias. With
-e = grad_s log pi for each row, G the part of g that is shaped like W, and (x) the Kronecker product:
+F has a row for each parameter, 4,610 for a small policy here. K-FAC (arXiv 1503.05671; for
+policies ACKTR, arXiv 1708.05144) writes it in small factors. For a layer s = W a, a with a 1
+appended for the bias, let e = grad_s log pi in each row, G the part of g that is shaped like W, and
+(x) the Kronecker product:
 
   grad_W log pi = e a^T,    vec(e a^T) = e (x) a          (row-major, as torch flattens W)
   F_W = E[ e e^T (x) a a^T ]  ~  E[e e^T] (x) E[a a^T] = S (x) A
   (S (x) A)^-1 vec(G) = vec( S^-1 G A^-1 )
 
-so that AlexNet's last layer, 1000 x 4096, needs matrices of 1000 and 4097 rows instead of one of 4 million.
-Two approximations: F is block-diagonal, no terms between layers; and the expectation of a product is taken
-as the product of expectations. The other solvers, too, solve a damped system, (F + l I) d = g; here l is
-split over the factors, A + w sqrt(l) I and S + sqrt(l) / w I, w^2 = (tr A / dim A) / (tr S / dim S). For the
-critic F is the Gauss-Newton matrix, e = dV/ds: nothing is sampled. The log-deviations of a Gaussian policy
-are no layer: their Fisher matrix is 2 I exactly, their step g / (2 + l).
+Two approximations: no terms between layers, and a product's expectation is the product of the
+expectations. All solvers damp, (F + l I) d = g; K-FAC splits l over its factors. The critic's F is
+the Gauss-Newton matrix, e = dV/ds: nothing is sampled. The log-deviations of a Gaussian policy are
+no layer: their Fisher matrix is 2 I exactly.
 
-  symbol        in the code                       shape
-  a, s          inputs and outputs of a Linear    (B, in), (B, out)
-  A, S          factors()                         (in + 1, in + 1), (out, out)
-  g, d          gradient and direction            a list like the parameters
-  delta         --max-kl                          scalar, trust region
-  l             --damping                         scalar
-  d^T F d       quadratic()                       scalar, exact, by one forward-mode product
-  A_t, V(s)     advantage, value                  (T, N), (T + 1, N)
+  symbol      in the code                  shape
+  a, s        a layer's input, output      (B, in), (B, out)
+  A, S        buffers of KFAC              (in + 1, in + 1), (out, out)
+  g, d        lists like the parameters
+  delta, l    --max-kl, --damping          scalars
+  d^T F d     quadratic()                  scalar
 
-Where to read: from the Fisher matrix to Learner.critic_step, and gae (in the block `rollouts`), is the
-algorithm; train() is the loop. The other blocks marked `shared`, which sibling scripts have too, can wait
-(marks like [C5] and remarks on Atari there are ppo.py's).
-
-K-FAC; TRPO (arXiv 1502.05477); the exact Fisher matrix of a small network:
+K-FAC; TRPO; the exact Fisher matrix; the plain gradient, an advantage actor-critic; K-FAC's
+direction beside the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJoCo:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
   python kfac_npg.py --solver exact --width 16
-
-The plain gradient, an advantage actor-critic:
   python kfac_npg.py --solver none --num-envs 8 --num-steps 16 --learning-rate 1e-3
-
-K-FAC's direction beside the exact one (`diagnostics/fisher_cosine_kfac`, for at most 2,000 parameters):
   python kfac_npg.py --width 16
+  python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 \
+      --num-steps 2048 --normalize-obs --normalize-reward
 
-MuJoCo:
-  python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 --num-steps 2048 \
-      --normalize-obs --normalize-reward
-
-While it trains, `charts/episodic_return` should rise; `diagnostics/kl` stay near --max-kl (a single step's
-may be 7 % off at 0.01; far above: a smaller --max-kl). `kl_predicted` is --max-kl by construction when no
-line search acts. `kl_kfac`, what the factors alone say, can be several times smaller than `kl`: they leave
-out what the layers do together.
-Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
-
-Known limits: observation vectors and MLPs. Left out on purpose: convolutions (KFC), momentum, EKFAC, several
-epochs on a batch (ppo.py).
+While it trains, `eval/episodic_return` should rise and `diagnostics/kl` stay near --max-kl (a
+step's may be 7 % off at 0.01). `kl_kfac`, what the factors alone say, can be several times smaller:
+they leave out what the layers do together. Known limits: vector observations, MLPs. Left out on
+purpose: convolutions (KFC), momentum, EKFAC, several epochs on a batch (ppo.py).
 """
 
 import ctypes
-import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-import threading
 import time
-import timeit
+import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -93,156 +75,111 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seeds networks, actions and environments"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    capture_video: bool = False
-    """record an episode at each evaluation, under the run folder's videos/"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seeds networks, actions and environments
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    compile = False  # asked for by set_up(); no flag
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # Gymnasium environment, `module:Id` where a package has to be imported for it
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "CartPole-v1"
-    """Gymnasium environment"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 100_000
-    """environment steps between checkpoints (0: only at the end)"""
-    eval_frequency: int = 50_000
-    """environment steps between evaluations (0: only at the end)"""
-    eval_episodes: int = 10
-    """episodes of each evaluation (0: no evaluation)"""
-    log_frequency: int = 5_000
-    """environment steps between logged losses"""
-    diagnostics_frequency: int = 50_000
-    """environment steps between feature and curvature diagnostics (0: none)"""
-    precision: Literal["fp32", "tf32"] = "fp32"
-    """tf32: matrix products of the networks on a GPU, never in the factors"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
+    checkpoint_frequency: int = 100_000  # environment steps between checkpoints (0: at the end)
+    eval_frequency: int = 50_000  # steps between evaluations and diagnostics (0: at the end)
+    eval_episodes: int = 10  # episodes of each evaluation (0: diagnostics only)
+    log_frequency: int = 5_000  # environment steps between logged losses
 
-    # --- length and data
-    total_timesteps: int = 200_000
-    """environment steps"""
-    num_envs: int = 4
-    """N, environments stepped together"""
-    num_steps: int = 512
-    """T, steps of each environment for one policy step"""
-    normalize_obs: bool = False
-    """running standardisation of observations (MuJoCo: on)"""
+    # length and data
+    total_timesteps: int = 200_000  # environment steps
+    num_envs: int = 4  # N, environments stepped together
+    num_steps: int = 512  # T, steps of each environment for one policy step
+    normalize_obs: bool = False  # running standardisation of observations (MuJoCo: on)
+    # rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)
     normalize_reward: bool = False
-    """rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)"""
 
-    # --- policy gradient
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the advantage estimate"""
-    ent_coef: float = 0.0
-    """weight of an entropy bonus"""
+    # policy
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of the advantage estimate
+    ent_coef: float = 0.0  # weight of an entropy bonus
+    # of F d = g. kfac: Kronecker factors; cg: conjugate gradients; exact: dense F; none: Adam on g
     solver: Literal["kfac", "cg", "exact", "none"] = "kfac"
-    """of F d = g. kfac: Kronecker factors; cg: conjugate gradients; exact: a dense F; none: Adam on g"""
-    max_kl: float = 0.01
-    """delta, trust region of a policy step (ACKTR: 0.0005 to 0.002; TRPO: 0.01)"""
-    line_search: bool = False
-    """shorten the step until the surrogate improves and the KL holds (TRPO)"""
-    damping: float = 0.01
-    """l, split over the factors by kfac, F + l I for cg and exact (TRPO: 0.1)"""
-    learning_rate: float = 3e-4
-    """learning rate of Adam, with --solver none"""
+    max_kl: float = 0.01  # delta, trust region of a policy step (ACKTR: 0.0005 to 0.002)
+    line_search: bool = False  # shorten the step until the surrogate gains and the KL holds (TRPO)
+    damping: float = 0.01  # l, split over the factors by kfac, F + l I for cg and exact (TRPO: 0.1)
+    cg_steps: int = 10  # steps of conjugate gradients
+    learning_rate: float = 3e-4  # of Adam, with --solver none
 
-    # --- K-FAC
-    stats_decay: float = 0.95
-    """decay of the factors' running average; the first batches are averaged plainly"""
-    refresh: int = 1
-    """policy steps between factorisations of the factors"""
-    empirical_fisher: bool = False
-    """factors from advantage-weighted gradients of the taken actions: not the Fisher matrix, to compare"""
-    cg_steps: int = 10
-    """steps of conjugate gradients"""
+    # K-FAC and the critic
+    stats_decay: float = 0.95  # of the factors' running average; the first batches count alike
+    critic_updates: int = 20  # Gauss-Newton steps by K-FAC on the value of each rollout
+    critic_damping: float = 0.1  # l of the critic's factors
 
-    # --- critic
-    critic_updates: int = 20
-    """steps on the value of each rollout"""
-    critic_solver: Literal["kfac", "adam"] = "kfac"
-    """Gauss-Newton by K-FAC, the step along its direction that is best for the linearised V; or Adam"""
-    critic_lr: float = 1e-3
-    """learning rate of Adam, with --critic-solver adam"""
-    critic_damping: float = 0.1
-    """l of the critic's factors"""
-
-    # --- networks
-    width: int = 64
-    """units in a hidden layer"""
-    depth: int = 2
-    """hidden layers, tanh (0: linear)"""
-    log_std_init: float = 0.0
-    """log standard deviation of a continuous policy at the start"""
+    # networks
+    width: int = 64  # units in a hidden layer
+    depth: int = 2  # hidden layers, tanh (0: linear)
+    log_std_init: float = 0.0  # log standard deviation of a continuous policy at the start
 
 
-LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "depth": (0, 64), "seed": (0, 1e6)}  # least, most
-LIMITS |= {"log_std_init": (-20, 20), "stats_decay": (0, 0.99999)}
-LIMITS |= dict.fromkeys(["damping", "critic_damping"], (0, 1e12))
-LIMITS |= dict.fromkeys(["max_kl", "learning_rate", "critic_lr"], (1e-12, 1e12))
-LIMITS |= dict.fromkeys(["num_envs", "width", "refresh", "cg_steps", "critic_updates"], (1, 1e6))
-LIMITS["num_steps"] = (4, 1e6)  # two valid rows even where every second one is a reset
-LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
+# a resumed run must have these as before: its networks and environments would not fit
+FIXED = "env_id seed num_envs normalize_obs normalize_reward width depth log_std_init".split()
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    only_if(args, args.solver != "none", "with --solver none", "max_kl", "line_search", "damping")
-    only_if(args, args.solver == "none", f"with --solver {args.solver}", "learning_rate")
-    only_if(args, args.solver == "kfac", f"with --solver {args.solver}", "empirical_fisher", "refresh")
-    only_if(args, args.solver == "cg", f"with --solver {args.solver}", "cg_steps")
-    only_if(args, "kfac" in (args.solver, args.critic_solver), "without K-FAC", "stats_decay")
-    only_if(args, args.critic_solver == "adam", "with --critic-solver kfac", "critic_lr")
-    only_if(args, args.critic_solver == "kfac", "with --critic-solver adam", "critic_damping")
-    only_if(args, args.depth > 0, "with --depth 0", "width")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
+    """Refuse what no run could use, before anything starts."""
+    check_numbers(args, "seed eval_frequency checkpoint_frequency ent_coef", 0, 1e12)
+    check_numbers(args, "damping critic_damping", 0, 1e12)
+    check_numbers(args, "max_kl learning_rate", 1e-12, 1e12)
+    check_numbers(args, "total_timesteps log_frequency", 1, 1e12)
+    check_numbers(args, "num_envs num_steps width critic_updates cg_steps", 1, 1e6)
+    check_numbers(args, "threads eval_episodes", 0, 1e4)
+    check_numbers(args, "gamma stats_decay", 0, 0.99999)
+    check_numbers(args, "gae_lambda", 0, 1)
+    check_numbers(args, "depth", 0, 64)
+    check_numbers(args, "log_std_init", -20, 20)
+    ignored = {
+        "kfac": "learning_rate cg_steps",
+        "cg": "learning_rate",
+        "exact": "learning_rate cg_steps",
+        "none": "max_kl line_search damping cg_steps",
+    }
+    for name in ignored[args.solver].split():
+        if getattr(args, name) != getattr(Args, name):
+            fail(f"--{name.replace('_', '-')} has no effect with --solver {args.solver}")
     if args.solver == "exact" and args.damping == 0:
         fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")
+    if args.num_envs * args.num_steps < 2:
+        fail("--num-steps 1 with --num-envs 1: one advantage alone has no standard deviation")
 
 
-# ------------------------------------------------------------------------------------------- networks
-class MLP(nn.Module):
-    """Linear layers with tanh between; `record` collects (a, s) of each, what goes in and what comes out."""
-
-    def __init__(self, fan_in: int, fan_out: int, gain: float, args: Args):
-        super().__init__()
-        sizes = [fan_in] + [args.width] * args.depth + [fan_out]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
-        for i, m in enumerate(self.layers):
-            nn.init.orthogonal_(m.weight, 2**0.5 if i < args.depth else gain)
-            nn.init.zeros_(m.bias)
-
-    def forward(self, a, record: list | None = None):
-        for i, m in enumerate(self.layers):
-            s = m(a)
-            if record is not None:
-                record.append((a, s))
-            a = torch.tanh(s) if i < len(self.layers) - 1 else s
-        return a
+# --------------------------------------------------------------------------------------- networks
+def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
+    """Linear layers with tanh between; the last gain is small for a policy, so that it starts near
+    the uniform one."""
+    sizes = [fan_in] + [args.width] * args.depth
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(i, o), nn.Tanh()]
+    layers.append(nn.Linear(sizes[-1], fan_out))
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """Policy and value, apart. `head` is what the policy's last layer says: logits (B, actions) of a
-    categorical, or the mean (B, d) of a Gaussian of independent dimensions whose log_std is a parameter."""
+    """Policy and value, apart. `head` is what the policy's last layer says: logits (B, actions) of
+    a categorical, or the mean (B, d) of a Gaussian of independent dimensions whose log_std is a
+    parameter."""
 
     def __init__(self, obs_space, act_space, args: Args):
         super().__init__()
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
-        inputs, outputs = obs_space.shape[0], int(act_space.n) if self.discrete else act_space.shape[0]
-        self.actor, self.critic = MLP(inputs, outputs, 0.01, args), MLP(inputs, 1, 1.0, args)
+        outputs = int(act_space.n) if self.discrete else act_space.shape[0]
+        self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
+        self.critic = mlp(obs_space.shape[0], 1, 1.0, args)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
 
@@ -258,12 +195,9 @@ class Agent(nn.Module):
         """W and b of each layer in turn, then log_std if there is one."""
         return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
 
-    def features(self, obs):
-        """What the last linear layers of policy and value read, each (B, D), for the diagnostics."""
-        actor, critic = [], []
-        self.actor(obs, actor)
-        self.critic(obs, critic)
-        return actor[-1][0], critic[-1][0]
+    def features(self, obs) -> dict:
+        """What the last layers of policy and value read, each (B, D), for the diagnostics."""
+        return {"policy": self.actor[:-1](obs), "value": self.critic[:-1](obs)}
 
     def sample(self, head):
         if self.discrete:
@@ -288,7 +222,7 @@ class Agent(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(head))
 
     def kl(self, head, log_std, new_head):
-        """KL(old || new), (B,): an old head and log_std (None if discrete), a new head, log_std as it is."""
+        """KL(old || now), (B,), of an old head and log_std (None if discrete)."""
         if self.discrete:
             logp, new = F.log_softmax(head, -1), F.log_softmax(new_head, -1)
             return (logp.exp() * (logp - new)).sum(-1)
@@ -296,56 +230,63 @@ class Agent(nn.Module):
         return (self.log_std - log_std + variance / (2 * torch.exp(2 * self.log_std)) - 0.5).sum(-1)
 
 
-# ------------------------------------------------------------------------- the Fisher matrix, exactly
-# F = E_s[ J^T M J ]: J the Jacobian of the head (logits or mean), M the Fisher matrix of the head itself.
+# --------------------------------------------------------------------- the Fisher matrix, exactly
+# F = E_s[ J^T M J ], J the Jacobian of the head, M the Fisher matrix of the head itself. Directions
+# d are lists like the policy's parameters.
 def metric(agent: Agent, head, t):
-    """The Fisher matrix of the *head*, per state, times a tangent t (B, outputs): I / sigma^2 for the mean of
-    a Gaussian, diag(p) - p p^T for logits."""
+    """M t for each state, t (B, outputs): M is I / sigma^2 for a Gaussian's mean, diag(p) - p p^T
+    for logits."""
     if not agent.discrete:
         return t / torch.exp(2 * agent.log_std)
     p = F.softmax(head, -1)
     return p * (t - (p * t).sum(-1, keepdim=True))
 
 
-def tangent(net: MLP, obs, d: list):
-    """net(obs) and its derivative along d, by forward-mode differentiation; each (B, outputs). What d holds
-    beyond the network's parameters, a log_std, is left out."""
+def tangent(net: nn.Module, obs, d: list):
+    """net(obs) and J d, its derivative along d by forward-mode differentiation; each (B, outputs).
+    What d holds beyond the network's parameters, a log_std, is left out."""
     params = dict(net.named_parameters())
-    call = lambda p: torch.func.functional_call(net, p, (obs,))
+
+    def call(p):
+        return torch.func.functional_call(net, p, (obs,))
+
     return torch.func.jvp(call, (params,), (dict(zip(params, d)),))
 
 
+@torch.no_grad()
 def quadratic(agent: Agent, obs, d: list):
-    """d^T F d, exactly, over all layers at once: E_s[t^T F_head t] + 2 |d_log_std|^2."""
-    with strict_fp32():
-        head, t = tangent(agent.actor, obs, d)
-        return (t * metric(agent, head, t)).sum(-1).mean() + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
+    """d^T F d, exactly: E_s[ (J d)^T M (J d) ] + 2 |d_log_std|^2."""
+    head, t = tangent(agent.actor, obs, d)
+    log_std_part = 0 if agent.discrete else 2 * (d[-1] ** 2).sum()
+    return (t * metric(agent, head, t)).sum(-1).mean() + log_std_part
 
 
+@torch.no_grad()
 def fisher_product(agent: Agent, obs, d: list) -> list:
     """F d: forward through the network, the metric at its head, and back."""
-    with strict_fp32():
-        head, t = tangent(agent.actor, obs, d)
-        weight = metric(agent, head, t) / len(obs)
-        with torch.enable_grad():
-            weighted = (agent.actor(obs) * weight).sum()
-        back = torch.autograd.grad(weighted, list(agent.actor.parameters()))
+    head, t = tangent(agent.actor, obs, d)
+    weight = metric(agent, head, t) / len(obs)
+    with torch.enable_grad():
+        weighted = (agent.actor(obs) * weight).sum()
+    back = torch.autograd.grad(weighted, list(agent.actor.parameters()))
     return [*back] + ([] if agent.discrete else [2 * d[-1]])
 
 
+@torch.no_grad()
 def dense_fisher(agent: Agent, obs):
-    """F (n, n) of all policy parameters from the Jacobian of each state's head. For small networks."""
+    """F (n, n) from the Jacobian of each state's head. For small networks."""
+
+    def call(p, x):
+        return torch.func.functional_call(agent.actor, p, (x,))
+
     params = dict(agent.actor.named_parameters())
-    one = lambda p, x: torch.func.functional_call(agent.actor, p, (x,))
-    with strict_fp32():
-        jacobian = torch.func.vmap(torch.func.jacrev(one), (None, 0))(params, obs)
-        J = torch.cat([j.flatten(2) for j in jacobian.values()], 2)  # (B, outputs, n)
-        head = agent.actor(obs)
-        MJ = metric(agent, head[:, None], J.transpose(1, 2))  # (B, n, outputs)
-        fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
-        if agent.discrete:
-            return fisher
-        return torch.block_diag(fisher, torch.diag(torch.full_like(agent.log_std, 2).to(fisher)))
+    jacobian = torch.func.vmap(torch.func.jacrev(call), (None, 0))(params, obs)
+    J = torch.cat([j.flatten(2) for j in jacobian.values()], 2)  # (B, outputs, n)
+    MJ = metric(agent, agent.actor(obs)[:, None], J.transpose(1, 2))  # (B, n, outputs)
+    fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
+    if agent.discrete:
+        return fisher
+    return torch.block_diag(fisher, torch.diag(torch.full_like(agent.log_std, 2)))
 
 
 def flat(d: list):
@@ -357,7 +298,8 @@ def unflat(v, like: list) -> list:
 
 
 def conjugate_gradients(product, g: list, steps: int) -> list:
-    """Approximates d with product(d) = g, from d = 0: residual r = g - product(d), search direction p."""
+    """Approximates d with product(d) = g, from d = 0; residual r = g - product(d), search
+    direction p."""
     d, r, p = torch.zeros_like(flat(g)), flat(g), flat(g)
     rr = start = r @ r
     for _ in range(steps):
@@ -373,93 +315,127 @@ def conjugate_gradients(product, g: list, steps: int) -> list:
     return unflat(d, g)
 
 
-# ----------------------------------------------------------------------------------------------- K-FAC
+# ------------------------------------------------------------------------------------------ K-FAC
 class KFAC(nn.Module):
-    """The factors A and S of an MLP's layers, their running averages, and (S (x) A)^-1 by Cholesky.
+    """The factors A and S of a network's linear layers, their running averages, and (S (x) A)^-1.
 
-    net.layers is a list of nn.Linear with bias, in float32; `record` holds (input, output) of each, (B, .).
-    update() frees the graph: take the gradient of a loss on the same pass before it, with retain_graph."""
+    Needs PyTorch alone. All parameters of `net` must be those of nn.Linear layers, with bias or
+    without, each used once in a pass, on rows (B, in), in the order of net.modules(); what follows
+    a layer may be in place. Use fp32 without tf32.
 
-    def __init__(self, net: MLP, damping: float, decay: float):
+      out = kfac.record(net, x)
+      g = torch.autograd.grad(loss(out), list(net.parameters()), retain_graph=True)
+      kfac.update(log_prob(out, sampled).sum())
+      d = kfac.solve(g)"""
+
+    def __init__(self, net: nn.Module, damping: float, decay: float):
         super().__init__()
-        self.least_damping = self.damping = damping
-        self.decay = decay
-        for i, m in enumerate(net.layers):
-            for name, n in ((f"A{i}", m.in_features + 1), (f"S{i}", m.out_features)):
-                self.register_buffer(name, torch.zeros(n, n))
-                self.register_buffer("L" + name, torch.eye(n))  # Cholesky factor of the damped one
+        self.layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
+        covered = [id(p) for m in self.layers for p in m.parameters()]
+        if covered != [id(p) for p in net.parameters()]:
+            raise ValueError("K-FAC: expected nn.Linear layers, and no parameters but theirs")
+        self.least_damping, self.decay = damping, decay
+        for i, m in enumerate(self.layers):
+            inputs = m.in_features + (m.bias is not None)
+            for name, n in ((f"A{i}", inputs), (f"S{i}", m.out_features)):
+                self.register_buffer(name, m.weight.new_zeros(n, n))
+                # Cholesky factor of the damped one
+                self.register_buffer("L" + name, torch.eye(n).to(m.weight))
+        self.register_buffer("damping", torch.tensor(damping, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.num_layers = len(net.layers)
 
-    def factors(self, record: list, scalar):
-        """A = E[a a^T] and S = E[e e^T] from a recorded pass, e = grad_s of each row's own term of `scalar`.
-
-        `scalar` is a sum over rows, not a mean: so e has no 1 / B. For a policy it is the sum of log pi of
-        sampled actions; for a squared error of one output, as V, v.sum(); of several outputs it would be
-        (out * torch.randn_like(out)).sum(), since out.sum() gives an S of rank 1."""
-        out = {}
-        with strict_fp32():
-            backpropagated = torch.autograd.grad(scalar, [s for _, s in record])
-            for i, ((a, _), e) in enumerate(zip(record, backpropagated)):
-                a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
-                out[f"A{i}"], out[f"S{i}"] = a.T @ a / len(a), e.T @ e / len(e)
+    def record(self, net: nn.Module, x):
+        """net(x), with a note of each layer's A on the way, and of where its s is in the graph:
+        s itself may be overwritten by an activation in place."""
+        self.notes = []
+        hooks = [m.register_forward_hook(self.note) for m in self.layers]
+        out = net(x)
+        for hook in hooks:
+            hook.remove()
+        if [layer for layer, _, _ in self.notes] != self.layers:
+            raise ValueError("K-FAC: expected each layer once, in the order of net.modules()")
         return out
 
-    def update(self, record: list, scalar, refresh: bool = True):
-        """Merge this batch's factors, the k-th with weight max(1 / k, 1 - decay), and factorise."""
+    def note(self, layer: nn.Linear, inputs: tuple, s):
+        a = inputs[0].detach()
+        if layer.bias is not None:
+            a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
+        edge = torch.autograd.graph.get_gradient_edge(s)
+        self.notes.append((layer, a.T @ a / len(a), edge))
+
+    @torch.no_grad()
+    def update(self, scalar):
+        """Merge the recorded pass's factors, the k-th with weight max(1 / k, 1 - decay), and
+        factorise. Frees the graph: take other gradients before.
+
+        e = grad_s of each row's own term of `scalar`, a sum over rows, not a mean. For a policy it
+        is the sum of log pi of sampled actions; for a squared error of one output, as V, v.sum();
+        of several outputs it would be (out * torch.randn_like(out)).sum()."""
         self.count += 1
-        keep = min(1 - 1 / int(self.count), self.decay)
-        for name, x in self.factors(record, scalar).items():
-            getattr(self, name).lerp_(x, 1 - keep)
-        if refresh:
-            self.damping = self.least_damping
-            self.factorise()
+        weight = 1 - min(1 - 1 / int(self.count), self.decay)
+        slopes = torch.autograd.grad(scalar, [edge for _, _, edge in self.notes])
+        for i, ((_, A, _), e) in enumerate(zip(self.notes, slopes)):
+            self.get_buffer(f"A{i}").lerp_(A, weight)
+            self.get_buffer(f"S{i}").lerp_(e.T @ e / len(e), weight)
+        self.damping.fill_(self.least_damping)
+        self.factorise()
+
+    def factors(self, damped: bool = False) -> list:
+        """(A, S) of each layer, or the Cholesky factors of the damped ones."""
+        kind = "L" if damped else ""
+        pairs = [(f"{kind}A{i}", f"{kind}S{i}") for i in range(len(self.layers))]
+        return [(self.get_buffer(A), self.get_buffer(S)) for A, S in pairs]
 
     def factorise(self):
-        """Cholesky of A + w sqrt(l) I and S + sqrt(l) / w I. If one is not positive definite in floating
-        point, the damping is raised tenfold until the next refresh, and a line says so."""
-        for i in range(self.num_layers):
-            A, S = getattr(self, f"A{i}"), getattr(self, f"S{i}")
-            if not (torch.isfinite(A).all() and torch.isfinite(S).all()):
-                fail(f"K-FAC: the factors of layer {i} are not finite; the last checkpoint is from before", 3)
-            mean_A, mean_S = ((x.trace() / len(x)).clamp(min=1e-30) for x in (A, S))
+        """Cholesky of A + w sqrt(l) I and S + sqrt(l) / w I, w^2 = (tr A / dim A) / (tr S / dim S).
+        Where rounding has left one that is not positive definite, l is raised tenfold until the
+        next update. A factor that is not finite makes every direction NaN."""
+        for (A, S), (LA, LS) in zip(self.factors(), self.factors(damped=True)):
+            mean_A = (A.trace() / len(A)).clamp(min=1e-30)
+            mean_S = (S.trace() / len(S)).clamp(min=1e-30)
             w = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
-            for name, x, scale in ((f"A{i}", A, w), (f"S{i}", S, 1 / w)):
+            for x, L, scale in ((A, LA, w), (S, LS, 1 / w)):
                 eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
-                L, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
-                if bad:
-                    self.damping = max(10 * self.damping, 1e-8)
-                    print(f"K-FAC: a factor is not positive definite, damping raised to {self.damping:g}")
+                root, bad = torch.linalg.cholesky_ex(x + scale * self.damping.sqrt() * eye)
+                if bad and x.isfinite().all():
+                    self.damping.copy_((10 * self.damping).clamp(min=1e-8))
+                    warnings.warn(f"K-FAC: not positive definite, damping {self.damping:g}")
                     return self.factorise()
-                getattr(self, "L" + name).copy_(L)
+                L.copy_(root + 0 * x.sum())
 
-    def solve(self, gradients: list) -> list:
-        """S^-1 [G_W G_b] A^-1 for each layer; gradients W, b, W, b, ..."""
-        out = []
-        with strict_fp32():
-            for i in range(self.num_layers):
-                G = torch.cat([gradients[2 * i], gradients[2 * i + 1][:, None]], 1)  # (out, in + 1)
-                d = torch.cholesky_solve(G, getattr(self, f"LS{i}"))
-                d = torch.cholesky_solve(d.T, getattr(self, f"LA{i}")).T
-                out += [d[:, :-1], d[:, -1]]
+    def joined(self, tensors: list) -> list:
+        """[W b] of each layer from a list like the parameters; what the list holds beyond them is
+        left out."""
+        tensors, out = iter(tensors), []
+        for m in self.layers:
+            W = next(tensors)
+            out.append(W if m.bias is None else torch.cat([W, next(tensors)[:, None]], 1))
         return out
 
-    def kronecker_quadratic(self, d: list):
-        """d^T (S (x) A) d = sum over layers of tr(D^T S D A): what the factors, undamped, say of d^T F d."""
-        total = 0.0
-        with strict_fp32():
-            for i in range(self.num_layers):
-                D = torch.cat([d[2 * i], d[2 * i + 1][:, None]], 1)
-                total = total + (D * (getattr(self, f"S{i}") @ D @ getattr(self, f"A{i}"))).sum()
-        return total
+    @torch.no_grad()
+    def solve(self, gradients: list) -> list:
+        """S^-1 G A^-1 of each layer's G = [G_W G_b], in a list like the parameters."""
+        out = []
+        for m, G, (LA, LS) in zip(self.layers, self.joined(gradients), self.factors(damped=True)):
+            d = torch.cholesky_solve(G, LS)
+            d = torch.cholesky_solve(d.T, LA).T
+            out += [d] if m.bias is None else [d[:, :-1], d[:, -1]]
+        return out
+
+    @torch.no_grad()
+    def quadratic(self, d: list):
+        """d^T (S (x) A) d, the sum over layers of tr(D^T S D A): what the factors, undamped, say of
+        d^T F d."""
+        parts = [(D * (S @ D @ A)).sum() for D, (A, S) in zip(self.joined(d), self.factors())]
+        return sum(parts)
 
     def condition(self) -> float:
         """The largest condition number of a damped factor."""
-        values = [torch.linalg.svdvals(x) for n, x in self.named_buffers() if n.startswith("L")]
+        values = [torch.linalg.svdvals(L) for pair in self.factors(damped=True) for L in pair]
         return max(float((s[0] / s[-1]) ** 2) for s in values)
 
 
-# ------------------------------------------------------------------------------ the loss and the update
+# ---------------------------------------------------------------------------- loss and the update
 class Batch(NamedTuple):
     obs: torch.Tensor  # (B, obs), standardised
     act: torch.Tensor  # (B,) or (B, d)
@@ -476,113 +452,115 @@ def surrogate(agent: Agent, batch: Batch, args: Args):
 
 
 class Learner(nn.Module):
-    """Agent, normalisers, factors and optimisers."""
+    """All that learns, with its statistics, factors and optimiser."""
 
     def __init__(self, obs_space, act_space, args: Args, device):
         super().__init__()
         self.args, self.device = args, device
         self.agent = Agent(obs_space, act_space, args)
-        self.obs_stats = Moments(obs_space.shape) if args.normalize_obs else None
-        self.return_stats = Moments(()) if args.normalize_reward else None
+        self.obs_stats = RunningMeanStd(obs_space.shape) if args.normalize_obs else None
+        self.return_stats = RunningMeanStd(()) if args.normalize_reward else None
         self.policy_factors = KFAC(self.agent.actor, args.damping, args.stats_decay)
         self.critic_factors = KFAC(self.agent.critic, args.critic_damping, args.stats_decay)
         self.to(device)
-        adam = lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True)
-        self.optim = {"critic": adam(self.agent.critic.parameters(), args.critic_lr)}
-        self.optim["policy"] = adam(self.agent.policy_parameters(), args.learning_rate)
+        params = self.agent.policy_parameters()
+        self.optim = {"policy": torch.optim.Adam(params, lr=args.learning_rate, fused=True)}
 
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize_obs else obs
 
+    @torch.no_grad()
+    def act(self, obs, explore: bool):
+        """Actions for an environment's observations: a sample of pi, or its mode."""
+        head = self.agent.policy(self.standardised(obs))
+        return self.agent.sample(head) if explore else self.agent.mode(head)
+
     def update(self, rollout, diagnosing: bool = False) -> dict:
-        """One policy step, then --critic-updates value steps, on all valid rows. Afterwards train() moves the
-        observations' normaliser."""
+        """One policy step, then --critic-updates value steps, each on the whole rollout."""
         batch = self.batch_of(rollout)
-        before = self.agent.critic(batch.obs)[:, 0].detach()
         info = self.policy_step(batch, diagnosing)
         for _ in range(self.args.critic_updates):
             info["value_loss"] = self.critic_step(batch)
-        unexplained = (batch.target - before).var() / batch.target.var().clamp(min=1e-8)
-        info["explained_variance"] = 1 - unexplained
-        return {k: torch.as_tensor(v, device=self.device).detach() for k, v in info.items()}
+        unexplained = (batch.target - rollout.value.flatten()).var()
+        info["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
+        return info
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
-        """Advantages and the flat batch of valid rows: rows of a reset are left out."""
-        columns = (rollout.rew, rollout.value, rollout.terminated, rollout.over)
-        rew, value, end, over = (x.cpu().numpy() for x in columns)
-        advantage = gae(rew, value, end, over, self.args.gamma, self.args.gae_lambda)
-        advantage = torch.from_numpy(advantage).to(rollout.value)
-        target = advantage + rollout.value[:-1]
-        rows = rollout.valid.flatten().nonzero()[:, 0]
-        columns = (rollout.obs[:-1], rollout.act, rollout.logp, advantage, target)
-        batch = Batch(*(x.flatten(0, 1)[rows] for x in columns))
-        scaled = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
-        return batch._replace(advantage=scaled)
+        args, value, over = self.args, rollout.value, rollout.terminated | rollout.truncated
+        advantage = gae(rollout.rew, value, rollout.next_value, over, args.gamma, args.gae_lambda)
+        target = advantage + value
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        columns = (rollout.act, rollout.logp, advantage, target)
+        obs = rollout.states[: target.numel()]
+        return Batch(obs, *(x.flatten(0, 1) for x in columns))
 
     def policy_step(self, batch: Batch, diagnosing: bool = False) -> dict:
-        """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g; with --solver none a step of Adam on g."""
+        """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g; with --solver none Adam on g."""
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
         objective = surrogate(agent, batch, args)
-        g = [*torch.autograd.grad(objective, params)]
+        g = torch.autograd.grad(objective, params)
+        objective, old = objective.detach(), [p.detach().clone() for p in params]
         with torch.no_grad():
             head = agent.actor(batch.obs)
-            log_std = None if agent.discrete else agent.log_std.clone()
-        info = {"policy_loss": -objective, "entropy": agent.entropy(head).mean(), "grad_norm": flat(g).norm()}
+            info = {"policy_loss": -objective, "entropy": agent.entropy(head).mean()}
+        info["grad_norm"] = flat(g).norm()
+
+        @torch.no_grad()
+        def moved() -> tuple:
+            """KL from the old policy, and what the surrogate has gained."""
+            kl = agent.kl(head, None if agent.discrete else old[-1], agent.actor(batch.obs))
+            return kl.mean(), surrogate(agent, batch, args) - objective
+
         if args.solver == "none":
             for p, x in zip(params, g):
                 p.grad = -x  # Adam minimises
             self.optim["policy"].step()
-            return info | {"kl": agent.kl(head, log_std, agent.actor(batch.obs)).mean()}
+            return info | {"kl": moved()[0]}
         d = self.natural(batch, g)
         if diagnosing and args.solver == "kfac":
             info |= self.curvature(batch, g, d)
         dFd = quadratic(agent, batch.obs, d)
         full = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
-        old = [p.detach().clone() for p in params]
-        # The full step lands just above or below max_kl, so that one step back is common.
-        for backtracks in range(15 if args.line_search else 1):
-            scale = full * 0.8**backtracks
+        # the full step lands just above or below max_kl: one step back is common; at last 0
+        scales = [full * 0.8**k for k in range(15)] + [0 * full]
+        for backtracks, scale in enumerate(scales if args.line_search else scales[:1]):
             with torch.no_grad():
                 for p, p_old, x in zip(params, old, d):
                     p.copy_(p_old + scale * x)
-                kl = agent.kl(head, log_std, agent.actor(batch.obs)).mean()
-                gain = surrogate(agent, batch, args) - objective
-            if not args.line_search or (kl <= args.max_kl and gain > 0):
+            kl, gain = moved()
+            if kl <= args.max_kl and gain > 0:
                 break
-        else:  # no step of this direction helps
-            with torch.no_grad():
-                for p, p_old in zip(params, old):
-                    p.copy_(p_old)
-            scale, kl, gain = (torch.zeros_like(x) for x in (scale, kl, gain))
-        info |= {"step_scale": scale, "backtracks": backtracks}
-        info |= {"kl": kl, "kl_predicted": 0.5 * scale**2 * dFd}
-        info |= {"gain": gain, "gain_predicted": scale * flat(g) @ flat(d)}
+        info |= {"step_scale": scale, "backtracks": backtracks, "kl": kl, "gain": gain}
+        info["kl_predicted"] = 0.5 * scale**2 * dFd
+        info["gain_predicted"] = scale * flat(g) @ flat(d)
         if args.solver == "kfac":
-            own = self.policy_factors.kronecker_quadratic(d)
+            own = self.policy_factors.quadratic(d)
             own = own + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
-            info |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
+            info["kl_kfac"] = 0.5 * scale**2 * own
+            info["damping"] = self.policy_factors.damping.clone()
         return info
 
     def natural(self, batch: Batch, g: list) -> list:
         """d = (F + l I)^-1 g by the solver asked for."""
         args, agent = self.args, self.agent
+
+        def damped_product(d: list) -> list:
+            pairs = zip(fisher_product(agent, batch.obs, d), d)
+            return [x + args.damping * y for x, y in pairs]
+
         if args.solver == "cg":
-            damped = lambda d: [x + args.damping * y for x, y in zip(fisher_product(agent, batch.obs, d), d)]
-            return conjugate_gradients(damped, g, args.cg_steps)
+            return conjugate_gradients(damped_product, g, args.cg_steps)
         if args.solver == "exact":
             return self.exact(batch, g)
-        record = []
-        head = agent.actor(batch.obs, record)
-        if args.empirical_fisher:  # what is often called Fisher and is not: weighted by how well it went
-            score = batch.advantage * agent.log_prob(head, batch.act)
-        else:  # the true one: actions of the policy itself, drawn anew
-            score = agent.log_prob(head, agent.sample(head.detach()))
-        refresh = int(self.policy_factors.count) % args.refresh == 0
-        self.policy_factors.update(record, score.sum(), refresh)
-        return self.policy_factors.solve(g) + ([] if agent.discrete else [g[-1] / (2 + args.damping)])
+        head = self.policy_factors.record(agent.actor, batch.obs)
+        # actions of the policy itself, drawn anew: weighted by the advantages of those taken, as is
+        # often done, it would not be the Fisher matrix
+        self.policy_factors.update(agent.log_prob(head, agent.sample(head.detach())).sum())
+        log_std_part = [] if agent.discrete else [g[-1] / (2 + args.damping)]
+        return self.policy_factors.solve(g) + log_std_part
 
     def exact(self, batch: Batch, g: list) -> list:
         fisher = dense_fisher(self.agent, batch.obs)
@@ -590,154 +568,135 @@ class Learner(nn.Module):
         return unflat(torch.linalg.solve(fisher + self.args.damping * eye, flat(g)), g)
 
     def critic_step(self, batch: Batch):
-        """One step on (V - target)^2 / 2. Along K-FAC's direction d, V moves by J d; the best multiple is
-        that of the Gauss-Newton model, -<V - target, J d> / |J d|^2: no learning rate."""
-        critic, args, record = self.agent.critic, self.args, []
-        v = critic(batch.obs, record)[:, 0]
-        loss = 0.5 * ((v - batch.target) ** 2).mean()
-        params = list(critic.parameters())
-        g = torch.autograd.grad(loss, params, retain_graph=True)
-        if args.critic_solver == "adam":
-            for p, x in zip(params, g):
-                p.grad = x
-            self.optim["critic"].step()
-            return loss.detach()
-        self.critic_factors.update(record, v.sum())  # e = dV/ds: Gauss-Newton, nothing sampled
-        d = self.critic_factors.solve([-x for x in g])
-        with strict_fp32():
+        """One step on (V - target)^2 / 2. Along K-FAC's direction d, V moves by J d; the best
+        multiple is that of the Gauss-Newton model, -<V - target, J d> / |J d|^2: no learning
+        rate."""
+        critic, factors = self.agent.critic, self.critic_factors
+        v = factors.record(critic, batch.obs)[:, 0]
+        error = v - batch.target
+        loss = 0.5 * (error**2).mean()
+        g = torch.autograd.grad(loss, list(critic.parameters()), retain_graph=True)
+        factors.update(v.sum())  # e = dV/ds
+        d = factors.solve(g)
+        with torch.no_grad():
             Jd = tangent(critic, batch.obs, d)[1][:, 0]
-            best = -((v - batch.target) @ Jd) / (Jd @ Jd).clamp(min=1e-30)
-            for p, x in zip(params, d):
-                p.add_(best * x)
+            best = (error @ Jd) / (Jd @ Jd).clamp(min=1e-30)
+            for p, x in zip(critic.parameters(), d):
+                p.sub_(best * x)
         return loss.detach()
 
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
-        """Of K-FAC's direction d for the gradient g: the worst condition number of the policy's factors, and
-        of the critic's before its steps; for at most 2,000 parameters, and with damping, also the cosine of
-        d, and of g itself, with the exact natural gradient at the same l, in the Fisher inner product
-        <x, y> = x^T F y. (Split over the factors l adds cross terms: below 1 even where S (x) A is F.)"""
+        """Of K-FAC's direction d for the gradient g: the worst condition number of the policy's
+        factors, and of the critic's before its steps; for at most 2,000 parameters, and with
+        damping, also the cosine of d, and of g itself, with the exact natural gradient at the same
+        l, in the Fisher inner product <x, y> = x^T F y. (Split over the factors l adds cross terms:
+        below 1 even where S (x) A is F.)"""
         out = {"policy_condition": self.policy_factors.condition()}
-        if self.args.critic_solver == "kfac":
-            out["critic_condition"] = self.critic_factors.condition()
+        out["critic_condition"] = self.critic_factors.condition()
         if len(flat(g)) > 2000 or self.args.damping == 0:  # F alone is singular for a softmax
             return out
-        best, F_of = self.exact(batch, g), lambda x: flat(fisher_product(self.agent, batch.obs, x))
+
+        def times_F(x: list):
+            return flat(fisher_product(self.agent, batch.obs, x))
+
+        best = self.exact(batch, g)
+        best_norm = flat(best) @ times_F(best)
         for name, x in (("kfac", d), ("gradient", g)):
-            norms = (flat(x) @ F_of(x)) * (flat(best) @ F_of(best))
-            out[f"fisher_cosine_{name}"] = float(flat(x) @ F_of(best) / norms.clamp(min=1e-30).sqrt())
+            norms = (flat(x) @ times_F(x) * best_norm).clamp(min=1e-30).sqrt()
+            out[f"fisher_cosine_{name}"] = flat(x) @ times_F(best) / norms
         return out
 
-    def checkpoint(self) -> dict:
-        damping = [self.policy_factors.damping, self.critic_factors.damping]
-        optim = {k: o.state_dict() for k, o in self.optim.items()}
-        return {"networks": self.state_dict(), "optim": optim, "damping": damping}
 
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        self.policy_factors.damping, self.critic_factors.damping = saved["damping"]
-        for name, optim in self.optim.items():
-            load_optimizer(optim, saved["optim"][name])
-
-
-def make_train_envs(args: Args):
-    envs = make_envs(args.env_id, args.num_envs)
-    act, obs = envs.single_action_space, envs.single_observation_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension")
-    discrete, box = (isinstance(act, kind) for kind in (gym.spaces.Discrete, gym.spaces.Box))
-    if not discrete and not (box and len(act.shape) == 1):
-        fail(f"--env-id {args.env_id}: actions are {act}, expected Discrete or a Box of one dimension")
-    only_if(args, not discrete, "with discrete actions", "log_std_init")
-    return envs
-
-
-# ------------------------------------------------------------------------------------------- training
-LOSSES = ("policy_loss", "value_loss", "entropy", "explained_variance")
-
-
-def tag(name: str) -> str:
-    return ("losses/" if name in LOSSES else "diagnostics/") + name
-
-
+# --------------------------------------------------------------------------------------- training
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
-    device, saved = set_up(args), find_checkpoint(args)
-    if saved and (past := finished(saved, "global_step", args.total_timesteps)):
-        return past
-    envs = make_train_envs(args)
-    eval_envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
-    row = envs.single_observation_space.shape[0] + 4 * args.width * args.depth
-    reserve(16 * args.num_envs * args.num_steps * row, "rollout and update, roughly", device)
-    if args.solver == "exact":  # Jacobians and their products with the metric; F and its factors
-        agent = learner.agent
-        n, outputs = len(flat(agent.policy_parameters())), agent.actor.layers[-1].out_features
-        size = 4 * (2 * args.num_envs * args.num_steps * outputs * n + 4 * n**2)
-        reserve(size, "exact Fisher matrix, roughly", device)
-    player, step, episodes, returns, info = Player(envs, args.seed), 0, [], np.full(1, math.nan), {}
-    if saved:
-        step, episodes, returns = saved["step"], saved["episodes"], np.array(saved["returns"])
-        learner.restore(saved["learner"])
-        player.restore(saved["player"], args.seed + step)
-        restore_random_state(saved["random"])
-    video = Video(args.env_id) if args.capture_video else None
-    run = Run(args, {}, saved)
-    greedy = lambda obs: acting(learner, obs[None], envs.single_action_space)[0]
+    device = set_up(args)
+    with Run(args, args.total_timesteps) as run:
+        envs = make_envs(args.env_id, args.num_envs, run)
+        eval_envs = make_envs(args.env_id, args.eval_episodes, run)
+        obs_space, act_space = check_spaces(envs, args.env_id)
+        learner = Learner(obs_space, act_space, args, device)
+        batch_size = args.num_envs * args.num_steps
+        row = obs_space.shape[0] + 4 * args.width * args.depth
+        reserve(16 * batch_size * row, "rollout and update, roughly", device)
+        if (
+            args.solver == "exact"
+        ):  # Jacobians and their products with the metric; F and its factors
+            n = len(flat(learner.agent.policy_parameters()))
+            outputs = learner.agent.actor[-1].out_features
+            size = 4 * (2 * batch_size * outputs * n + 4 * n**2)
+            reserve(size, "exact Fisher matrix, roughly", device)
+        collector = Collector(envs, args)
+        step, last_return, returns = 0, math.nan, np.zeros(0)
+        if run.saved:
+            step, last_return = run.saved["step"], run.saved["last_return"]
+            returns = np.array(run.saved["returns"])
+            run.restore(learner, learner.optim)
+            collector.load_state_dict(run.saved["collector"], step)
+        run.open()
 
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        state |= {"step": step, "episodes": episodes, "returns": returns.tolist()}
-        run.save("checkpoint.pt", state)
+        def save():
+            numbers = {"last_return": last_return, "returns": returns.tolist()}
+            run.save(step, learner, learner.optim, collector=collector.state_dict(), **numbers)
 
-    progress = Progress("training", args.total_timesteps, step)
-    with StopSignal() as stop:
-        while step < args.total_timesteps and not stop.signum:
-            rollout, ended = player.collect(learner, args)
-            before, step = step, step + int(rollout.valid.sum())
-            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
-            diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
-            info = learner.update(rollout, diagnosing)
-            check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
-            if args.normalize_obs:
-                learner.obs_stats.update(rollout.raw_obs)
+        while step < args.total_timesteps and not run.signum:
+            rollout, ended = collector.collect(learner)
+            before, step = step, step + batch_size
+            evaluating = every(args.eval_frequency, before, step) or step >= args.total_timesteps
+            info = learner.update(rollout, diagnosing=evaluating)
+            if args.normalize_obs:  # afterwards: the policy that played is the one updated
+                learner.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
 
-            scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
-            episodes = [*episodes, *ended][-100:]
             if ended:
-                score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
-                run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, step)
-            if logging or diagnosing:
-                run.scalars({tag(k): v for k, v in info.items()} | {"charts/SPS": progress.rate(step)}, step)
-            with progress.paused(diagnosing or scoring):
-                if diagnosing:
-                    moment = diagnose(learner, rollout)
-                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                if scoring:
+                last_return, length = np.mean(ended, axis=0).tolist()
+                run.log(step, {"charts/episodic_return": last_return})
+                run.log(step, {"charts/episodic_length": length})
+            if every(args.log_frequency, before, step) or evaluating:
+                run.log(step, {tag(name): x for name, x in info.items()})
+                run.log(step, {"charts/SPS": run.rate(step)})
+                run.show(step, KL=info["kl"], last_return=last_return)
+            if evaluating:
+                with run.paused():
                     returns = evaluate(learner, eval_envs, args)
-                    run.scalars({"eval/episodic_return": returns.mean()}, step)
-                    if video:
-                        video.record(greedy, run.dir / "videos", 1_000_000 + 1_000 * args.seed, step)
-            if every(args.checkpoint_frequency) and step < args.total_timesteps:
+                    numbers = diagnose(learner, rollout)
+                run.log(step, {tag(name): x for name, x in numbers.items()})
+                if eval_envs:
+                    run.log(step, {"eval/episodic_return": returns.mean()})
+            if every(args.checkpoint_frequency, before, step):
                 save()
-            recent = {"return": np.mean([r for r, _ in episodes[-20:]] or [math.nan]), "eval": returns.mean()}
-            progress.show(min(step, args.total_timesteps), recent | {"KL": info["kl"]})
         save()
-        if stop.signum:
-            run.stopped(stop.signum)
-    summary = {"global_step": step, "steps_per_second": progress.rate(step)}
-    summary["eval_episodes"] = args.eval_episodes
-    summary["train_return_mean"] = float(np.mean([r for r, _ in episodes])) if episodes else None
-    if eval_envs:
-        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
-        print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-    return run.finish(summary)
+        run.stop_if_asked()
+        summary = {"global_step": step, "steps_per_second": run.rate(step)}
+        if eval_envs:
+            say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
+            summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
+        return run.finish(summary)
+
+
+def check_spaces(envs, env_id: str) -> tuple:
+    """Spaces of observations and actions; those that no policy here can have are refused."""
+    obs, act = envs.single_observation_space, envs.single_action_space
+    if not isinstance(act, gym.spaces.Discrete):
+        check_boxes(envs, env_id)
+    elif not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
+    return obs, act
+
+
+def tag(name: str) -> str:
+    losses = ("policy_loss", "value_loss", "entropy", "explained_variance")
+    return ("losses/" if name in losses else "diagnostics/") + name
 
 
 # === shared: rollouts (canonical copy: ppo.py) ===
-class Moments(nn.Module):
-    """Running mean and variance, merged batch by batch (Chan et al.), in float64; part of the checkpoint."""
+# Needs env_seeds(), play() and to_env() of the block "environments", fail() and say() of "run",
+# and for diagnose() the block "diagnostics". A learner has .agent, .device, .standardised(obs),
+# .return_stats, .act(obs, explore); an agent .policy(obs) -> head, .sample(head), .log_prob(head,
+# act), .features(obs) and, when called with obs, head and V(s).
+class RunningMeanStd(nn.Module):
+    """Running mean and variance, merged batch by batch (Chan et al.), in float64; as buffers they
+    are part of the checkpoint."""
 
     def __init__(self, shape: tuple):
         super().__init__()
@@ -747,666 +706,616 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """x: (rows, *shape); no rows change nothing."""
-        if len(x) == 0:
-            return
+        """x: (rows, *shape), at least one row."""
         x, n = x.to(self.mean), len(x)
-        gap, total = x.mean(0) - self.mean, self.count + n
-        m2 = self.var * self.count + x.var(0, unbiased=False) * n + gap**2 * self.count * n / total
+        total = self.count + n
+        gap = x.mean(0) - self.mean
+        within = self.var * self.count + x.var(0, correction=0) * n
+        self.var.copy_((within + gap**2 * self.count * n / total) / total)
         self.mean += gap * n / total
-        self.var.copy_(m2 / total)
-        self.count += n
+        self.count.copy_(total)
 
     def standardise(self, x):
         return (x - self.mean.float()) / (self.var.float() + 1e-8).sqrt()
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
+    """T steps of N environments. Where an episode ends, the next row is a new one's first."""
 
-    t      obs[t]               over[t]  valid[t]
-    k      s                    1        1
-    k + 1  the true last one    0        0         its action is ignored, its reward 0
-    k + 2  a new episode's s_0  0        1
-    """
-
-    obs: torch.Tensor  # (T + 1, N, ...), standardised or frames
-    act: torch.Tensor  # (T, N) or (T, N, d)
-    logp: torch.Tensor  # (T, N)
-    value: torch.Tensor  # (T + 1, N)
-    rew: torch.Tensor  # (T, N), scaled or clipped as the training sees it
-    terminated: torch.Tensor  # (T, N)
-    over: torch.Tensor  # (T, N), terminated (in Atari also by a lost life, without a reset) or truncated
-    valid: torch.Tensor  # (T, N)
-    raw_obs: torch.Tensor | None  # (valid rows, obs), for the normaliser
+    # every s_t, step by step; the N that follow the last step; and the true last observations of
+    # the K truncated episodes: standardised, or frames
+    states: torch.Tensor  # (T N + N + K, ...)
+    act: torch.Tensor  # (T, N) or (T, N, d), as sampled
+    logp: torch.Tensor  # (T, N), log pi(a|s)
+    value: torch.Tensor  # (T, N), V(s)
+    next_value: torch.Tensor  # (T, N), V(s'), see assess()
+    rew: torch.Tensor  # (T, N), as the training sees it
+    terminated: torch.Tensor  # (T, N), bool
+    truncated: torch.Tensor  # (T, N), bool, never where terminated
+    raw_obs: list  # with --normalize-obs: T arrays (N, ...), as the environments gave them
 
 
-def gae(rew, value, end, over, gamma: float, lam: float):
-    """A_t = delta_t + gamma lambda A_{t+1} within an episode [5]; rew, end, over (T, N), value (T + 1, N).
+def assess(agent, states, terminated, truncated) -> tuple:
+    """Of a rollout's states: head (T N, outputs), V(s) and V(s'), each (T, N). V(s') is 0 after a
+    termination, and the value of the true last observation after a truncation."""
+    parts = [agent(x) for x in states.split(1024)]
+    head, value = (torch.cat(x) for x in zip(*parts))
+    (T, N), rows = terminated.shape, terminated.numel()
+    next_value = value[N : rows + N].view(T, N).masked_fill(terminated, 0)
+    next_value[truncated] = value[rows + N :]
+    return head[:rows], value[:rows].view(T, N), next_value
 
-    `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
-    value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
-    `over` of the row before keeps it out. (Where environments reset at once there is no such row, and
-    value[t + 1] is a new episode's: add gamma V(last observation) to a truncated row's rew, end = over.)"""
-    delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
-    advantage, last = np.zeros_like(delta), 0.0
+
+def gae(rew, value, next_value, over, gamma: float, lam: float):
+    """A_t = delta_t + gamma lambda A_{t+1}, cut where an episode is over [5]; all (T, N)."""
+    delta = (rew + gamma * next_value - value).cpu().numpy()
+    weight = gamma * lam * (~over).cpu().numpy()
+    advantage, later = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):
-        last = delta[t] + gamma * lam * (1 - over[t]) * last
-        advantage[t] = last
-    return advantage
+        advantage[t] = later = delta[t] + weight[t] * later
+    return torch.from_numpy(advantage).to(rew)
 
 
-def in_chunks(agent, obs) -> tuple:
-    """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
-    pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
-    return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
+class Collector:
+    """Steps the environments, --num-steps at a time."""
 
-
-class Player:
-    """Steps the environments, T at a time."""
-
-    def __init__(self, envs, seed: int):
-        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
-        self.envs, self.n = envs, envs.num_envs
-        self.obs, _ = envs.reset(seed=seed)
-        self.over = np.zeros(self.n, bool)  # where the next row is a reset
-        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
-        self.discounted = np.zeros(self.n)
+    def __init__(self, envs, args):
+        self.envs, self.args = envs, args
+        self.obs, _ = envs.reset(seed=env_seeds(args.seed, envs.num_envs))
+        self.discounted = np.zeros(envs.num_envs)  # running discounted sums of rewards
 
     @torch.no_grad()
-    def collect(self, learner, args: Args) -> tuple[Rollout, list]:
-        """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
-        stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
-        the rewards takes the rollout in first."""
-        T, N, device, space = args.num_steps, self.n, learner.device, self.envs.single_action_space
-        rew, terminated, over = (np.zeros((T, N), np.float32) for _ in range(3))
-        valid = np.zeros((T, N), bool)
-        observations, actions, raw, ended = [], [], [], []
-        for t in range(T):
-            must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
-            observations.append(learner.standardised(self.obs))
-            actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
-            valid[t] = ~self.over
+    def collect(self, learner) -> tuple[Rollout, list]:
+        """A rollout, and (return, length) of each episode that ended in it. The statistics of the
+        observations stand still meanwhile, so that the policy that plays is the one that is
+        updated; those of the rewards take the rollout in first."""
+        agent, args = learner.agent, self.args
+        for name, x in agent.named_parameters():
+            finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
+        obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
+        for _ in range(args.num_steps):
             if args.normalize_obs:
-                raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
-            terminated[t], over[t] = ended_here, ended_here | cut
-            lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = cut | ended_here & (lives == 0)  # [A3] a lost life is not the game's end
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t]
-            for i in np.flatnonzero(self.over):
-                ended.append((float(self.returns[i]), int(self.lengths[i])))
-                self.returns[i], self.lengths[i] = 0.0, 0
-        must_be_finite(self.obs, "an observation", args)
-        must_be_finite(rew, "a reward", args)
-        obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
-        head, value = in_chunks(learner.agent, obs)  # once a rollout is cheaper than once a step
-        logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
-        if self.obs.ndim == 4:  # frames
-            rew = np.sign(rew)  # [A6] clipped rewards
-        elif args.normalize_reward:
-            rew = self.scaled(rew, over, valid, learner, args)
-        rew, terminated, over, valid = (
-            torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
-        )
-        raw = torch.cat(raw) if raw else None
-        return Rollout(obs, act, logp, value, rew, terminated, over, valid, raw), ended
+                raw_obs.append(self.obs)
+            obs.append(learner.standardised(finite(self.obs, "an observation")))
+            acts.append(agent.sample(agent.policy(obs[-1])))
+            step = self.envs.step(to_actions(acts[-1], self.envs))
+            self.obs, rew, terminated, truncated, infos = step
+            truncated = truncated & ~terminated
+            steps.append((rew, terminated, truncated))
+            if truncated.any():
+                last = finite(np.stack(infos["final_obs"][truncated]), "an observation")
+                last_obs.append(learner.standardised(last))
+            for i in np.flatnonzero(infos.get("_final_info", False)):
+                info = infos["final_info"]
+                ended.append((float(info["return"][i]), int(info["length"][i])))
+        obs.append(learner.standardised(finite(self.obs, "an observation")))
+        rew, terminated, truncated = (np.stack(x) for x in zip(*steps))
+        rew = finite(rew, "a reward").astype(np.float32)
+        if args.normalize_reward:
+            rew = self.scaled(rew, terminated | truncated, learner.return_stats)
+        states, act = torch.cat(obs + last_obs), torch.stack(acts)
+        columns = (torch.from_numpy(x).to(states.device) for x in (rew, terminated, truncated))
+        rew, terminated, truncated = columns
+        head, value, next_value = assess(agent, states, terminated, truncated)
+        logp = agent.log_prob(head, act.flatten(0, 1)).view(rew.shape)
+        ends = (terminated, truncated)
+        return Rollout(states, act, logp, value, next_value, rew, *ends, raw_obs), ended
 
-    def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
-        sums = np.zeros_like(rew, dtype=np.float64)
+    def scaled(self, rew, over, stats: RunningMeanStd):
+        """Rewards over the running deviation of their discounted sum so far, clipped [C8] [C9]."""
+        sums = np.zeros(rew.shape)
         for t in range(len(rew)):
-            sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
-            self.discounted = self.discounted * (1 - over[t])
-        learner.return_stats.update(torch.from_numpy(sums[valid]))
-        return np.clip(rew / float((learner.return_stats.var + 1e-8).sqrt()), -10, 10).astype(np.float32)
+            sums[t] = self.discounted * self.args.gamma + rew[t]
+            self.discounted = sums[t] * ~over[t]
+        stats.update(torch.from_numpy(sums).flatten())
+        return (rew / float((stats.var + 1e-8).sqrt())).clip(-10, 10).astype(np.float32)
 
-    def checkpoint(self) -> dict:
-        names = ("obs", "over", "returns", "lengths", "discounted")
-        return {k: torch.from_numpy(getattr(self, k).copy()) for k in names} | {"envs": env_states(self.envs)}
+    def state_dict(self) -> dict:
+        envs = [env.state_dict() for env in getattr(self.envs, "envs", [])]
+        return {"envs": envs, "discounted": torch.from_numpy(self.discounted)}
 
-    def restore(self, saved: dict, seed: int):
-        if saved["envs"] is None:
-            print("these environments cannot be restored exactly: new episodes start")
-            self.obs, _ = self.envs.reset(seed=seed)
+    def load_state_dict(self, saved: dict, step: int):
+        """The environments go on where they were, if they can."""
+        if not saved["envs"]:  # Atari
+            say("these environments cannot be repeated: new episodes start")
+            seeds = env_seeds(self.args.seed + 10**13 * step, self.envs.num_envs)
+            self.obs, _ = self.envs.reset(seed=seeds)  # no other seed's and no other step's
             return
-        for k in ("obs", "over", "returns", "lengths", "discounted"):
-            setattr(self, k, saved[k].numpy())
-        restore_envs(self.envs, saved["envs"], self.over)
+        self.discounted = saved["discounted"].numpy()
+        for i, (env, state) in enumerate(zip(self.envs.envs, saved["envs"])):
+            if not env.load_state_dict(state):
+                say(f"environment {i} does not repeat itself from its seed: a new episode starts")
+                self.discounted[i] = 0
+        self.obs = np.stack([env.obs for env in self.envs.envs])
 
 
-def must_be_finite(x: np.ndarray, what: str, args):
-    """Stop with status 3 if an environment hands out a NaN or an infinity."""
+def finite(x, what: str):
+    """x, an array of numbers; if one of them is NaN or infinite, the run ends with status 3."""
     if not np.isfinite(x).all():
-        fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
+        fail(f"{what} is not finite; the last checkpoint is from before", 3)
+    return x
 
 
-def clip_to_env(act, space) -> np.ndarray:
-    """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
-    its first; the sample stays as it was."""
-    act = act.cpu().numpy()
-    box = isinstance(space, gym.spaces.Box)
-    return np.clip(act, space.low, space.high) if box else act + space.start
+def to_actions(act, envs) -> np.ndarray:
+    """What environments take: of a Discrete, numbers from its first one on; of a Box, [-1, 1]
+    scaled to its bounds and clipped there [C5], while the sample stays as it was."""
+    space = envs.single_action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return act.cpu().numpy() + space.start
+    return to_env(act, envs)
 
 
 @torch.no_grad()
-def acting(learner, obs, space) -> np.ndarray:
-    """The policy's mode, for evaluation."""
-    head = learner.agent.policy(learner.standardised(obs))
-    return clip_to_env(learner.agent.mode(head), space)
+def evaluate(learner, envs, args) -> np.ndarray:
+    """Returns (n,) of one episode in each of `envs` by the policy's mode. Statistics stand still,
+    no random number is drawn."""
+    if envs is None:
+        return np.zeros(0)
+
+    def policy(obs):
+        return to_actions(learner.act(obs, explore=False), envs)
+
+    _, rewards = play(policy, envs, args.seed)
+    return rewards.sum(0)
 
 
-def evaluate(learner, envs, args: Args) -> np.ndarray:
-    """Returns (episodes,) of one episode in each of `envs` from fixed seeds, by the policy's mode, with true
-    rewards and standing normalisers. Draws no torch random number."""
-    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
-    alive, returns = np.ones(len(obs), bool), np.zeros(len(obs))
-    learner.eval()
-    while alive.any():
-        obs, rew, terminated, truncated, _ = envs.step(acting(learner, obs, envs.single_action_space))
-        returns += alive * rew
-        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
-    learner.train()
-    return returns
-
-
+@torch.no_grad()
 def diagnose(learner, rollout: Rollout) -> dict:
-    """Ranks and dormant units of the features of policy and value, on at most 2,048 rows of the rollout, in
-    fp32 and eval mode."""
-    rows = rollout.valid.flatten().nonzero()[:, 0]
-    rows = rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:2048]).to(rows)]
-    out = {}
-    learner.eval()
-    with strict_fp32():
-        features = learner.agent.features(rollout.obs[:-1].flatten(0, 1)[rows])
-        for name, phi in zip(("policy", "value"), features):
-            out |= {f"{k}_{name}": v for k, v in spectrum(phi).items()}
-            out |= {f"dormant_{name}": dormant([phi]), f"feature_norm_{name}": phi.norm(dim=-1).mean()}
-    learner.train()
-    return {k: float(v) for k, v in out.items()}
+    """Ranks and dormant units of the features of policy and value, on at most 2,048 rows of the
+    rollout; a fresh generator each time."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randperm(rollout.rew.numel(), generator=draw)[:2048].to(learner.device)
+    numbers = {}
+    for name, phi in learner.agent.features(rollout.states[rows]).items():
+        numbers |= {f"{key}_{name}": x for key, x in spectrum(phi).items()}
+        numbers |= {f"dormant_{name}": dormant([phi])}
+        numbers |= {f"feature_norm_{name}": phi.norm(dim=-1).mean()}
+    return numbers
 
 
 # === end shared ===
 
 
 # === shared: environments (canonical copy: sac.py) ===
-def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
-    """n environments stepped together, NEXT_STEP autoreset; refused in one line."""
-    try:
-        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-    except Exception as e:  # registration, missing packages, a namespace's own errors
-        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+# Needs fail(), failing() and say() of the block "run".
+class Episodes(gym.Wrapper):
+    """Gives each episode a seed of its own: where a deterministic environment stands is then told
+    by its seed, the episode's number and the actions in it. Infos are dropped, since packages put
+    anything there; an ended episode has `return` and `length`. The first reset needs a seed."""
+
+    def reset(self, *, seed: int | None = None, options=None):
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode, self.actions, self.total = self.episode + 1, [], 0.0
+        own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        self.obs, _ = self.env.reset(seed=int(own), options=options)
+        return self.obs, {}
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.obs, rew, terminated, truncated, _ = self.env.step(action)
+        rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.total += rew
+        ended = {"return": self.total, "length": len(self.actions)}
+        return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def state_dict(self) -> dict:
+        arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
+        state = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        return state | {"seed": self.seed, "episode": self.episode}
+
+    def load_state_dict(self, saved: dict) -> bool:
+        """Plays the episode again; whether that led to the same place. If not, the next begins."""
+        self.seed, self.episode = saved["seed"], saved["episode"] - 1
+        self.reset()
+        for action in saved["actions"].numpy():
+            self.step(action)
+        same = np.array_equal(self.obs, saved["obs"].numpy())
+        if not same:
+            self.reset()
+        return same
+
+
+def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv | None:
+    """n environments stepped together; where an episode ends the next starts in the same step.
+    `stack` closes them."""
+
+    def make():
+        env = gym.make(env_id)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
+        return Episodes(env)
+
+    if n == 0:
+        return None
+    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
+    stack.callback(envs.close)
     if envs.envs[0].spec.max_episode_steps is None:
-        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
+        say(f"{env_id} has no time limit: an evaluation lasts until the policy ends its episodes")
     return envs
 
 
-def env_states(envs) -> list | None:
-    """What the next steps of each environment depend on, as tensors and plain numbers; None where that is not
-    known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
-    and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
-    states = []
-    if not hasattr(envs, "envs"):  # Atari's vector environment
-        return None
-    for env in envs.envs:
-        e = env.unwrapped
-        if env.spec.additional_wrappers:  # they may hold state of their own
-            return None
-        state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
-        if type(e).__module__.startswith("gymnasium.envs.classic_control"):
-            inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
-            plain = lambda v: v if v is None or isinstance(v, int) else torch.from_numpy(np.array(v))
-            state["inner"] = {k: plain(v) for k, v in inner}
-        elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
-            mujoco = importlib.import_module("mujoco")
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_getState(e.model, e.data, x := np.empty(mujoco.mj_stateSize(e.model, what)), what)
-            arrays = {"integration": x, "xpos": e.data.xpos, "xipos": e.data.xipos}
-            state["mujoco"] = {k: torch.tensor(v) for k, v in arrays.items()}
-        else:
-            return None
-        states.append(state)
-    return states
+def env_seeds(seed: int, n: int, evaluation: bool = False) -> list[int]:
+    """Seeds of n environments, shared with no other run's and with no evaluation's."""
+    return np.random.SeedSequence([seed, evaluation]).generate_state(n, np.uint64).tolist()
 
 
-def restore_envs(envs, states: list, over: np.ndarray):
-    """The inverse of env_states; `over` tells which environments reset at their next step."""
-    envs.reset(seed=0)
-    for env, state in zip(envs.envs, states):
-        e = env.unwrapped
-        for k, v in state.get("inner", {}).items():
-            setattr(e, k, v.numpy() if isinstance(v, torch.Tensor) else v)
-        if "mujoco" in state:
-            mujoco, saved = importlib.import_module("mujoco"), state["mujoco"]
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_setState(e.model, e.data, saved["integration"].numpy(), what)
-            e.data.xpos[:], e.data.xipos[:] = saved["xpos"], saved["xipos"]
-        e.np_random.bit_generator.state = state["random"]
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
-    envs._autoreset_envs = over.copy()
+def check_boxes(envs, env_id: str) -> tuple[int, int]:
+    """Widths of the observation vector and of the action box; other spaces are refused."""
+    obs, box = envs.single_observation_space, envs.single_action_space
+    for space, what in ((obs, "observations"), (box, "actions")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: {what} are {space}, expected a Box of one dimension")
+    span = box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not ((span > 0) & (span < 1e12)).all():
+        fail(f"--env-id {env_id}: actions are {box}, expected floats with low < high, both finite")
+    return obs.shape[0], box.shape[0]
 
 
-class Video:
-    """--capture-video: one episode by `act` at each evaluation, in an environment of its own."""
+def to_env(act, envs) -> np.ndarray:
+    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
+    box, act = envs.single_action_space, act.cpu().numpy()
+    if not np.isfinite(act).all():
+        fail("the policy's action is not finite; the last checkpoint is from before", 3)
+    return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
 
-    def __init__(self, env_id: str):
-        need("moviepy")
-        try:
-            env = gym.make(env_id, render_mode="rgb_array")
-            env.reset(seed=0)
-            env.render()
-        except Exception as e:  # no rgb_array mode, no display, no OpenGL
-            fail(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {first_line(e)})")
-        env.close()
-        self.env_id = env_id
 
-    def record(self, act, folder: Path, seed: int, step: int):
-        env = gym.make(self.env_id, render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
-        (obs, _), over = env.reset(seed=seed), False
-        while not over:
-            obs, _, terminated, truncated, _ = env.step(act(obs))
-            over = terminated or truncated
-        env.close()
+def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
+    (T, n), which are 0 after its end."""
+    obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
+    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
+    while alive.any():
+        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
+        rewards.append(np.where(alive, rew, 0.0))
+        alive &= ~(terminated | truncated)  # what follows the first episode does not count
+    return s0, np.array(rewards)
 
 
 # === end shared ===
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+# === shared: diagnostics (canonical copy: sac.py) ===
 def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
 
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
     s = torch.linalg.svdvals(phi.float()).double()
 
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
 
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
 
 
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
     means = [h.abs().mean(0) for h in activations]
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
 
 
-@contextmanager
-def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(text), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(
+            f"{path} could not be written, what was there is intact", OSError, RuntimeError
+        ):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError("of another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
+        if self.saved:
+            self.compare(asdict(args), self.saved["args"])
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
         args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
+            if not self.saved:
+                try:
+                    self.dir.mkdir(parents=True)
+                except FileExistsError:  # a sweep starts many in one second
+                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                    self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            self.lock()
+            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
+            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
+            if end == 0:
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = self.start_wandb() if args.track else None
+        first = self.saved["step"] + 1 if self.saved else None
+        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.saved = None  # its replay may be large
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
+    def lock(self):
+        """Refuse a second process on one folder; the lock ends with its process."""
+        try:
+            import fcntl
+
+            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{self.dir}: another process is running it")
+        except (ImportError, OSError) as e:  # Windows; a file system without locks
+            say(f"{self.dir} is not locked ({e}): let only one process run it")
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def start_wandb(self):
+        args, run_id = self.args, self.saved["wandb"] if self.saved else None
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
+        with failing("--track: pip install wandb, wandb login", Exception):
+            import wandb
+
+            self.callback(wandb.finish)  # another train() in this process is another run
+            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
+            return wandb.init(sync_tensorboard=True, **where)
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
                 value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        try:
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
-        os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
+        with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
 
-    def close(self):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

@@ -1,79 +1,61 @@
 r"""Proximal policy optimisation (PPO): clipped policy gradients for vectors and Atari frames.
 
-Schulman, Wolski, Dhariwal, Radford, Klimov, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. Each
-batch of experience serves several epochs of minibatch steps. The clipped ratio keeps the new policy near the
-one that played; generalised advantage estimation (arXiv 1506.02438) says which actions were good:
+Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347. Each rollout serves
+several epochs of minibatch steps; the clipped ratio w keeps the new policy near the one that
+played. Generalised advantage estimation (GAE, arXiv 1506.02438) says which actions were good:
 
-  L    = E[ min( w A, clip(w, 1 - eps, 1 + eps) A ) ],   w = pi(a|s) / pi_old(a|s)            (Eq. 7)
-  A_t  = sum_k (gamma lambda)^k delta_{t+k},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)      (Eqs. 11, 12)
-       = (1 - lambda) sum_n lambda^(n-1) (the advantage by n-step returns)
-  loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),   V_target = A + V    (Eq. 9, c_1 = c_v / 2)
+  L    = E[ min( w A, clip(w, 1 - eps, 1 + eps) A ) ],   w = pi(a|s) / pi_old(a|s)         (Eq. 7)
+  A_t  = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)   (Eq. 11)
+  loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),  V_target = A + V, c_1 = c_v / 2 (Eq. 9)
 
-The sum stops where the episode ends, and V(s_{t+1}) is 0 after a termination, not after a time-out.
-With --clip-vloss, the default, V(s) is moreover held to V_old(s) +- eps; the larger of the two errors counts.
-lambda trades bias for variance: 0 trusts the critic after one step, 1 trusts the sampled return alone.
+The sum stops where the episode ends; V(s_{t+1}) is 0 after a termination, not after a time-out.
+lambda trades bias for variance: 0 trusts the critic after one step, 1 the sampled return alone.
+With --clip-vloss V(s) is held to V_old(s) +- eps, too; the larger of the two errors counts.
 
-  symbol       in the code                    shape
-  s_t          obs                            (T + 1, N, ...), T steps of N environments
-  a_t, r_t     act, rew                       (T, N, ...), (T, N)
-  V(s)         value                          (T + 1, N)
-  A, V_target  advantage, target              (T, N)
-  w, eps       ratio, --clip-coef             (B,), scalar
-  lambda       --gae-lambda                   scalar
-  c_v, c_e     --vf-coef, --ent-coef          scalars
+  symbol             in the code                       shape
+  s_t                rollout.states                    (T N, ...), T steps of N environments
+  a_t, r_t, V(s_t)   rollout.act .rew .value           (T, N)
+  A, V_target        batch.advantage .target           (B,) in a minibatch
+  w, eps, lambda     ratio, --clip-coef, --gae-lambda  (B,), scalars
+  c_v, c_e           --vf-coef, --ent-coef             scalars
 
-The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are marked where they
-happen: [1] to [13] in all environments ([13] not for frames), [C1] to [C9] for continuous actions, [A1] to
-[A9] for Atari.
-
-Where to read: networks, ppo_loss, Learner.update and gae (in the block `rollouts`) are the algorithm;
-Player.collect makes a rollout; train() is the loop. The other blocks marked `shared`, which sibling scripts
-have too, can wait.
-
-CartPole, then the same faster:
+CartPole; the same faster; MuJoCo by the settings of Tianshou's benchmark (4,400 on HalfCheetah
+after 500,000 steps, where CleanRL's 1 x 2,048 steps with value clipping end at 1,500); Atari:
   python ppo.py
   python ppo.py --total-timesteps 100_000 --num-envs 8 --num-steps 32 --num-minibatches 1 \
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
-
-Acrobot, Pendulum, MuJoCo, Atari:
-  python ppo.py --env Acrobot-v1 --num-envs 16 --num-steps 256 --gae-lambda 0.94 --ent-coef 0 \
-      --normalize-obs --normalize-reward
-  python ppo.py --env Pendulum-v1 --total-timesteps 200_000 --num-steps 256 --update-epochs 10 \
-      --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0 --no-clip-vloss \
-      --recompute-advantages
   python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 8 --num-steps 256 \
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --no-clip-vloss \
-      --norm-adv none --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward
+      --no-norm-adv --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
-MuJoCo's settings are those of Tianshou's benchmark. CleanRL's (1 x 2,048 steps, value clipping, standardised
-minibatches, one estimate of advantages, deviation 1) end at 1,600 on HalfCheetah where these end at 4,400.
+While it trains, `charts/episodic_return` should rise, `losses/explained_variance` approach 1,
+`losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller
+--learning-rate); both are means over all minibatches of an update (CleanRL logs the last).
 
-While it trains, `charts/episodic_return` should rise; `losses/explained_variance` approach 1;
-`losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller --learning-rate);
-both are means over all minibatches of the update (CleanRL logs the last).
-Resume is bitwise on Gymnasium's classic control and MuJoCo environments; elsewhere new episodes start.
+The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are marked
+where they happen: [1] to [13] in all environments ([13] not for frames), [C1] to [C9] for
+continuous actions, [A1] to [A9] for Atari.
 
-Known limits: flat observation vectors or Atari frames, Box or Discrete actions. Left out on purpose:
-recurrent policies, action masks, several GPUs.
+Networks, ppo_loss, Learner.update, and gae and Collector in the block "rollouts" are the
+algorithm, train() is the loop. The other blocks marked "shared", which sibling scripts have too,
+can wait. Known limits: observation vectors or Atari frames, Box or Discrete actions. Left out on
+purpose: recurrent policies, action masks, several GPUs.
 """
 
 import ctypes
-import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-import threading
 import time
-import timeit
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -88,168 +70,129 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seeds networks, actions, minibatches and environments"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    capture_video: bool = False
-    """record an episode at each evaluation, under the run folder's videos/"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seeds networks, actions, minibatches and environments
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    compile: bool = False  # run the loss through torch.compile
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # Gymnasium environment, `module:Id` where a package has to be imported for it; ALE/Game-v5
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "CartPole-v1"
-    """Gymnasium environment; ALE/... runs in ale_py's native vector environment"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 100_000
-    """environment steps between checkpoints (0: only at the end)"""
-    eval_frequency: int = 50_000
-    """environment steps between evaluations (0: only at the end)"""
-    eval_episodes: int = 10
-    """episodes of each evaluation (0: no evaluation)"""
-    log_frequency: int = 5_000
-    """environment steps between logged losses"""
-    diagnostics_frequency: int = 50_000
-    """environment steps between feature diagnostics (0: none)"""
-    compile: bool = False
-    """run the loss through torch.compile"""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: the encoder of Atari frames, in rollouts and losses; tf32: matrix products on a GPU"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
+    checkpoint_frequency: int = 100_000  # steps between checkpoints (0: only at the end)
+    eval_frequency: int = 50_000  # steps between evaluations and diagnostics (0: only at the end)
+    eval_episodes: int = 10  # episodes of each evaluation (0: diagnostics only)
+    log_frequency: int = 5_000  # environment steps between logged losses
 
-    # --- length and data
-    total_timesteps: int = 500_000
-    """environment steps"""
-    num_envs: int = 4
-    """N, environments stepped together"""
-    num_steps: int = 128
-    """T, steps of each environment between updates"""
-    normalize_obs: bool = False
-    """running standardisation of observations (MuJoCo: on)"""
+    # length and data
+    total_timesteps: int = 500_000  # environment steps
+    num_envs: int = 4  # N, environments stepped together
+    num_steps: int = 128  # T, steps of each environment in a rollout
+    normalize_obs: bool = False  # running standardisation of observations (MuJoCo: on)
+    # rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)
     normalize_reward: bool = False
-    """rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)"""
-    sticky: float = 0.25
-    """Atari: probability that the game repeats the last action"""
+    sticky: float = 0.25  # Atari: probability that the game repeats the last action
 
-    # --- PPO
-    learning_rate: float = 2.5e-4
-    """learning rate of Adam"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0 at --total-timesteps"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the advantage estimate"""
-    num_minibatches: int = 4
-    """minibatches an epoch"""
-    update_epochs: int = 4
-    """epochs on each batch"""
-    norm_adv: Literal["minibatch", "batch", "none"] = "minibatch"
-    """what advantages are standardised over"""
-    recompute_advantages: bool = False
-    """estimate the advantages anew, with the critic of the moment, before each epoch"""
-    clip_coef: float = 0.2
-    """eps: the ratio is clipped to 1 - eps .. 1 + eps"""
+    # PPO
+    learning_rate: float = 2.5e-4  # learning rate of Adam
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0 at --total-timesteps
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of the advantage estimate
+    num_minibatches: int = 4  # minibatches an epoch
+    update_epochs: int = 4  # epochs on each rollout
+    norm_adv: bool = True  # standardise the advantages of each minibatch
+    recompute_advantages: bool = False  # before each epoch, with the critic of the moment
+    clip_coef: float = 0.2  # eps: the ratio is clipped to 1 - eps .. 1 + eps
+    # hold V to V_old +- eps as well, in units of return: off where returns are large and unscaled
     clip_vloss: bool = True
-    """hold V to V_old +- eps as well, eps in units of return: off where returns are large and unscaled"""
-    ent_coef: float = 0.01
-    """c_e, weight of the entropy"""
+    ent_coef: float = 0.01  # c_e, weight of the entropy
+    # bonus: c_e H in the loss; return: -c_e log pi(a|s) in each reward, so that V predicts it, too
     entropy: Literal["bonus", "return"] = "bonus"
-    """bonus: c_e H in the loss; return: -c_e log pi(a|s) in each reward, the critic predicts it too"""
-    vf_coef: float = 0.5
-    """c_v, on the squared error with its 1/2"""
-    max_grad_norm: float = 0.5
-    """bound of the gradient's norm"""
-    target_kl: float | None = None
-    """stop the epochs on a batch when the policy has moved further than this; not given: never"""
-    bootstrap_truncation: bool = True
-    """value the state at which a time limit cut the episode; off: treat it as an end, as older code does"""
+    vf_coef: float = 0.5  # c_v, on the squared error with its 1/2
+    max_grad_norm: float = 0.5  # bound of the gradient's norm
+    target_kl: float | None = None  # no further epoch once the policy has moved more than this
 
-    # --- networks (vectors; Atari has the Nature network)
-    width: int = 64
-    """units in a hidden layer"""
-    depth: int = 2
-    """hidden layers"""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """activation of the hidden layers"""
-    orthogonal: bool = True
-    """orthogonal initialisation"""
-    log_std_init: float = 0.0
-    """log standard deviation of a continuous policy at the start"""
+    # networks (vectors; Atari has the Nature network)
+    width: int = 64  # units in a hidden layer
+    depth: int = 2  # hidden layers
+    log_std_init: float = 0.0  # log standard deviation of a continuous policy at the start
 
 
-LIMITS = {"gamma": (0, 0.99999), "gae_lambda": (0, 1), "sticky": (0, 1), "depth": (1, 64)}  # least, most
-LIMITS |= {"log_std_init": (-20, 20), "clip_coef": (1e-9, 1e9), "seed": (0, 1e6)}
-LIMITS |= dict.fromkeys(["learning_rate", "max_grad_norm"], (1e-12, 1e12))
-LIMITS |= dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "width"], (1, 1e6))
-LIMITS["num_steps"] = (4, 1e6)  # two valid rows even where every second one is a reset
-LIMITS |= dict.fromkeys(["total_timesteps", "log_frequency"], (1, 1e12))
+# a resumed run must have these as before: its networks and environments would not fit
+FIXED = "env_id seed num_envs normalize_obs normalize_reward width depth log_std_init".split()
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    atari = args.env_id.startswith("ALE/")
-    only_if(args, atari, "outside Atari", "sticky")
-    only_if(args, not atari, "on Atari, which has the Nature network", "width", "depth", "activation")
-    only_if(args, not atari, "on Atari, whose frames are scaled by 255", "normalize_obs")
-    only_if(args, not atari, "on Atari, whose rewards are clipped", "normalize_reward")
-    only_if(args, not atari, "on Atari", "capture_video")
-    only_if(args, args.ent_coef > 0, "with --ent-coef 0", "entropy")
-    only_if(args, args.update_epochs > 1, "with --update-epochs 1", "recompute_advantages", "target_kl")
-    only_if(args, args.eval_episodes > 0, "with --eval-episodes 0", "capture_video")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
-    if args.precision == "bf16" and not atari:
-        fail("--precision bf16 has no effect outside Atari")
-    if atari and not re.fullmatch(r"ALE/\w+-v5", args.env_id):
-        fail(f"--env-id {args.env_id}: expected ALE/ and a game's name and -v5, the one version here")
+    """Refuse what no run could use, before anything starts."""
+    check_numbers(args, "seed eval_frequency checkpoint_frequency", 0, 1e12)
+    check_numbers(args, "total_timesteps log_frequency num_envs num_steps", 1, 1e12)
+    check_numbers(args, "num_minibatches update_epochs width depth", 1, 1e12)
+    check_numbers(args, "threads eval_episodes", 0, 1e4)
+    check_numbers(args, "learning_rate clip_coef max_grad_norm", 1e-12, 1e12)
+    check_numbers(args, "ent_coef vf_coef target_kl", 0, 1e12)
+    check_numbers(args, "gamma", 0, 0.99999)
+    check_numbers(args, "gae_lambda sticky", 0, 1)
+    check_numbers(args, "log_std_init", -20, 20)
     if (rows := args.num_envs * args.num_steps) < 2 * args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: expected two rows in each, a batch has {rows}")
+        fail(f"--num-minibatches {args.num_minibatches}: a rollout has {rows} rows, each needs two")
+    if args.update_epochs == 1 and (args.recompute_advantages or args.target_kl is not None):
+        fail("--recompute-advantages, --target-kl have no effect with --update-epochs 1")
+    if args.entropy == "return" and args.ent_coef == 0:
+        fail("--entropy return has no effect with --ent-coef 0")
+    atari = args.env_id.startswith("ALE/")
+    if atari and (args.normalize_obs or args.normalize_reward):
+        fail("Atari: frames are scaled by 255, rewards clipped; no --normalize-obs, -reward")
+    if atari and (args.width, args.depth) != (Args.width, Args.depth):
+        fail("--width, --depth have no effect on Atari, which has the Nature network")
+    if not atari and args.sticky != Args.sticky:
+        fail("--sticky has no effect outside Atari")
 
 
-# ------------------------------------------------------------------------------------------- networks
-def layer(fan_in: int, fan_out: int, gain: float, args: Args, kind=nn.Linear, **shape) -> nn.Module:
+# --------------------------------------------------------------------------------------- networks
+def layer_init(layer, gain: float = 2**0.5):
     """[2] Orthogonal weights, zero bias."""
-    m = kind(fan_in, fan_out, **shape)
-    if args.orthogonal:
-        nn.init.orthogonal_(m.weight, gain)
-        nn.init.zeros_(m.bias)
-    return m
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
-    """Hidden layers of --width; the last gain is small for a policy, so that it starts near uniform."""
-    sizes, act = [fan_in] + [args.width] * args.depth, {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
-    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (layer(i, o, 2**0.5, args), act())]
-    return nn.Sequential(*hidden, layer(sizes[-1], fan_out, gain, args))
+    """Hidden layers with tanh; `gain` is the last layer's, small for a policy that shall start
+    near uniform."""
+    sizes = [fan_in] + [args.width] * args.depth
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [layer_init(nn.Linear(i, o)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], fan_out), gain))
 
 
 class Agent(nn.Module):
-    """Policy and value. `head` is what the policy's last layer says: logits (B, actions) of a categorical, or
-    the mean (B, d) of a Gaussian [C1] of independent dimensions [C3] whose log_std is a parameter [C2]."""
+    """Policy and value. `head` is what the policy's last layer says: logits (B, actions) of a
+    categorical, or the mean (B, d) of a Gaussian [C1] of independent dimensions [C3] whose log_std
+    is a parameter [C2]; a Box is [-1, 1] here."""
 
     def __init__(self, obs_space, act_space, args: Args):
         super().__init__()
-        self.discrete, self.image = isinstance(act_space, gym.spaces.Discrete), len(obs_space.shape) == 3
-        self.bf16 = args.precision == "bf16"
+        self.discrete = isinstance(act_space, gym.spaces.Discrete)
+        self.image = len(obs_space.shape) == 3
         outputs = int(act_space.n) if self.discrete else act_space.shape[0]
         if self.image:  # [A8] the Nature network, shared by policy and value
-            convs = [(4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)]
-            parts = [
-                (layer(i, o, 2**0.5, args, nn.Conv2d, kernel_size=k, stride=s), nn.ReLU())
-                for i, o, k, s in convs
-            ]
-            dense = (nn.Flatten(), layer(64 * 7 * 7, 512, 2**0.5, args), nn.ReLU())
-            self.encoder = nn.Sequential(*(m for part in parts for m in part), *dense)
-            self.actor, self.critic = layer(512, outputs, 0.01, args), layer(512, 1, 1.0, args)
+            self.encoder = nn.Sequential(
+                layer_init(nn.Conv2d(4, 32, kernel_size=8, stride=4)),
+                nn.ReLU(),
+                layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
+                nn.ReLU(),
+                layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
+                nn.ReLU(),
+                nn.Flatten(),
+                layer_init(nn.Linear(64 * 7 * 7, 512)),
+                nn.ReLU(),
+            )
+            self.actor = layer_init(nn.Linear(512, outputs), 0.01)
+            self.critic = layer_init(nn.Linear(512, 1), 1.0)
             self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         else:  # [13] [C4] separate networks
             self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
@@ -258,12 +201,11 @@ class Agent(nn.Module):
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
 
     def encode(self, obs):
-        """What policy and value read: frames through the shared network, vectors as they are; (B, D)."""
+        """What policy and value read: vectors as they are, frames through the network; (B, D)."""
         if not self.image:
             return obs
-        x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)  # [A9] to [0, 1]
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
-            return self.encoder(x).float()
+        x = obs.contiguous(memory_format=torch.channels_last)
+        return self.encoder(x.float().div_(255))  # [A9] to [0, 1]
 
     def forward(self, obs):
         """head (B, outputs) and V(s) (B,)."""
@@ -274,12 +216,12 @@ class Agent(nn.Module):
         """head alone, for a step of the environments."""
         return self.actor(self.encode(obs))
 
-    def features(self, obs):
-        """What the last linear layers of policy and value read, each (B, D), for the diagnostics."""
+    def features(self, obs) -> dict:
+        """What the last layers of policy and value read, (B, D) each, for the diagnostics."""
         if self.image:
             phi = self.encode(obs)
-            return phi, phi
-        return self.actor[:-1](obs), self.critic[:-1](obs)
+            return {"policy": phi, "value": phi}
+        return {"policy": self.actor[:-1](obs), "value": self.critic[:-1](obs)}
 
     def sample(self, head):
         if self.discrete:
@@ -304,7 +246,7 @@ class Agent(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(head))
 
 
-# --------------------------------------------------------------------------- the loss and the update
+# ----------------------------------------------------------------------------- loss and update
 class Batch(NamedTuple):
     obs: torch.Tensor  # (B, ...), standardised or frames
     act: torch.Tensor  # (B,) or (B, d)
@@ -318,229 +260,246 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
     """-L + c_v (V - target)^2 / 2 - c_e H (Eqs. 7 and 9), and what to watch [12]."""
     head, value = agent(batch.obs)
     advantage = batch.advantage
-    if args.norm_adv == "minibatch":  # [7] standardised advantages
+    if args.norm_adv:  # [7]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     log_ratio = agent.log_prob(head, batch.act) - batch.logp
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # [8] clipped surrogate
+    policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()  # [8]
     error = (value - batch.target) ** 2
-    if args.clip_vloss:  # [9] clipped value
+    if args.clip_vloss:  # [9]
         near = batch.value + (value - batch.value).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max(error, (near - batch.target) ** 2)
-    value_loss, entropy = 0.5 * error.mean(), agent.entropy(head).mean()
+    value_loss = 0.5 * error.mean()
+    entropy = agent.entropy(head).mean()
     bonus = args.ent_coef if args.entropy == "bonus" else 0.0
-    loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10] entropy bonus
-    with torch.no_grad():  # two estimates of KL(pi_old || pi), unbiased on fresh rows, one never below 0
-        info = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
-        info["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return loss, info | {k: v.detach() for k, v in terms.items()}
+    loss = policy_loss + args.vf_coef * value_loss - bonus * entropy  # [10]
+    info = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        # KL(pi_old || pi) by two estimates, unbiased on fresh rows; the second is never below 0
+        "old_approx_kl": -log_ratio.mean(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+    return loss, {name: x.detach() for name, x in info.items()}
 
 
 class Learner(nn.Module):
-    """Agent, normalisers and optimiser."""
+    """Agent, running statistics and optimiser."""
 
     def __init__(self, obs_space, act_space, args: Args, device):
         super().__init__()
         self.args, self.device = args, device
         self.agent = Agent(obs_space, act_space, args)
-        self.obs_stats = Moments(obs_space.shape) if args.normalize_obs else None
-        self.return_stats = Moments(()) if args.normalize_reward else None
+        self.obs_stats = RunningMeanStd(obs_space.shape) if args.normalize_obs else None
+        self.return_stats = RunningMeanStd(()) if args.normalize_reward else None
         self.to(device)
         self.loss = torch.compile(ppo_loss) if args.compile else ppo_loss
-        # [3] Adam's epsilon: 1e-5
-        self.optim = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        adam = {"lr": args.learning_rate, "eps": 1e-5, "fused": True}  # [3] a larger epsilon
+        self.optim = {"agent": torch.optim.Adam(self.agent.parameters(), **adam)}
 
     def standardised(self, obs):
-        """Observations of an environment (numpy) as the networks see them, on the device:
-        standardised [C6] and clipped [C7]."""
+        """Observations of an environment (numpy) as the networks see them, on the device: frames
+        as they are, vectors standardised [C6] and clipped [C7] if --normalize-obs."""
         obs = torch.as_tensor(obs, device=self.device)
-        if obs.ndim == 4:  # frames
+        if self.agent.image:
             return obs
         obs = obs.float()
-        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize_obs else obs
+        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.obs_stats else obs
+
+    @torch.no_grad()
+    def act(self, obs, explore: bool):
+        """Actions for an environment's observations: a sample of pi, or its mode."""
+        head = self.agent.policy(self.standardised(obs))
+        return self.agent.sample(head) if explore else self.agent.mode(head)
 
     def update(self, rollout) -> dict:
-        """--update-epochs passes over the rollout's valid rows in shuffled minibatches [6]; mean losses.
-        train() moves the learning rate and, afterwards, the observations' normaliser."""
+        """--update-epochs passes over the rollout in shuffled minibatches [6]; mean losses. train()
+        moves the learning rate; the observations' statistics take the rollout in last."""
         args, infos, batch = self.args, [], self.batch_of(rollout)
         unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_advantages:
                 batch = self.batch_of(rollout)
-            n = len(batch.logp)
-            parts = max(1, min(args.num_minibatches, n // 2))  # one row has no standard deviation
-            order = torch.randperm(n, device=self.device)
-            columns = (x[order].tensor_split(parts) for x in batch)  # one gather an epoch, then views
+            order = torch.randperm(len(batch.logp), device=self.device)
+            columns = [x[order].tensor_split(args.num_minibatches) for x in batch]
             for minibatch in zip(*columns):
                 loss, info = self.loss(self.agent, Batch(*minibatch), args)
-                self.optim.zero_grad()
+                self.optim["agent"].zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm, foreach=True)  # [11]
-                self.optim.step()
+                nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm)  # [11]
+                self.optim["agent"].step()
                 infos.append(info)
-            kl = torch.stack([i["approx_kl"] for i in infos[-parts:]]).mean()
-            if args.target_kl is not None and kl > args.target_kl:
-                break
-        out = {k: torch.stack([i[k] for i in infos]).mean() for k in infos[0]}
-        epochs = torch.tensor(epoch + 1.0, device=self.device)
-        return out | {"explained_variance": 1 - unexplained, "epochs": epochs}
+            last_epoch = infos[-args.num_minibatches :]
+            if args.target_kl is not None:
+                if sum(x["approx_kl"] for x in last_epoch) / len(last_epoch) > args.target_kl:
+                    break
+        if args.normalize_obs:
+            self.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
+        means = {name: torch.stack([x[name] for x in infos]).mean() for name in infos[0]}
+        return means | {"explained_variance": 1 - unexplained, "epochs": epoch + 1}
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
-        """Advantages and the flat batch of valid rows: rows of a reset are left out."""
-        args, value = self.args, rollout.value
-        if args.recompute_advantages:  # a critic's pass over (T + 1) x N rows
-            value = in_chunks(self.agent, rollout.obs)[1]
-        end = rollout.terminated if args.bootstrap_truncation else rollout.over
+        """Advantages, targets and the rest, flat."""
+        args, value, next_value = self.args, rollout.value, rollout.next_value
+        ends = (rollout.terminated, rollout.truncated)
+        if args.recompute_advantages:
+            _, value, next_value = assess(self.agent, rollout.states, *ends)
         rew = rollout.rew
         if args.entropy == "return":
             rew = rew - args.ent_coef * rollout.logp
-        arrays = [x.cpu().numpy() for x in (rew, value, end, rollout.over)]
-        advantage = torch.from_numpy(gae(*arrays, args.gamma, args.gae_lambda)).to(value)
-        target = advantage + value[:-1]
-        rows = rollout.valid.flatten().nonzero()[:, 0]
-        columns = (rollout.obs[:-1], rollout.act, rollout.logp, rollout.value[:-1], advantage, target)
-        batch = Batch(*(x.flatten(0, 1)[rows] for x in columns))
-        if args.norm_adv == "batch":
-            spread = batch.advantage.std() + 1e-8
-            batch = batch._replace(advantage=(batch.advantage - batch.advantage.mean()) / spread)
-        return batch
-
-    def checkpoint(self) -> dict:
-        return {"networks": self.state_dict(), "optim": self.optim.state_dict()}
-
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        load_optimizer(self.optim, saved["optim"])
+        over = rollout.terminated | rollout.truncated
+        advantage = gae(rew, value, next_value, over, args.gamma, args.gae_lambda)
+        columns = (rollout.act, rollout.logp, rollout.value, advantage, advantage + value)
+        return Batch(rollout.states[: rew.numel()], *(x.flatten(0, 1) for x in columns))
 
 
-# ---------------------------------------------------------------------------------------- environments
-def atari(args: Args, n: int, training: bool):
-    """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], fire on reset [A4],
-    84 x 84 gray [A5], four frames stacked [A7]. Lives are reported here, and rewards are true: the rollout
-    ends learning's episodes with a life and clips. Fire is pressed after a real reset only. After a lost
-    life the policy must press it itself; if it never does, the episode runs to the usual cap of 108,000
-    frames, in evaluations too."""
-    need("ale_py")
-    game = re.sub(r"(?<!^)(?=[A-Z])", "_", args.env_id.removeprefix("ALE/").split("-")[0]).lower()
-    try:
-        vector = importlib.import_module("ale_py.vector_env").AtariVectorEnv
-        options = {"reward_clipping": False, "repeat_action_probability": args.sticky}
-        return vector(game, n, life_loss_info=training, **options)  # episodic_life would restart the game
-    except Exception as e:
-        fail(f"--env-id {args.env_id}: {type(e).__name__}: {first_line(e)}")
+# ------------------------------------------------------------------------------------ environments
+class Atari(gym.vector.VectorWrapper):
+    """ale_py's vector environment: noops [A1], frames skipped and max-pooled [A2], fire pressed on
+    reset [A4], 84 x 84 grey [A5], four frames stacked [A7]. With `training` a lost life terminates
+    [A3], without a reset, and rewards are clipped to their sign [A6]; returns are the true ones of
+    whole games. After a lost life the policy must press fire itself; if it never does, the game
+    ends by the usual cap of 108,000 frames, in evaluations too."""
+
+    def __init__(self, args: Args, n: int, training: bool):
+        import ale_py
+        from ale_py.vector_env import AtariVectorEnv
+
+        gym.register_envs(ale_py)
+        game = gym.spec(args.env_id).kwargs["game"]  # ale_py's own list: tic_tac_toe_3d
+        self.training = training
+        envs = AtariVectorEnv(
+            game,
+            n,
+            reward_clipping=False,
+            repeat_action_probability=args.sticky,
+            life_loss_info=training,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+        )
+        super().__init__(envs)
+
+    def reset(self, *, seed: list[int], options=None):
+        seeds = np.array(seed) % 2**31  # ale_py's are 32 bits wide
+        obs, info = self.env.reset(seed=seeds)
+        self.lives = info["lives"]
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        return obs, {}
+
+    def step(self, act):
+        """Infos as of the block "environments": where a game ended, its last observation, return
+        and length. A terminated row with fewer lives than before is a lost life; after a game's
+        end the lives are the next one's. (Adventure ends with one life left.)"""
+        obs, rew, terminated, truncated, info = self.env.step(act)
+        over = terminated & (info["lives"] >= self.lives) | truncated
+        self.lives = info["lives"]
+        self.returns += rew
+        self.lengths += 1
+        infos = {}
+        if over.any():
+            ended = {"return": self.returns.copy(), "length": self.lengths.copy()}
+            infos = {"final_obs": info["final_obs"], "final_info": ended, "_final_info": over}
+            self.returns[over] = self.lengths[over] = 0
+        return obs, np.sign(rew) if self.training else rew, terminated, truncated, infos
 
 
-def make_train_envs(args: Args):
-    game = args.env_id.startswith("ALE/")
-    envs = atari(args, args.num_envs, True) if game else make_envs(args.env_id, args.num_envs)
-    act, obs = envs.single_action_space, envs.single_observation_space
-    frames = game and obs.dtype == np.uint8 and obs.shape == (4, 84, 84)
-    if not isinstance(obs, gym.spaces.Box) or not (len(obs.shape) == 1 or frames):
-        fail(f"--env-id {args.env_id}: observations are {obs}, expected a Box of one dimension, or ALE/...")
-    discrete, box = (isinstance(act, kind) for kind in (gym.spaces.Discrete, gym.spaces.Box))
-    if not discrete and not (box and len(act.shape) == 1):
-        fail(f"--env-id {args.env_id}: actions are {act}, expected Discrete or a Box of one dimension")
-    only_if(args, not discrete, "with discrete actions", "log_std_init")
+def make(args: Args, n: int, run: ExitStack, training: bool):
+    """n environments stepped together, or None for n = 0."""
+    if n == 0 or not args.env_id.startswith("ALE/"):
+        return make_envs(args.env_id, n, run)
+    with failing(f"--env-id {args.env_id} (pip install ale_py; games are ALE/Name-v5)", Exception):
+        envs = Atari(args, n, training)
+    run.callback(envs.close)
     return envs
 
 
-def make_eval_envs(args: Args):
-    n = args.eval_episodes
-    return atari(args, n, False) if args.env_id.startswith("ALE/") else make_envs(args.env_id, n)
+def check_spaces(envs, args: Args, device):
+    """Refuse what the networks cannot read or write, and rollouts beyond the memory."""
+    obs, act = envs.single_observation_space, envs.single_action_space
+    discrete = isinstance(act, gym.spaces.Discrete)
+    if isinstance(obs, gym.spaces.Box) and len(obs.shape) != 1 and not isinstance(envs, Atari):
+        fail(f"--env-id {args.env_id}: observations are {obs}, expected vectors, or ALE/...")
+    if not discrete:
+        check_boxes(envs, args.env_id)
+    elif args.log_std_init != Args.log_std_init:
+        fail("--log-std-init has no effect with discrete actions")
+    row = math.prod(obs.shape) * (1 if isinstance(envs, Atari) else 4) + 64
+    size = 3 * args.num_envs * (args.num_steps + 1) * row  # as steps, as states, shuffled
+    reserve(size, "rollout, roughly", device)
 
 
-def reserve_rollout(envs, args: Args, device):
-    """Says what a rollout takes: observations three times (its stack, the valid rows, the same shuffled);
-    the rest is small."""
-    shape = envs.single_observation_space.shape
-    row = math.prod(shape) * (1 if len(shape) == 3 else 4)  # frames stay bytes
-    reserve(3 * args.num_envs * (args.num_steps + 1) * (row + 64), "rollout, roughly", device)
-
-
-# ------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
-    device, saved = set_up(args), find_checkpoint(args)
-    if saved and (past := finished(saved, "global_step", args.total_timesteps)):
-        return past
-    if saved and args.anneal_lr and saved["args"]["total_timesteps"] != args.total_timesteps:
-        print(f"--anneal-lr: the learning rate now falls to 0 at step {args.total_timesteps:,}")
-    envs = make_train_envs(args)
-    eval_envs = make_eval_envs(args) if args.eval_episodes else None
-    learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
-    reserve_rollout(envs, args, device)
-    player = Player(envs, args.seed)
-    step, episodes, returns, info = 0, [], np.full(1, math.nan), {}
-    if saved:
-        step, episodes, returns = saved["step"], saved["episodes"], np.array(saved["returns"])
-        learner.restore(saved["learner"])
-        player.restore(saved["player"], args.seed + step)
-        restore_random_state(saved["random"])
-    video = Video(args.env_id) if args.capture_video else None
-    run = Run(args, {}, saved)
-    greedy = lambda obs: acting(learner, obs[None], envs.single_action_space)[0]
+    device = set_up(args)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in full precision: ranks need it
+    with Run(args, args.total_timesteps) as run:
+        envs = make(args, args.num_envs, run, training=True)
+        eval_envs = make(args, args.eval_episodes, run, training=False)
+        check_spaces(envs, args, device)
+        learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
+        collector = Collector(envs, args)
+        step, last_return, returns = 0, math.nan, np.zeros(0)
+        if run.saved:
+            step, last_return = run.saved["step"], run.saved["last_return"]
+            returns = np.array(run.saved["returns"])
+            run.restore(learner, learner.optim)
+            collector.load_state_dict(run.saved["collector"], step)
+        run.open()
 
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "player": player.checkpoint(), "random": random_state()}
-        state |= {"step": step, "episodes": episodes, "returns": returns.tolist()}
-        run.save("checkpoint.pt", state)
+        def save():
+            numbers = {"last_return": last_return, "returns": returns.tolist()}
+            run.save(step, learner, learner.optim, collector=collector.state_dict(), **numbers)
 
-    progress = Progress("training", args.total_timesteps, step)
-    with StopSignal() as stop:
-        while step < args.total_timesteps and not stop.signum:
-            if args.anneal_lr:  # [4] the learning rate falls to 0
-                learner.optim.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.total_timesteps)
-            rollout, ended = player.collect(learner, args)  # [1] vectorised: N environments, T steps
+        while step < args.total_timesteps and not run.signum:
+            lr = args.learning_rate
+            if args.anneal_lr:  # [4]
+                lr *= 1 - step / args.total_timesteps
+            learner.optim["agent"].param_groups[0]["lr"] = lr
+            rollout, ended = collector.collect(learner)  # [1] N environments, T steps
             info = learner.update(rollout)
-            before, step = step, step + int(rollout.valid.sum())
-            check_finite(step, info | dict(learner.named_parameters()))  # before NaN is sampled from
-            if args.normalize_obs:
-                learner.obs_stats.update(rollout.raw_obs)
+            before, step = step, step + args.num_envs * args.num_steps
 
-            every = lambda n: n > 0 and step // n > before // n  # noqa: B023
-            diagnosing, logging = every(args.diagnostics_frequency), every(args.log_frequency)
-            scoring = eval_envs and (every(args.eval_frequency) or step >= args.total_timesteps)
-            episodes = [*episodes, *ended][-100:]
-            if ended:
-                score, length = np.mean(ended, axis=0)  # of the episodes that ended in this rollout
-                run.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, step)
-            if logging:
-                lr = learner.optim.param_groups[0]["lr"]
-                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
-                run.scalars({"charts/SPS": progress.rate(step), "charts/learning_rate": lr}, step)
-            with progress.paused(diagnosing or scoring):
-                if diagnosing:
-                    moment = diagnose(learner, rollout)
-                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                if scoring:
+            if ended:  # means of the episodes that ended in this rollout
+                last_return, length = np.mean(ended, axis=0).tolist()
+                run.log(step, {"charts/episodic_return": last_return})
+                run.log(step, {"charts/episodic_length": length})
+            if every(args.log_frequency, before, step):
+                run.log(step, {"losses/" + name: x for name, x in info.items()})
+                run.log(step, {"charts/SPS": run.rate(step), "charts/learning_rate": lr})
+                run.show(
+                    min(step, args.total_timesteps), KL=info["approx_kl"], last_return=last_return
+                )
+            if every(args.eval_frequency, before, step) or step >= args.total_timesteps:
+                with run.paused():
                     returns = evaluate(learner, eval_envs, args)
-                    run.scalars({"eval/episodic_return": returns.mean()}, step)
-                    if video:
-                        video.record(greedy, run.dir / "videos", 1_000_000 + 1_000 * args.seed, step)
-            if every(args.checkpoint_frequency) and step < args.total_timesteps:
+                    numbers = diagnose(learner, rollout)
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
+                if eval_envs:
+                    run.log(step, {"eval/episodic_return": returns.mean()})
+            if every(args.checkpoint_frequency, before, step):
                 save()
-            recent = {"return": np.mean([r for r, _ in episodes[-20:]] or [math.nan]), "eval": returns.mean()}
-            progress.show(min(step, args.total_timesteps), recent | {"KL": info["approx_kl"]})
         save()
-        if stop.signum:
-            run.stopped(stop.signum)
-    summary = {"global_step": step, "steps_per_second": progress.rate(step)}
-    summary["eval_episodes"] = args.eval_episodes
-    summary["train_return_mean"] = float(np.mean([r for r, _ in episodes])) if episodes else None
-    if eval_envs:
-        summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
-        print(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-    return run.finish(summary)
+        run.stop_if_asked()
+        summary = {"global_step": step, "steps_per_second": run.rate(step)}
+        if eval_envs:
+            say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
+            summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
+        return run.finish(summary)
 
 
 # === shared: rollouts (canonical copy: ppo.py) ===
-class Moments(nn.Module):
-    """Running mean and variance, merged batch by batch (Chan et al.), in float64; part of the checkpoint."""
+# Needs env_seeds(), play() and to_env() of the block "environments", fail() and say() of "run",
+# and for diagnose() the block "diagnostics". A learner has .agent, .device, .standardised(obs),
+# .return_stats, .act(obs, explore); an agent .policy(obs) -> head, .sample(head), .log_prob(head,
+# act), .features(obs) and, when called with obs, head and V(s).
+class RunningMeanStd(nn.Module):
+    """Running mean and variance, merged batch by batch (Chan et al.), in float64; as buffers they
+    are part of the checkpoint."""
 
     def __init__(self, shape: tuple):
         super().__init__()
@@ -550,666 +509,616 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """x: (rows, *shape); no rows change nothing."""
-        if len(x) == 0:
-            return
+        """x: (rows, *shape), at least one row."""
         x, n = x.to(self.mean), len(x)
-        gap, total = x.mean(0) - self.mean, self.count + n
-        m2 = self.var * self.count + x.var(0, unbiased=False) * n + gap**2 * self.count * n / total
+        total = self.count + n
+        gap = x.mean(0) - self.mean
+        within = self.var * self.count + x.var(0, correction=0) * n
+        self.var.copy_((within + gap**2 * self.count * n / total) / total)
         self.mean += gap * n / total
-        self.var.copy_(m2 / total)
-        self.count += n
+        self.count.copy_(total)
 
     def standardise(self, x):
         return (x - self.mean.float()) / (self.var.float() + 1e-8).sqrt()
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. The row after an episode's end is gymnasium's NEXT_STEP reset, not `valid`:
+    """T steps of N environments. Where an episode ends, the next row is a new one's first."""
 
-    t      obs[t]               over[t]  valid[t]
-    k      s                    1        1
-    k + 1  the true last one    0        0         its action is ignored, its reward 0
-    k + 2  a new episode's s_0  0        1
-    """
-
-    obs: torch.Tensor  # (T + 1, N, ...), standardised or frames
-    act: torch.Tensor  # (T, N) or (T, N, d)
-    logp: torch.Tensor  # (T, N)
-    value: torch.Tensor  # (T + 1, N)
-    rew: torch.Tensor  # (T, N), scaled or clipped as the training sees it
-    terminated: torch.Tensor  # (T, N)
-    over: torch.Tensor  # (T, N), terminated (in Atari also by a lost life, without a reset) or truncated
-    valid: torch.Tensor  # (T, N)
-    raw_obs: torch.Tensor | None  # (valid rows, obs), for the normaliser
+    # every s_t, step by step; the N that follow the last step; and the true last observations of
+    # the K truncated episodes: standardised, or frames
+    states: torch.Tensor  # (T N + N + K, ...)
+    act: torch.Tensor  # (T, N) or (T, N, d), as sampled
+    logp: torch.Tensor  # (T, N), log pi(a|s)
+    value: torch.Tensor  # (T, N), V(s)
+    next_value: torch.Tensor  # (T, N), V(s'), see assess()
+    rew: torch.Tensor  # (T, N), as the training sees it
+    terminated: torch.Tensor  # (T, N), bool
+    truncated: torch.Tensor  # (T, N), bool, never where terminated
+    raw_obs: list  # with --normalize-obs: T arrays (N, ...), as the environments gave them
 
 
-def gae(rew, value, end, over, gamma: float, lam: float):
-    """A_t = delta_t + gamma lambda A_{t+1} within an episode [5]; rew, end, over (T, N), value (T + 1, N).
+def assess(agent, states, terminated, truncated) -> tuple:
+    """Of a rollout's states: head (T N, outputs), V(s) and V(s'), each (T, N). V(s') is 0 after a
+    termination, and the value of the true last observation after a truncation."""
+    parts = [agent(x) for x in states.split(1024)]
+    head, value = (torch.cat(x) for x in zip(*parts))
+    (T, N), rows = terminated.shape, terminated.numel()
+    next_value = value[N : rows + N].view(T, N).masked_fill(terminated, 0)
+    next_value[truncated] = value[rows + N :]
+    return head[:rows], value[:rows].view(T, N), next_value
 
-    `end` cuts the bootstrap (termination), `over` the sum (any end of an episode). After a truncation
-    value[t + 1] is the value of the true last observation. What stands in a reset's row goes nowhere: the
-    `over` of the row before keeps it out. (Where environments reset at once there is no such row, and
-    value[t + 1] is a new episode's: add gamma V(last observation) to a truncated row's rew, end = over.)"""
-    delta = rew + gamma * value[1:] * (1 - end) - value[:-1]
-    advantage, last = np.zeros_like(delta), 0.0
+
+def gae(rew, value, next_value, over, gamma: float, lam: float):
+    """A_t = delta_t + gamma lambda A_{t+1}, cut where an episode is over [5]; all (T, N)."""
+    delta = (rew + gamma * next_value - value).cpu().numpy()
+    weight = gamma * lam * (~over).cpu().numpy()
+    advantage, later = np.zeros_like(delta), 0.0
     for t in reversed(range(len(delta))):
-        last = delta[t] + gamma * lam * (1 - over[t]) * last
-        advantage[t] = last
-    return advantage
+        advantage[t] = later = delta[t] + weight[t] * later
+    return torch.from_numpy(advantage).to(rew)
 
 
-def in_chunks(agent, obs) -> tuple:
-    """head and V(s) of all rows of obs (T, N, ...), 1,024 at a time: (T, N, outputs) and (T, N)."""
-    pairs = [agent(x) for x in obs.flatten(0, 1).split(1024)]
-    return tuple(torch.cat(x).unflatten(0, obs.shape[:2]) for x in zip(*pairs))
+class Collector:
+    """Steps the environments, --num-steps at a time."""
 
-
-class Player:
-    """Steps the environments, T at a time."""
-
-    def __init__(self, envs, seed: int):
-        if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-            fail(f"autoreset of {envs}: expected NEXT_STEP, whose rows are counted here")
-        self.envs, self.n = envs, envs.num_envs
-        self.obs, _ = envs.reset(seed=seed)
-        self.over = np.zeros(self.n, bool)  # where the next row is a reset
-        self.returns, self.lengths = np.zeros(self.n), np.zeros(self.n, int)
-        self.discounted = np.zeros(self.n)
+    def __init__(self, envs, args):
+        self.envs, self.args = envs, args
+        self.obs, _ = envs.reset(seed=env_seeds(args.seed, envs.num_envs))
+        self.discounted = np.zeros(envs.num_envs)  # running discounted sums of rewards
 
     @torch.no_grad()
-    def collect(self, learner, args: Args) -> tuple[Rollout, list]:
-        """A rollout, and (return, length) of the episodes that ended in it. The observations' normaliser
-        stands still meanwhile, so that the policy that played is the policy that is updated; the scale of
-        the rewards takes the rollout in first."""
-        T, N, device, space = args.num_steps, self.n, learner.device, self.envs.single_action_space
-        rew, terminated, over = (np.zeros((T, N), np.float32) for _ in range(3))
-        valid = np.zeros((T, N), bool)
-        observations, actions, raw, ended = [], [], [], []
-        for t in range(T):
-            must_be_finite(self.obs, "an observation", args)  # before NaN is sampled from
-            observations.append(learner.standardised(self.obs))
-            actions.append(learner.agent.sample(learner.agent.policy(observations[t])))
-            valid[t] = ~self.over
+    def collect(self, learner) -> tuple[Rollout, list]:
+        """A rollout, and (return, length) of each episode that ended in it. The statistics of the
+        observations stand still meanwhile, so that the policy that plays is the one that is
+        updated; those of the rewards take the rollout in first."""
+        agent, args = learner.agent, self.args
+        for name, x in agent.named_parameters():
+            finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
+        obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
+        for _ in range(args.num_steps):
             if args.normalize_obs:
-                raw.append(torch.as_tensor(self.obs)[torch.from_numpy(~self.over)])
-            self.obs, rew[t], ended_here, cut, infos = self.envs.step(clip_to_env(actions[t], space))
-            terminated[t], over[t] = ended_here, ended_here | cut
-            lives = infos["lives"] if self.obs.ndim == 4 else 0
-            self.over = cut | ended_here & (lives == 0)  # [A3] a lost life is not the game's end
-            self.returns, self.lengths = self.returns + rew[t], self.lengths + valid[t]
-            for i in np.flatnonzero(self.over):
-                ended.append((float(self.returns[i]), int(self.lengths[i])))
-                self.returns[i], self.lengths[i] = 0.0, 0
-        must_be_finite(self.obs, "an observation", args)
-        must_be_finite(rew, "a reward", args)
-        obs, act = torch.stack([*observations, learner.standardised(self.obs)]), torch.stack(actions)
-        head, value = in_chunks(learner.agent, obs)  # once a rollout is cheaper than once a step
-        logp = learner.agent.log_prob(head[:-1].flatten(0, 1), act.flatten(0, 1)).view(T, N)
-        if self.obs.ndim == 4:  # frames
-            rew = np.sign(rew)  # [A6] clipped rewards
-        elif args.normalize_reward:
-            rew = self.scaled(rew, over, valid, learner, args)
-        rew, terminated, over, valid = (
-            torch.from_numpy(x).to(device) for x in (rew, terminated, over, valid)
-        )
-        raw = torch.cat(raw) if raw else None
-        return Rollout(obs, act, logp, value, rew, terminated, over, valid, raw), ended
+                raw_obs.append(self.obs)
+            obs.append(learner.standardised(finite(self.obs, "an observation")))
+            acts.append(agent.sample(agent.policy(obs[-1])))
+            step = self.envs.step(to_actions(acts[-1], self.envs))
+            self.obs, rew, terminated, truncated, infos = step
+            truncated = truncated & ~terminated
+            steps.append((rew, terminated, truncated))
+            if truncated.any():
+                last = finite(np.stack(infos["final_obs"][truncated]), "an observation")
+                last_obs.append(learner.standardised(last))
+            for i in np.flatnonzero(infos.get("_final_info", False)):
+                info = infos["final_info"]
+                ended.append((float(info["return"][i]), int(info["length"][i])))
+        obs.append(learner.standardised(finite(self.obs, "an observation")))
+        rew, terminated, truncated = (np.stack(x) for x in zip(*steps))
+        rew = finite(rew, "a reward").astype(np.float32)
+        if args.normalize_reward:
+            rew = self.scaled(rew, terminated | truncated, learner.return_stats)
+        states, act = torch.cat(obs + last_obs), torch.stack(acts)
+        columns = (torch.from_numpy(x).to(states.device) for x in (rew, terminated, truncated))
+        rew, terminated, truncated = columns
+        head, value, next_value = assess(agent, states, terminated, truncated)
+        logp = agent.log_prob(head, act.flatten(0, 1)).view(rew.shape)
+        ends = (terminated, truncated)
+        return Rollout(states, act, logp, value, next_value, rew, *ends, raw_obs), ended
 
-    def scaled(self, rew, over, valid, learner, args: Args):
-        """Rewards over the running deviation of their discounted sum so far, then clipped: [C8] [C9]."""
-        sums = np.zeros_like(rew, dtype=np.float64)
+    def scaled(self, rew, over, stats: RunningMeanStd):
+        """Rewards over the running deviation of their discounted sum so far, clipped [C8] [C9]."""
+        sums = np.zeros(rew.shape)
         for t in range(len(rew)):
-            sums[t] = self.discounted = self.discounted * args.gamma + rew[t]
-            self.discounted = self.discounted * (1 - over[t])
-        learner.return_stats.update(torch.from_numpy(sums[valid]))
-        return np.clip(rew / float((learner.return_stats.var + 1e-8).sqrt()), -10, 10).astype(np.float32)
+            sums[t] = self.discounted * self.args.gamma + rew[t]
+            self.discounted = sums[t] * ~over[t]
+        stats.update(torch.from_numpy(sums).flatten())
+        return (rew / float((stats.var + 1e-8).sqrt())).clip(-10, 10).astype(np.float32)
 
-    def checkpoint(self) -> dict:
-        names = ("obs", "over", "returns", "lengths", "discounted")
-        return {k: torch.from_numpy(getattr(self, k).copy()) for k in names} | {"envs": env_states(self.envs)}
+    def state_dict(self) -> dict:
+        envs = [env.state_dict() for env in getattr(self.envs, "envs", [])]
+        return {"envs": envs, "discounted": torch.from_numpy(self.discounted)}
 
-    def restore(self, saved: dict, seed: int):
-        if saved["envs"] is None:
-            print("these environments cannot be restored exactly: new episodes start")
-            self.obs, _ = self.envs.reset(seed=seed)
+    def load_state_dict(self, saved: dict, step: int):
+        """The environments go on where they were, if they can."""
+        if not saved["envs"]:  # Atari
+            say("these environments cannot be repeated: new episodes start")
+            seeds = env_seeds(self.args.seed + 10**13 * step, self.envs.num_envs)
+            self.obs, _ = self.envs.reset(seed=seeds)  # no other seed's and no other step's
             return
-        for k in ("obs", "over", "returns", "lengths", "discounted"):
-            setattr(self, k, saved[k].numpy())
-        restore_envs(self.envs, saved["envs"], self.over)
+        self.discounted = saved["discounted"].numpy()
+        for i, (env, state) in enumerate(zip(self.envs.envs, saved["envs"])):
+            if not env.load_state_dict(state):
+                say(f"environment {i} does not repeat itself from its seed: a new episode starts")
+                self.discounted[i] = 0
+        self.obs = np.stack([env.obs for env in self.envs.envs])
 
 
-def must_be_finite(x: np.ndarray, what: str, args):
-    """Stop with status 3 if an environment hands out a NaN or an infinity."""
+def finite(x, what: str):
+    """x, an array of numbers; if one of them is NaN or infinite, the run ends with status 3."""
     if not np.isfinite(x).all():
-        fail(f"--env-id {args.env_id}: {what} is not finite; the last checkpoint is from before", 3)
+        fail(f"{what} is not finite; the last checkpoint is from before", 3)
+    return x
 
 
-def clip_to_env(act, space) -> np.ndarray:
-    """[C5] Actions as the environment takes them: a Box's are clipped here, a Discrete's counted from
-    its first; the sample stays as it was."""
-    act = act.cpu().numpy()
-    box = isinstance(space, gym.spaces.Box)
-    return np.clip(act, space.low, space.high) if box else act + space.start
+def to_actions(act, envs) -> np.ndarray:
+    """What environments take: of a Discrete, numbers from its first one on; of a Box, [-1, 1]
+    scaled to its bounds and clipped there [C5], while the sample stays as it was."""
+    space = envs.single_action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return act.cpu().numpy() + space.start
+    return to_env(act, envs)
 
 
 @torch.no_grad()
-def acting(learner, obs, space) -> np.ndarray:
-    """The policy's mode, for evaluation."""
-    head = learner.agent.policy(learner.standardised(obs))
-    return clip_to_env(learner.agent.mode(head), space)
+def evaluate(learner, envs, args) -> np.ndarray:
+    """Returns (n,) of one episode in each of `envs` by the policy's mode. Statistics stand still,
+    no random number is drawn."""
+    if envs is None:
+        return np.zeros(0)
+
+    def policy(obs):
+        return to_actions(learner.act(obs, explore=False), envs)
+
+    _, rewards = play(policy, envs, args.seed)
+    return rewards.sum(0)
 
 
-def evaluate(learner, envs, args: Args) -> np.ndarray:
-    """Returns (episodes,) of one episode in each of `envs` from fixed seeds, by the policy's mode, with true
-    rewards and standing normalisers. Draws no torch random number."""
-    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
-    alive, returns = np.ones(len(obs), bool), np.zeros(len(obs))
-    learner.eval()
-    while alive.any():
-        obs, rew, terminated, truncated, _ = envs.step(acting(learner, obs, envs.single_action_space))
-        returns += alive * rew
-        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
-    learner.train()
-    return returns
-
-
+@torch.no_grad()
 def diagnose(learner, rollout: Rollout) -> dict:
-    """Ranks and dormant units of the features of policy and value, on at most 2,048 rows of the rollout, in
-    fp32 and eval mode."""
-    rows = rollout.valid.flatten().nonzero()[:, 0]
-    rows = rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:2048]).to(rows)]
-    out = {}
-    learner.eval()
-    with strict_fp32():
-        features = learner.agent.features(rollout.obs[:-1].flatten(0, 1)[rows])
-        for name, phi in zip(("policy", "value"), features):
-            out |= {f"{k}_{name}": v for k, v in spectrum(phi).items()}
-            out |= {f"dormant_{name}": dormant([phi]), f"feature_norm_{name}": phi.norm(dim=-1).mean()}
-    learner.train()
-    return {k: float(v) for k, v in out.items()}
+    """Ranks and dormant units of the features of policy and value, on at most 2,048 rows of the
+    rollout; a fresh generator each time."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randperm(rollout.rew.numel(), generator=draw)[:2048].to(learner.device)
+    numbers = {}
+    for name, phi in learner.agent.features(rollout.states[rows]).items():
+        numbers |= {f"{key}_{name}": x for key, x in spectrum(phi).items()}
+        numbers |= {f"dormant_{name}": dormant([phi])}
+        numbers |= {f"feature_norm_{name}": phi.norm(dim=-1).mean()}
+    return numbers
 
 
 # === end shared ===
 
 
 # === shared: environments (canonical copy: sac.py) ===
-def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
-    """n environments stepped together, NEXT_STEP autoreset; refused in one line."""
-    try:
-        envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-    except Exception as e:  # registration, missing packages, a namespace's own errors
-        fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+# Needs fail(), failing() and say() of the block "run".
+class Episodes(gym.Wrapper):
+    """Gives each episode a seed of its own: where a deterministic environment stands is then told
+    by its seed, the episode's number and the actions in it. Infos are dropped, since packages put
+    anything there; an ended episode has `return` and `length`. The first reset needs a seed."""
+
+    def reset(self, *, seed: int | None = None, options=None):
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode, self.actions, self.total = self.episode + 1, [], 0.0
+        own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        self.obs, _ = self.env.reset(seed=int(own), options=options)
+        return self.obs, {}
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.obs, rew, terminated, truncated, _ = self.env.step(action)
+        rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.total += rew
+        ended = {"return": self.total, "length": len(self.actions)}
+        return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def state_dict(self) -> dict:
+        arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
+        state = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        return state | {"seed": self.seed, "episode": self.episode}
+
+    def load_state_dict(self, saved: dict) -> bool:
+        """Plays the episode again; whether that led to the same place. If not, the next begins."""
+        self.seed, self.episode = saved["seed"], saved["episode"] - 1
+        self.reset()
+        for action in saved["actions"].numpy():
+            self.step(action)
+        same = np.array_equal(self.obs, saved["obs"].numpy())
+        if not same:
+            self.reset()
+        return same
+
+
+def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv | None:
+    """n environments stepped together; where an episode ends the next starts in the same step.
+    `stack` closes them."""
+
+    def make():
+        env = gym.make(env_id)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
+        return Episodes(env)
+
+    if n == 0:
+        return None
+    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
+    stack.callback(envs.close)
     if envs.envs[0].spec.max_episode_steps is None:
-        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
+        say(f"{env_id} has no time limit: an evaluation lasts until the policy ends its episodes")
     return envs
 
 
-def env_states(envs) -> list | None:
-    """What the next steps of each environment depend on, as tensors and plain numbers; None where that is not
-    known to be all of it. Exact for Gymnasium's classic control and MuJoCo environments: integration state,
-    and for Ant and Humanoid the positions of bodies, whose reward compares them before and after a step."""
-    states = []
-    if not hasattr(envs, "envs"):  # Atari's vector environment
-        return None
-    for env in envs.envs:
-        e = env.unwrapped
-        if env.spec.additional_wrappers:  # they may hold state of their own
-            return None
-        state = {"random": e.np_random.bit_generator.state, "elapsed": env.get_wrapper_attr("_elapsed_steps")}
-        if type(e).__module__.startswith("gymnasium.envs.classic_control"):
-            inner = [(k, vars(e)[k]) for k in ("state", "last_u", "steps_beyond_terminated") if k in vars(e)]
-            plain = lambda v: v if v is None or isinstance(v, int) else torch.from_numpy(np.array(v))
-            state["inner"] = {k: plain(v) for k, v in inner}
-        elif type(e).__module__.startswith("gymnasium.envs.mujoco"):
-            mujoco = importlib.import_module("mujoco")
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_getState(e.model, e.data, x := np.empty(mujoco.mj_stateSize(e.model, what)), what)
-            arrays = {"integration": x, "xpos": e.data.xpos, "xipos": e.data.xipos}
-            state["mujoco"] = {k: torch.tensor(v) for k, v in arrays.items()}
-        else:
-            return None
-        states.append(state)
-    return states
+def env_seeds(seed: int, n: int, evaluation: bool = False) -> list[int]:
+    """Seeds of n environments, shared with no other run's and with no evaluation's."""
+    return np.random.SeedSequence([seed, evaluation]).generate_state(n, np.uint64).tolist()
 
 
-def restore_envs(envs, states: list, over: np.ndarray):
-    """The inverse of env_states; `over` tells which environments reset at their next step."""
-    envs.reset(seed=0)
-    for env, state in zip(envs.envs, states):
-        e = env.unwrapped
-        for k, v in state.get("inner", {}).items():
-            setattr(e, k, v.numpy() if isinstance(v, torch.Tensor) else v)
-        if "mujoco" in state:
-            mujoco, saved = importlib.import_module("mujoco"), state["mujoco"]
-            what = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_setState(e.model, e.data, saved["integration"].numpy(), what)
-            e.data.xpos[:], e.data.xipos[:] = saved["xpos"], saved["xipos"]
-        e.np_random.bit_generator.state = state["random"]
-        env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
-    envs._autoreset_envs = over.copy()
+def check_boxes(envs, env_id: str) -> tuple[int, int]:
+    """Widths of the observation vector and of the action box; other spaces are refused."""
+    obs, box = envs.single_observation_space, envs.single_action_space
+    for space, what in ((obs, "observations"), (box, "actions")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: {what} are {space}, expected a Box of one dimension")
+    span = box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not ((span > 0) & (span < 1e12)).all():
+        fail(f"--env-id {env_id}: actions are {box}, expected floats with low < high, both finite")
+    return obs.shape[0], box.shape[0]
 
 
-class Video:
-    """--capture-video: one episode by `act` at each evaluation, in an environment of its own."""
+def to_env(act, envs) -> np.ndarray:
+    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
+    box, act = envs.single_action_space, act.cpu().numpy()
+    if not np.isfinite(act).all():
+        fail("the policy's action is not finite; the last checkpoint is from before", 3)
+    return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
 
-    def __init__(self, env_id: str):
-        need("moviepy")
-        try:
-            env = gym.make(env_id, render_mode="rgb_array")
-            env.reset(seed=0)
-            env.render()
-        except Exception as e:  # no rgb_array mode, no display, no OpenGL
-            fail(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {first_line(e)})")
-        env.close()
-        self.env_id = env_id
 
-    def record(self, act, folder: Path, seed: int, step: int):
-        env = gym.make(self.env_id, render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder / f"step-{step}"), disable_logger=True)
-        (obs, _), over = env.reset(seed=seed), False
-        while not over:
-            obs, _, terminated, truncated, _ = env.step(act(obs))
-            over = terminated or truncated
-        env.close()
+def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
+    (T, n), which are 0 after its end."""
+    obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
+    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
+    while alive.any():
+        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
+        rewards.append(np.where(alive, rew, 0.0))
+        alive &= ~(terminated | truncated)  # what follows the first episode does not count
+    return s0, np.array(rewards)
 
 
 # === end shared ===
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+# === shared: diagnostics (canonical copy: sac.py) ===
 def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
 
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
     s = torch.linalg.svdvals(phi.float()).double()
 
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
 
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
 
 
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
     means = [h.abs().mean(0) for h in activations]
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
 
 
-@contextmanager
-def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(text), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(
+            f"{path} could not be written, what was there is intact", OSError, RuntimeError
+        ):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError("of another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
+        if self.saved:
+            self.compare(asdict(args), self.saved["args"])
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
         args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
+            if not self.saved:
+                try:
+                    self.dir.mkdir(parents=True)
+                except FileExistsError:  # a sweep starts many in one second
+                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                    self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            self.lock()
+            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
+            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
+            if end == 0:
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = self.start_wandb() if args.track else None
+        first = self.saved["step"] + 1 if self.saved else None
+        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.saved = None  # its replay may be large
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
+    def lock(self):
+        """Refuse a second process on one folder; the lock ends with its process."""
+        try:
+            import fcntl
+
+            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{self.dir}: another process is running it")
+        except (ImportError, OSError) as e:  # Windows; a file system without locks
+            say(f"{self.dir} is not locked ({e}): let only one process run it")
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def start_wandb(self):
+        args, run_id = self.args, self.saved["wandb"] if self.saved else None
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
+        with failing("--track: pip install wandb, wandb login", Exception):
+            import wandb
+
+            self.callback(wandb.finish)  # another train() in this process is another run
+            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
+            return wandb.init(sync_tensorboard=True, **where)
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
                 value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        try:
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
-        os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
+        with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
 
-    def close(self):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

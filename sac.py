@@ -303,10 +303,14 @@ class Learner(nn.Module):
             if self.args.alpha is None:
                 loss = temperature_loss(self.log_alpha, info["entropy"], self.target_entropy)
                 self.minimise("alpha", loss)
-        with torch.no_grad():
-            for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
-                p_target.lerp_(p, self.args.tau)  # target <- target + tau (critic - target)
+        self.polyak(self.critic, self.target)
         return info | {"alpha": self.log_alpha.detach().exp()}
+
+    @torch.no_grad()
+    def polyak(self, net, target):
+        """target <- target + tau (net - target)."""
+        for p, p_target in zip(net.parameters(), target.parameters()):
+            p_target.lerp_(p, self.args.tau)
 
     def minimise(self, name: str, loss):
         optim = self.optim[name]
@@ -827,8 +831,8 @@ class Run(ExitStack):
             for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
                 usual = signal.getsignal(s)
                 if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
-                    self.callback(signal.signal, s, usual)
                     signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
     def note(self, signum, frame):
         self.signum = signum

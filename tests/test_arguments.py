@@ -26,9 +26,14 @@ def numbers(script: str) -> list[str]:
     args = importlib.import_module(script).Args
     hints = typing.get_type_hints(args)
     kinds = {
-        f.name: set(typing.get_args(hints[f.name]) or (hints[f.name],)) for f in dataclasses.fields(args)
+        f.name: set(typing.get_args(hints[f.name]) or (hints[f.name],))
+        for f in dataclasses.fields(args)
     }
-    return [name for name, kind in kinds.items() if kind & {int, float} and kind <= {int, float, type(None)}]
+    return [
+        name
+        for name, kind in kinds.items()
+        if kind & {int, float} and kind <= {int, float, type(None)}
+    ]
 
 
 def refused(capsys, call) -> bool:
@@ -74,5 +79,7 @@ def test_environments_of_the_wrong_kind(script, capsys):
     module = importlib.import_module(script)
     for env_id in MISFITS[script]:
         env_id = (env_id,) if script == "cql_atari" else env_id
-        assert refused(capsys, lambda env_id=env_id: module.train(module.Args(env_id=env_id))), env_id
+        assert refused(capsys, lambda env_id=env_id: module.train(module.Args(env_id=env_id))), (
+            env_id
+        )
     assert not Path("runs").exists()

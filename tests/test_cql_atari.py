@@ -66,7 +66,9 @@ class Catch(gym.Env):
 
 gym.register("Catch-v0", Catch, max_episode_steps=100)
 gym.register("ShortCatch-v0", Catch, max_episode_steps=5)
-gym.register("OtherCartPole-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv", max_episode_steps=30)
+gym.register(
+    "OtherCartPole-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv", max_episode_steps=30
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +78,9 @@ def large_blocks_are_kept():
 
 
 def tiny(**changes) -> c.Args:
-    return c.Args(**dict(env_id=("CartPole-v1",), holdout=0.0, width=2, n_step=1, cuda=False) | changes)
+    return c.Args(
+        **dict(env_id=("CartPole-v1",), holdout=0.0, width=2, n_step=1, cuda=False) | changes
+    )
 
 
 def refused(call, capsys, *named, status=2):
@@ -117,9 +121,12 @@ def test_projection_against_the_loop():
     rew[60:65], rew[65:70] = 50.0, -50.0
     found = c.project(z, p, rew, discount)
     expected = [
-        projected(z.tolist(), p[i].tolist(), rew[i].item(), discount[i].item()) for i in range(len(p))
+        projected(z.tolist(), p[i].tolist(), rew[i].item(), discount[i].item())
+        for i in range(len(p))
     ]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(found.sum(1), torch.ones(200).double())
     assert (found[60:65, -1] - 1).abs().max() < 1e-12 and (found[65:70, 0] - 1).abs().max() < 1e-12
 
@@ -200,7 +207,9 @@ def plain_loss(net, target, batches, mixture, args):
             following = target.heads[g](target.features(batch.next_obs[i : i + 1]))[0].detach()
             chooser = net.heads[g](phi_next)[0].detach() if args.double else following
             if args.head == "rem":
-                score = [sum(w * x for w, x in zip(mixture.tolist(), row)) for row in chooser.tolist()]
+                score = [
+                    sum(w * x for w, x in zip(mixture.tolist(), row)) for row in chooser.tolist()
+                ]
             else:
                 score = values(chooser).tolist()
             best = score.index(max(score))
@@ -220,7 +229,11 @@ def plain_loss(net, target, batches, mixture, args):
                 td.append(sum(terms))
             else:
                 weights = mixture if args.head == "rem" else torch.ones(1)
-                u = r + discount * (following[best] * weights).sum().item() - (out[a] * weights).sum()
+                u = (
+                    r
+                    + discount * (following[best] * weights).sum().item()
+                    - (out[a] * weights).sum()
+                )
                 td.append(0.5 * u**2 if u.abs() <= 1 else u.abs() - 0.5)
             q = values(out)
             conservative.append(q.exp().sum().log() - q[a])
@@ -232,7 +245,11 @@ def plain_loss(net, target, batches, mixture, args):
 def random_batch(n: int, actions: int) -> c.Batch:
     discount = torch.where(torch.rand(n) < 0.3, 0.0, 0.97)
     return c.Batch(
-        torch.randn(n, 5), torch.randint(actions, (n,)), 2 * torch.randn(n), torch.randn(n, 5), discount
+        torch.randn(n, 5),
+        torch.randint(actions, (n,)),
+        2 * torch.randn(n),
+        torch.randn(n, 5),
+        discount,
     )
 
 
@@ -307,7 +324,9 @@ def test_one_update_is_adam_on_the_gradient():
         torch.testing.assert_close(p, old - 1e-3 * p.grad / (p.grad.abs() + 0.01 / 32))
     assert all(torch.equal(p, old) for p, old in zip(learner.target.parameters(), target))
     learner.refresh_target()
-    assert all(torch.equal(a, b) for a, b in zip(learner.target.parameters(), learner.net.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(learner.target.parameters(), learner.net.parameters())
+    )
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -338,7 +357,10 @@ def test_resnet_is_what_its_words_say():
             def norm(h, module):  # group norm by loops over 4 groups
                 n, channels = h.shape[:2]
                 groups = h.reshape(n, 4, -1)
-                mean, var = groups.mean(2, keepdim=True), groups.var(2, keepdim=True, unbiased=False)
+                mean, var = (
+                    groups.mean(2, keepdim=True),
+                    groups.var(2, keepdim=True, unbiased=False),
+                )
                 h = ((groups - mean) / (var + 1e-5).sqrt()).reshape(h.shape)
                 return h * module.weight[:, None, None] + module.bias[:, None, None]
 
@@ -359,7 +381,11 @@ def test_spatial_embeddings_against_loops():
     found = layer(x)
     for b in range(2):
         expected = [
-            sum(x[b, ch, i, j].item() * layer.maps[ch, i, j, f].item() for i in range(4) for j in range(2))
+            sum(
+                x[b, ch, i, j].item() * layer.maps[ch, i, j, f].item()
+                for i in range(4)
+                for j in range(2)
+            )
             for ch in range(3)
             for f in range(5)
         ]
@@ -409,7 +435,8 @@ def test_a_spatial_embedding_starts_as_a_sum_of_variance_one():
 def test_vectors_are_standardised_over_all_games_and_in_both_networks():
     learner, scale = c.Learner((3,), [2, 2], tiny(), CPU), torch.tensor([1.0, 50.0, 0.0])
     games = [
-        SimpleNamespace(frames=scale * torch.randn(n, 3) + shift) for n, shift in ((30, 7.0), (60, -4.0))
+        SimpleNamespace(frames=scale * torch.randn(n, 3) + shift)
+        for n, shift in ((30, 7.0), (60, -4.0))
     ]
     x = np.concatenate([g.frames.numpy() for g in games]).astype(np.float64)
     learner.standardise(games)
@@ -486,7 +513,10 @@ def chain_data(pairs, args) -> c.Data:
                     (one_hot[to[s, a]], 0, 0.0, False, False, False)):  # fmt: skip
             for k, v in zip(raw, row):
                 raw[k].append(v)
-    raw = {k: np.array(v) for k, v in raw.items()} | {"note": "", "whole": np.ones(len(pairs), bool)}
+    raw = {k: np.array(v) for k, v in raw.items()} | {
+        "note": "",
+        "whole": np.ones(len(pairs), bool),
+    }
     return c.prepare("chain", raw | {"rew": raw["rew"].astype(np.float32)}, args, A, CPU)
 
 
@@ -521,9 +551,14 @@ EVERYTHING = [(s, a) for s in range(S) for a in range(A)]
 )
 def test_alpha_0_reaches_the_optimal_values(head, double):
     """Every (s, a) in the data: within 0.08 of Q*, which runs from 0.06 to 1, and the same best action."""
-    lr = {"dqn": 2e-3, "qr": 5e-3, "c51": 5e-3, "rem": 1e-2}[head]  # rem's numbers have small gradients
+    lr = {"dqn": 2e-3, "qr": 5e-3, "c51": 5e-3, "rem": 1e-2}[
+        head
+    ]  # rem's numbers have small gradients
     updates = 400 if head == "qr" else 800
-    q, truth = chain_q(EVERYTHING, updates, head=head, double=double, learning_rate=lr), best_values()
+    q, truth = (
+        chain_q(EVERYTHING, updates, head=head, double=double, learning_rate=lr),
+        best_values(),
+    )
     assert np.abs(q - truth).max() < 0.08, q - truth
     assert (q.argmax(1) == truth.argmax(1)).all()
 
@@ -581,7 +616,10 @@ def hand_made(episodes, args, vectors=False) -> tuple[c.Data, dict]:
             raw["terminal"].append(over and t == T - 1)
             raw["real"].append(t < T)
             raw["begins"].append(t == 0)
-    raw = {k: np.array(v) for k, v in raw.items()} | {"note": "", "whole": np.ones(len(episodes), bool)}
+    raw = {k: np.array(v) for k, v in raw.items()} | {
+        "note": "",
+        "whole": np.ones(len(episodes), bool),
+    }
     return c.prepare("made up", raw | {"rew": raw["rew"].astype(np.float32)}, args, 4, CPU), where
 
 
@@ -598,7 +636,10 @@ def expected_transition(episodes, e, t, n, gamma, clip, vectors=False):
         if vectors:
             return np.float32([number, -number, 0.5])
         return np.stack(
-            [frame(100 * e + i) if i >= 0 else np.zeros((2, 2), np.uint8) for i in range(t - 3, t + 1)]
+            [
+                frame(100 * e + i) if i >= 0 else np.zeros((2, 2), np.uint8)
+                for i in range(t - 3, t + 1)
+            ]
         )
 
     rew, steps, ended = 0.0, 0, False
@@ -607,7 +648,13 @@ def expected_transition(episodes, e, t, n, gamma, clip, vectors=False):
         rew += gamma**steps * (np.sign(r) if clip else r)
         steps += 1
         ended = over and t + steps == T
-    return see(t), (100 * e + t) % 4, rew, None if ended else see(t + steps), 0.0 if ended else gamma**steps
+    return (
+        see(t),
+        (100 * e + t) % 4,
+        rew,
+        None if ended else see(t + steps),
+        0.0 if ended else gamma**steps,
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 20])
@@ -624,7 +671,9 @@ def test_batches_against_the_list_of_episodes(n, vectors):
         batch = data.batch(rows)
         assert batch.obs.dtype == (torch.float32 if vectors else torch.uint8)
         for i, (e, t) in enumerate(where.values()):
-            obs, act, rew, next_obs, discount = expected_transition(episodes, e, t, n, 0.9, clip, vectors)
+            obs, act, rew, next_obs, discount = expected_transition(
+                episodes, e, t, n, 0.9, clip, vectors
+            )
             np.testing.assert_array_equal(batch.obs[i].numpy(), obs)
             assert batch.act[i] == act and abs(batch.rew[i] - rew) < 1e-5, (e, t)
             assert abs(batch.discount[i] - discount) < 1e-6, (e, t)
@@ -642,11 +691,16 @@ def test_returns_starts_and_the_part_held_out():
         assert data.returns_to_go[row].isnan() == hidden
         assert hidden or abs(data.returns_to_go[row] - expected) < 1e-5
     held, train = ({where[r][0] for r in rows.tolist()} for rows in (data.holdout, data.train))
-    assert not held & train and held | train == set(range(len(EPISODES))) and len(held) == round(0.3 * 9)
+    assert (
+        not held & train
+        and held | train == set(range(len(EPISODES)))
+        and len(held) == round(0.3 * 9)
+    )
     assert len(data.holdout) + len(data.train) == len(where)
     assert [where[r] for r in data.starts.tolist()] == [(e, 0) for e in range(len(EPISODES))]
     returns = [
-        sum((((100 * e + t) * 7) % 11 - 5) / 4 for t in range(T)) for e, (T, _, _) in enumerate(EPISODES)
+        sum((((100 * e + t) * 7) % 11 - 5) / 4 for t in range(T))
+        for e, (T, _, _) in enumerate(EPISODES)
     ]
     assert abs(data.info["dataset_return_mean"] - np.mean(returns)) < 1e-6
 
@@ -709,7 +763,10 @@ class Recorder:
             "observation": np.zeros((capacity, 2, 2), np.uint8),
             "action": np.zeros(capacity, np.int32),
         }
-        self.columns |= {"reward": np.zeros(capacity, np.float32), "terminal": np.zeros(capacity, np.uint8)}
+        self.columns |= {
+            "reward": np.zeros(capacity, np.float32),
+            "terminal": np.zeros(capacity, np.uint8),
+        }
         self.slots, self.episode, self.t, self.log = [None] * capacity, -1, 0, {}
         self.over, self.files = True, {}
 
@@ -743,7 +800,9 @@ class Recorder:
 
     def stack(self, e, t) -> bytes:
         zero = np.zeros((2, 2), np.uint8)
-        return np.stack([self.log[e, i][0] if i >= 0 else zero for i in range(t - 3, t + 1)]).tobytes()
+        return np.stack(
+            [self.log[e, i][0] if i >= 0 else zero for i in range(t - 3, t + 1)]
+        ).tobytes()
 
     def transitions(self, number: int, rows=None) -> Counter:
         """What a file lets one train on, of the slots `rows`: the stack, and unless the episode is over the
@@ -754,7 +813,9 @@ class Recorder:
             if slots[i] is None or slots[i][1] < 0:
                 continue
             e, t = slots[i]
-            side = all(i + k in rows and i + k >= 0 and slots[i + k] == (e, t + k) for k in (-3, -2, -1))
+            side = all(
+                i + k in rows and i + k >= 0 and slots[i + k] == (e, t + k) for k in (-3, -2, -1)
+            )
             _, act, rew, over = self.log[e, t]
             follows = i + 1 in rows and i + 1 < len(slots) and slots[i + 1] == (e, t + 1)
             if side and (over or follows):
@@ -766,7 +827,9 @@ def seen(data: c.Data) -> Counter:
     """The transitions that the data gives, n_step 1."""
     b = data.batch(torch.cat([data.train, data.holdout]))
     rows = zip(b.obs, b.act.tolist(), b.rew.tolist(), b.next_obs, b.discount.tolist())
-    return Counter((s.numpy().tobytes(), a, r, s2.numpy().tobytes() if d else b"") for s, a, r, s2, d in rows)
+    return Counter(
+        (s.numpy().tobytes(), a, r, s2.numpy().tobytes() if d else b"") for s, a, r, s2, d in rows
+    )
 
 
 GAME = SimpleNamespace(frame_shape=(2, 2), actions=4, name="made up")
@@ -776,7 +839,9 @@ def load(folder, envs=GAME, **changes) -> c.Data:
     return c.load(str(folder), tiny(**changes), envs, CPU)
 
 
-@pytest.mark.parametrize("steps", [30, 150, 60 + 57, 400], ids=["partial", "wrapped", "seam", "often"])
+@pytest.mark.parametrize(
+    "steps", [30, 150, 60 + 57, 400], ids=["partial", "wrapped", "seam", "often"]
+)
 def test_a_dopamine_file_gives_what_its_recording_says(steps):
     recorder = Recorder(100)
     recorder.play(steps)
@@ -815,7 +880,9 @@ def test_several_checkpoints_and_their_storage(n, storage):
     expected = sum((recorder.transitions(k) for k in (0, 1, 3)), Counter())
     data = load("x", storage=storage)
     assert seen(data) == expected
-    assert seen(load("x", storage=storage, checkpoints=(3, 0, 3))) == expected - recorder.transitions(1)
+    assert seen(
+        load("x", storage=storage, checkpoints=(3, 0, 3))
+    ) == expected - recorder.transitions(1)
     first = load("x", n_step=n)
     other = load("x", n_step=n, storage=storage)
     torch.manual_seed(1)
@@ -828,7 +895,9 @@ def test_several_checkpoints_and_their_storage(n, storage):
         recorder.play(40)
         time.sleep(0.02)
         recorder.dump(Path("x"), 3)  # the same names, other contents: what was unpacked is stale
-        assert seen(load("x", storage="mmap")) == sum((recorder.transitions(k) for k in (0, 1, 3)), Counter())
+        assert seen(load("x", storage="mmap")) == sum(
+            (recorder.transitions(k) for k in (0, 1, 3)), Counter()
+        )
 
 
 def test_n_steps_in_dopamine_files_stay_in_their_episode():
@@ -841,13 +910,27 @@ def test_n_steps_in_dopamine_files_stay_in_their_episode():
     for i in range(len(data.train)):
         e, t = by_stack[b.obs[i].numpy().tobytes()]
         rew, m, over = 0.0, 0, False
-        while m < 4 and not over and (e, t + m + 1) in recorder.log or m == 0 and recorder.log[e, t][3]:
+        while (
+            m < 4
+            and not over
+            and (e, t + m + 1) in recorder.log
+            or m == 0
+            and recorder.log[e, t][3]
+        ):
             rew += 0.9**m * recorder.log[e, t + m][2]
             over = recorder.log[e, t + m][3]
             m += 1
-            if m < 4 and not over and (e, t + m + 1) not in recorder.log and recorder.log[e, t + m][3]:
+            if (
+                m < 4
+                and not over
+                and (e, t + m + 1) not in recorder.log
+                and recorder.log[e, t + m][3]
+            ):
                 rew, over, m = rew + 0.9**m * recorder.log[e, t + m][2], True, m + 1
-        assert abs(b.rew[i] - rew) < 1e-5 and abs(b.discount[i] - (0 if over else 0.9**m)) < 1e-6, (e, t)
+        assert abs(b.rew[i] - rew) < 1e-5 and abs(b.discount[i] - (0 if over else 0.9**m)) < 1e-6, (
+            e,
+            t,
+        )
         assert over or b.next_obs[i].numpy().tobytes() == recorder.stack(e, t + m)
 
 
@@ -975,7 +1058,10 @@ DAMAGES["action none"] = ("ckpt.1.gz", rewrite(ACT, np.zeros(0, np.int32)))
 DAMAGES["unknown action"] = ("action 9", rewrite(ACT, np.full(100, 9, np.int32)))
 DAMAGES["nan"] = ("reward nan", rewrite(REW, np.full(100, np.nan, np.float32)))
 DAMAGES["text"] = (ACT, lambda x: (x / ACT).write_text("no archive"))
-DAMAGES["no archive"] = (OBS, lambda x: np.save(open(x / OBS, "wb"), np.zeros((100, 2, 2), np.uint8)))
+DAMAGES["no archive"] = (
+    OBS,
+    lambda x: np.save(open(x / OBS, "wb"), np.zeros((100, 2, 2), np.uint8)),
+)
 DAMAGES["empty archive"] = (REW, lambda x: gzip.open(x / REW, "wb").close())
 DAMAGES["pickle"] = (ACT, rewrite(ACT, np.array([{}], object)))
 
@@ -1093,7 +1179,9 @@ def test_mapped_frames_are_read_without_read_ahead(tmp_path):
     big_set(tmp_path / "x", 3_000)
     data = load(tmp_path / "x", ATARI, storage="mmap")
     assert data.mapped
-    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    mappings = re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
+    )
     (frames,) = [m for m in mappings if str(tmp_path / "x" / "observations.npy") in m]
     assert " rr " in re.search(r"VmFlags:.*", frames)[0] + " "
 
@@ -1131,7 +1219,10 @@ def played_again(env_id, folder, n, T, seed):
             np.testing.assert_array_equal(
                 rows["observations"][r], np.asarray(obs, rows["observations"].dtype)
             )
-            assert rows["begins"][r] == begins and rows["real"][r] == (not after and t < T - 1), (i, t)
+            assert rows["begins"][r] == begins and rows["real"][r] == (not after and t < T - 1), (
+                i,
+                t,
+            )
             if after:  # holds the last frame of an episode; the environment is reset
                 assert not rows["terminal" + "s"][r]
                 obs, _ = env.reset()
@@ -1152,7 +1243,9 @@ def played_again(env_id, folder, n, T, seed):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "OtherCartPole-v0", "ShortCatch-v0"])
 def test_collected_rows_are_those_of_the_environment(env_id, who):
     """Terminal and cut episodes, vectors and frames; the row of a reset is no transition."""
-    args = tiny(env_id=(env_id,), collect=who, collect_steps=1_600, seed=3, head="dqn", clip_rewards=False)
+    args = tiny(
+        env_id=(env_id,), collect=who, collect_steps=1_600, seed=3, head="dqn", clip_rewards=False
+    )
     folder = c.collect(env_id, args, CPU)
     returns = played_again(env_id, folder, 8, 200, 3)
     data = c.load(str(folder), args, c.Envs(env_id, 1, args), CPU)
@@ -1178,7 +1271,9 @@ def test_the_learning_player_plays_better_than_the_random_one():
             n_step=5,
             clip_rewards=False,
         )
-        data = c.load(str(c.collect("CartPole-v1", args, CPU)), args, c.Envs("CartPole-v1", 1, args), CPU)
+        data = c.load(
+            str(c.collect("CartPole-v1", args, CPU)), args, c.Envs("CartPole-v1", 1, args), CPU
+        )
         scores[who] = data.info["dataset_return_mean"]
     assert scores["dqn"] > 1.3 * scores["random"]
 
@@ -1218,8 +1313,12 @@ def test_the_learning_player_is_plain_q_learning_on_complete_steps(monkeypatch):
     monkeypatch.setattr(
         c.Learner, "q", lambda self, obs, game: torch.tensor([[0.0, 1.0]]).expand(len(obs), 2)
     )
-    collected = tiny(collect="dqn", collect_steps=3_200, n_step=2, cql_alpha=3.0, dr3_coef=1.0, dropout=0.5)
-    folder = c.collect("Pays-v0", replace(collected, unit_norm=True, target_network_frequency=150), CPU)
+    collected = tiny(
+        collect="dqn", collect_steps=3_200, n_step=2, cql_alpha=3.0, dr3_coef=1.0, dropout=0.5
+    )
+    folder = c.collect(
+        "Pays-v0", replace(collected, unit_norm=True, target_network_frequency=150), CPU
+    )
     assert len(batches) == 2 * (3_200 - 1_000) // 8 and refreshed == [150, 300, 450]
     assert {(a.cql_alpha, a.dr3_coef, a.dropout, a.unit_norm) for a in args} == {(0, 0, 0, False)}
     returns = torch.tensor([1 - 0.99, -1 + 0.99, 1 + 0.99, 1])
@@ -1238,7 +1337,9 @@ def test_a_set_is_made_anew_for_all_that_changes_it_and_for_nothing_else(monkeyp
     folder = lambda **changes: c.collect("Pays-v0", tiny(collect_steps=100, **changes), CPU)
     names = {folder(), folder(seed=2), folder(collect_repeat=0.5), folder(max_episode_steps=9)}
     assert len(names) == 4 and folder(gamma=0.5, num_updates=3, width=3, head="dqn") in names
-    changes = dict(head="dqn", gamma=0.5, n_step=2, double=False, learning_rate=1e-3, width=3, batch_size=8)
+    changes = dict(
+        head="dqn", gamma=0.5, n_step=2, double=False, learning_rate=1e-3, width=3, batch_size=8
+    )
     changes |= dict(target_network_frequency=7, encoder="mlp", clip_rewards=False, precision="bf16")
     dqn = {folder(collect="dqn"), *(folder(collect="dqn", **{k: v}) for k, v in changes.items())}
     dqn |= {folder(collect="dqn", head="c51", v_min=x) for x in (-9, -8)}
@@ -1282,7 +1383,11 @@ def saved(name, change):
 
 
 NAMES = ("observations", "actions", "rewards", "terminals", "real", "begins")
-OWN = {f"{n} cut to {s}": (f"{n}.npy", cut(f"{n}.npy", s)) for n in NAMES for s in (0, 0.05, 0.5, 0.999)}
+OWN = {
+    f"{n} cut to {s}": (f"{n}.npy", cut(f"{n}.npy", s))
+    for n in NAMES
+    for s in (0, 0.05, 0.5, 0.999)
+}
 OWN |= {f"{n} missing": (f"{n}.npy", lambda x, n=n: (x / f"{n}.npy").unlink()) for n in NAMES}
 OWN |= {f"{n} short": (f"{n}.npy", saved(n, lambda x: x[:-1])) for n in NAMES[1:]}
 OWN |= {
@@ -1322,7 +1427,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(monkeypatch, capsys):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     refused(
-        lambda: c.collect("CartPole-v1", tiny(collect_steps=200), CPU), capsys, "datasets", "No space left"
+        lambda: c.collect("CartPole-v1", tiny(collect_steps=200), CPU),
+        capsys,
+        "datasets",
+        "No space left",
     )
     assert not list(Path("datasets").iterdir())
 
@@ -1365,7 +1473,9 @@ def minari_set(monkeypatch, episodes, env_id, space=None):
     for obs, act, rew, over in episodes:
         last = np.arange(len(act)) == len(act) - 1
         flags = {"terminations": list(last & over), "truncations": list(last & (not over))}
-        buffers.append(EpisodeBuffer(observations=list(obs), actions=list(act), rewards=list(rew), **flags))
+        buffers.append(
+            EpisodeBuffer(observations=list(obs), actions=list(act), rewards=list(rew), **flags)
+        )
     minari.create_dataset_from_buffers(
         "made/up-v0", buffers, env=env_id, observation_space=space, algorithm_name="made up", author="nobody",
         author_email="a@b.c", code_permalink="none", description="made up",
@@ -1394,7 +1504,9 @@ def test_minari_sets_row_by_row(kind, monkeypatch):
     space = gym.spaces.Box(-9, 9, shape, np.float32) if kind == "vectors" else space
     name = minari_set(monkeypatch, episodes, "CartPole-v1", space)
     frame_shape = (4,) if kind == "vectors" else (84, 84)
-    data = load(name, SimpleNamespace(frame_shape=frame_shape, actions=2, name="x"), clip_rewards=False)
+    data = load(
+        name, SimpleNamespace(frame_shape=frame_shape, actions=2, name="x"), clip_rewards=False
+    )
     picture = {"vectors": lambda x: x, "rgb": lambda x: x[..., 0], "stack": lambda x: x[-1]}[kind]
     row = 0
     for obs, act, rew, over in episodes:
@@ -1427,7 +1539,10 @@ def test_pictures_of_other_forms():
     ).all()
     large = np.random.default_rng(4).integers(256, size=(2, 168, 252), dtype=np.uint8)
     area = large.reshape(2, 84, 2, 84, 3).mean((2, 4))
-    assert np.abs(c.to_frames(large, "x") - area).max() < 0.51 and c.to_frames(large, "x").dtype == np.uint8
+    assert (
+        np.abs(c.to_frames(large, "x") - area).max() < 0.51
+        and c.to_frames(large, "x").dtype == np.uint8
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -1455,7 +1570,9 @@ def test_evaluation_is_an_episode_by_hand():
     assert learner.net.training
     learner.net.eval()
     expected, gaps, draw = [], [], np.random.default_rng(2)
-    assert (draw.random(5 * 30) >= 0.001).all()  # no random action among these, else compare otherwise
+    assert (
+        draw.random(5 * 30) >= 0.001
+    ).all()  # no random action among these, else compare otherwise
     for i in range(5):
         env = gym.make("OtherCartPole-v0")
         obs, _ = env.reset(seed=1_002_000 + i)
@@ -1515,11 +1632,19 @@ def test_games_are_played_with_sticky_actions_from_their_first_frame(monkeypatch
     asked = []
     stop = lambda *names, **options: asked.append((names, options)) or 1 / 0
     monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", stop)
-    refused(lambda: c.Envs("ALE/SpaceInvaders-v5", 3, tiny(max_episode_steps=50)), capsys, "SpaceInvaders")
+    refused(
+        lambda: c.Envs("ALE/SpaceInvaders-v5", 3, tiny(max_episode_steps=50)),
+        capsys,
+        "SpaceInvaders",
+    )
     ((names, options),) = asked
     assert names == ("space_invaders", 3) and options["repeat_action_probability"] == 0.25
     assert options["noop_max"] == 0 and options["max_num_frames_per_episode"] == 200
-    assert not options["use_fire_reset"] and not options["reward_clipping"] and options["stack_num"] == 1
+    assert (
+        not options["use_fire_reset"]
+        and not options["reward_clipping"]
+        and options["stack_num"] == 1
+    )
 
 
 @pytest.mark.parametrize("head, double", [("qr", True), ("c51", False)])
@@ -1545,7 +1670,13 @@ def test_diagnostics_against_loops(head, double):
                 best = q_of(net if double else target, b.next_obs).argmax()
                 y.append((b.rew + b.discount * q_of(target, b.next_obs)[best]).item())
                 qs.append(q_of(net, b.obs).tolist())
-                phis.append((net.features(b.obs[None])[0], net.features(b.next_obs[None])[0], b.discount > 0))
+                phis.append(
+                    (
+                        net.features(b.obs[None])[0],
+                        net.features(b.next_obs[None])[0],
+                        b.discount > 0,
+                    )
+                )
             q.append(qs[-1][b.act])
             if not data.returns_to_go[row].isnan():
                 to_go.append((q[-1], data.returns_to_go[row].item()))
@@ -1625,10 +1756,14 @@ def test_summaries_are_means_over_games():
         c.Args(env_id=("ALE/Breakout-v5", "ALE/Pong-v5")),
     )
     found = c.summary_of("final", returns, args)
-    assert abs(found["final_return_mean"] + 2.3) < 1e-9 and abs(found["final_return_std"] - 7.2) < 1e-9
+    assert (
+        abs(found["final_return_mean"] + 2.3) < 1e-9 and abs(found["final_return_std"] - 7.2) < 1e-9
+    )
     assert abs(found["normalized_score"] - 25) < 1e-9
     assert found["final_games"] == {"ALE/Breakout-v5": np.mean([1.7, 30.5]), "ALE/Pong-v5": -20.7}
-    unknown = c.summary_of("final", returns, replace(args, env_id=("ALE/Breakout-v5", "CartPole-v1")))
+    unknown = c.summary_of(
+        "final", returns, replace(args, env_id=("ALE/Breakout-v5", "CartPole-v1"))
+    )
     assert unknown["normalized_score"] is None
     assert c.summary_of("selected", returns[1:], replace(args, env_id=("ALE/Pong-v5",))) == {
         "selected_return_mean": -20.7, "selected_return_std": 0.0}  # fmt: skip
@@ -1649,16 +1784,23 @@ def test_names_of_games():
     ids = {c.game_of(k) for k in gym.registry if k.startswith("ALE/") and k.endswith("-v5")}
     assert len(ids) > 90 and set(c.HUMAN) <= ids
     assert (
-        c.game_of("ALE/UpNDown-v5") == "up_n_down" and c.game_of("ALE/SpaceInvaders-v5") == "space_invaders"
+        c.game_of("ALE/UpNDown-v5") == "up_n_down"
+        and c.game_of("ALE/SpaceInvaders-v5") == "space_invaders"
     )
 
 
 def test_advice_names_flags_that_exist():
     known = {"--" + f.name.replace("_", "-") for f in fields(c.Args)}
-    said = " ".join(c.advice(c.Args(cql_alpha=0.0)).values()) + " " + " ".join(c.advice(c.Args()).values())
+    said = (
+        " ".join(c.advice(c.Args(cql_alpha=0.0)).values())
+        + " "
+        + " ".join(c.advice(c.Args()).values())
+    )
     flags = re.findall(r"--[a-z0-9-]+", said)
     assert flags and set(flags) <= known
-    for text in c.advice(c.Args(width=64)).values():  # and with their values the command line takes them
+    for text in c.advice(
+        c.Args(width=64)
+    ).values():  # and with their values the command line takes them
         for words in re.findall(r"--[a-z0-9-]+ [\w.]+(?= or|,|$)", text):
             tyro.cli(c.Args, args=words.split())
 
@@ -1666,9 +1808,15 @@ def test_advice_names_flags_that_exist():
 # ---------------------------------------------------------------------------------------------- promises
 def short(data, **changes):
     """60 updates with every event between them; tuples among the arguments."""
-    args = dict(dataset=(str(data),), holdout=0.1, num_updates=60, batch_size=8, target_network_frequency=7)
-    args |= dict(diagnostics_frequency=20, eval_frequency=25, log_frequency=10, checkpoint_frequency=15)
-    return tiny(**args | dict(eval_episodes=2, n_step=3, head="rem", dropout=0.2, dr3_coef=0.01) | changes)
+    args = dict(
+        dataset=(str(data),), holdout=0.1, num_updates=60, batch_size=8, target_network_frequency=7
+    )
+    args |= dict(
+        diagnostics_frequency=20, eval_frequency=25, log_frequency=10, checkpoint_frequency=15
+    )
+    return tiny(
+        **args | dict(eval_episodes=2, n_step=3, head="rem", dropout=0.2, dr3_coef=0.01) | changes
+    )
 
 
 def signalled_at(monkeypatch, update: int, signum=signal.SIGTERM):
@@ -1695,7 +1843,12 @@ def assert_same_end(run, whole):
 
 @pytest.mark.parametrize(
     "stops, signum",
-    [((1, 14), signal.SIGTERM), ((20,), signal.SIGINT), ((33, 26), signal.SIGTERM), ((60,), signal.SIGTERM)],
+    [
+        ((1, 14), signal.SIGTERM),
+        ((20,), signal.SIGINT),
+        ((33, 26), signal.SIGTERM),
+        ((60,), signal.SIGTERM),
+    ],
 )
 def test_stopped_and_resumed_by_its_own_words_is_bitwise_the_uninterrupted_run(
     stops, signum, cartpole, monkeypatch, capsys
@@ -1722,15 +1875,22 @@ def test_stopped_and_resumed_by_its_own_words_is_bitwise_the_uninterrupted_run(
 
 def test_the_target_network_is_refreshed_at_its_frequency(cartpole, monkeypatch):
     events, update, refresh = [], c.Learner.update, c.Learner.refresh_target
-    monkeypatch.setattr(c.Learner, "update", lambda self, b: events.append("update") or update(self, b))
-    monkeypatch.setattr(c.Learner, "refresh_target", lambda self: events.append("refresh") or refresh(self))
+    monkeypatch.setattr(
+        c.Learner, "update", lambda self, b: events.append("update") or update(self, b)
+    )
+    monkeypatch.setattr(
+        c.Learner, "refresh_target", lambda self: events.append("refresh") or refresh(self)
+    )
     c.train(short(cartpole, num_updates=16, head="dqn", eval_episodes=0, diagnostics_frequency=0))
     assert events == (["update"] * 7 + ["refresh"]) * 2 + ["update"] * 2
 
 
 def test_the_selected_networks_are_those_of_the_peak_and_are_scored(cartpole, monkeypatch):
     """The dataset's Q is planted: it is highest after 30 of 50 updates. A return names its network."""
-    planted, end = [], {"td_error": 0.01, "cql_gap": 0.0, "return_std": 1.0, "q_max": 2.0, "q_bound": 9.0}
+    planted, end = (
+        [],
+        {"td_error": 0.01, "cql_gap": 0.0, "return_std": 1.0, "q_max": 2.0, "q_bound": 9.0},
+    )
     curve = iter([0.5, 1.0, 2.0, 1.5, 1.0])
 
     def measure(learner, games, args):
@@ -1740,7 +1900,9 @@ def test_the_selected_networks_are_those_of_the_peak_and_are_scored(cartpole, mo
     named = lambda learner, *rest: (np.full(2, next(learner.net.parameters()).sum().item()), 0.0)
     monkeypatch.setattr(c, "diagnose", measure)
     monkeypatch.setattr(c, "evaluate", named)
-    changes = dict(num_updates=50, diagnostics_frequency=10, eval_frequency=0, checkpoint_frequency=0)
+    changes = dict(
+        num_updates=50, diagnostics_frequency=10, eval_frequency=0, checkpoint_frequency=0
+    )
     result = c.train(short(cartpole, head="dqn", **changes))
     assert result["selected_step"] == 30 and result["selected_return_mean"] == planted[2]
     assert result["final_return_mean"] == planted[4] and len(set(planted)) == 5
@@ -1749,7 +1911,10 @@ def test_the_selected_networks_are_those_of_the_peak_and_are_scored(cartpole, mo
 
 def test_a_run_that_makes_its_data_is_the_run_on_them():
     """A learning player draws from torch's generator; the run begins with the same numbers nevertheless."""
-    args, ends = tiny(collect="dqn", collect_steps=160, head="dqn", num_updates=3, eval_episodes=0), []
+    args, ends = (
+        tiny(collect="dqn", collect_steps=160, head="dqn", num_updates=3, eval_episodes=0),
+        [],
+    )
     for changes in ({}, {"collect": "random", "collect_steps": 40_000}):
         if changes:
             (folder,) = Path("datasets").iterdir()
@@ -1807,7 +1972,9 @@ def test_measuring_changes_nothing(cartpole):
     for precision in ("fp32", "bf16"):
         args = short(cartpole, precision=precision, run_dir=f"{precision}/loud")
         c.train(args)
-        off = dict(diagnostics_frequency=0, eval_frequency=0, eval_episodes=0, checkpoint_frequency=0)
+        off = dict(
+            diagnostics_frequency=0, eval_frequency=0, eval_episodes=0, checkpoint_frequency=0
+        )
         c.train(replace(args, run_dir=f"{precision}/quiet", log_frequency=60, **off))
         (loud,), (quiet,) = (list(Path(precision, x).iterdir()) for x in ("loud", "quiet"))
         a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (loud, quiet))
@@ -1829,7 +1996,9 @@ def test_storage_changes_nothing_and_another_seed_does(cartpole):
 
 
 @pytest.mark.parametrize("where", ["loss", "parameter"])
-def test_a_nan_stops_the_run_with_status_3_and_keeps_the_checkpoint(where, cartpole, monkeypatch, capsys):
+def test_a_nan_stops_the_run_with_status_3_and_keeps_the_checkpoint(
+    where, cartpole, monkeypatch, capsys
+):
     real, calls = c.Learner.update, [0]
 
     def spoilt(self, *rest, **more):
@@ -1837,14 +2006,18 @@ def test_a_nan_stops_the_run_with_status_3_and_keeps_the_checkpoint(where, cartp
         info = real(self, *rest, **more)
         if calls[0] == 33 and where == "parameter":
             self.net.heads[0][0].weight.data[0, 0] = float("nan")
-        return info | ({"td_loss": torch.tensor(math.inf)} if calls[0] >= 33 and where == "loss" else {})
+        return info | (
+            {"td_loss": torch.tensor(math.inf)} if calls[0] >= 33 and where == "loss" else {}
+        )
 
     monkeypatch.setattr(c.Learner, "update", spoilt)
     named = "heads.0.0.weight" if where == "parameter" else "td_loss"
     named = "" if where == "parameter" else named  # the next update has spread it
     refused(lambda: c.train(short(cartpole)), capsys, "step 40", named, "not finite", status=3)
     saved = torch.load(only_run(".") / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 30 and all(v.isfinite().all() for v in saved["learner"]["networks"].values())
+    assert saved["step"] == 30 and all(
+        v.isfinite().all() for v in saved["learner"]["networks"].values()
+    )
 
 
 MISTAKES = [
@@ -1915,12 +2088,18 @@ def test_several_games_draw_alike_and_are_scored_apart(cartpole, monkeypatch):
     sizes, real = [], c.Learner.update
     counted = lambda self, b, **k: sizes.append([len(x.act) for x in b]) or real(self, b, **k)
     monkeypatch.setattr(c.Learner, "update", counted)
-    small = c.collect("OtherCartPole-v0", tiny(collect_steps=160), CPU)  # a fifth of the other's rows
+    small = c.collect(
+        "OtherCartPole-v0", tiny(collect_steps=160), CPU
+    )  # a fifth of the other's rows
     names = ("CartPole-v1", "OtherCartPole-v0")
-    result = c.train(short(cartpole, env_id=names, dataset=(str(cartpole), str(small)), num_updates=5))
+    result = c.train(
+        short(cartpole, env_id=names, dataset=(str(cartpole), str(small)), num_updates=5)
+    )
     assert sizes == [[4, 4]] * 5
     tags = {t for _, t, _ in metrics(only_run("."))}
-    assert {f"eval/episodic_return/{n}" for n in names} <= tags and set(result["final_games"]) == set(names)
+    assert {f"eval/episodic_return/{n}" for n in names} <= tags and set(
+        result["final_games"]
+    ) == set(names)
     assert abs(np.mean(list(result["final_games"].values())) - result["final_return_mean"]) < 1e-9
 
 
@@ -1938,7 +2117,11 @@ def test_each_game_is_evaluated_by_its_own_head_and_logged_under_its_name(cartpo
     assert result["final_games"] == result["selected_games"] == {names[0]: 11.0, names[1]: 22.0}
     rows = {(s, t): float(v) for s, t, v in metrics(only_run("."))}
     for name, mean, over in zip(names, (11, 22), (0.5, 1.5)):
-        assert rows[20, f"eval/episodic_return/{name}"] == rows[20, f"charts/episodic_return/{name}"] == mean
+        assert (
+            rows[20, f"eval/episodic_return/{name}"]
+            == rows[20, f"charts/episodic_return/{name}"]
+            == mean
+        )
         assert rows[20, f"diagnostics/overestimation/{name}"] == over
     envs = SimpleNamespace(frame_shape=(4,), actions=2, name="x")
     found = [load(x, envs).info["dataset_return_mean"] for x in data]
@@ -2010,7 +2193,12 @@ def group():
     with subprocess.Popen([sys.executable, "-c", SERVER], **options) as server:
 
         def start(size, *words, before=""):
-            job = {"size": size, "words": [str(w) for w in words], "before": before, "cwd": os.getcwd()}
+            job = {
+                "size": size,
+                "words": [str(w) for w in words],
+                "before": before,
+                "cwd": os.getcwd(),
+            }
             server.stdin.write(json.dumps(job | {"port": free_port()}) + "\n")
             server.stdin.flush()
             codes = json.loads(server.stdout.readline())
@@ -2060,7 +2248,9 @@ def test_several_processes_end_where_one_does(size, alone, group, cartpole):
     assert_close(networks(run), networks(alone))
     assert done.out[1] == "" and "verdict" in done.out[0]
     assert summary(run)["num_updates"] == 60 and len(list(run.glob("*tfevents*"))) == 1
-    ours, theirs = ({(s, t): float(v) for s, t, v in metrics(x) if "losses" not in t} for x in (run, alone))
+    ours, theirs = (
+        {(s, t): float(v) for s, t, v in metrics(x) if "losses" not in t} for x in (run, alone)
+    )
     assert ours.keys() == theirs.keys()
     for k in ours:
         assert abs(ours[k] - theirs[k]) < 1e-2 * max(1, abs(theirs[k])), k
@@ -2074,7 +2264,10 @@ def test_stopped_together_and_resumed_by_another_number(alone, group, cartpole):
     run = only_run(".")
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 20
     done = group(3, *line(cartpole, "--resume", run), before=before.format(0, 11))
-    assert done.codes == [143] * 3 and torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 40
+    assert (
+        done.codes == [143] * 3
+        and torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 40
+    )
     assert group(1, *line(cartpole, "--resume", run)).codes == [0]
     assert only_run(".") == run
     assert_close(networks(run), networks(alone))
@@ -2114,7 +2307,18 @@ def test_the_first_process_unpacks_for_all(group, monkeypatch):
     recorder.columns["observation"] = np.zeros((200, 84, 84), np.uint8)
     recorder.columns["action"] %= 3
     recorder.dump(Path("x"), 0)
-    words = ["--env", "ALE/Freeway-v5", "--dataset", "x", "--width", 2, "--num-updates", 2, "--batch-size", 4]
+    words = [
+        "--env",
+        "ALE/Freeway-v5",
+        "--dataset",
+        "x",
+        "--width",
+        2,
+        "--num-updates",
+        2,
+        "--batch-size",
+        4,
+    ]
     done = group(2, *words, "--storage", "mmap", "--eval-episodes", 0, "--no-cuda")
     assert done.codes == [0, 0], done.err
     assert len(list(Path("datasets").iterdir())) == 1 and "unpacking" in done.out[0]
@@ -2151,7 +2355,9 @@ def test_torchrun_and_its_signal(cartpole):
         finally:
             job.kill()
     saved = torch.load(only_run(".") / "checkpoint.pt", weights_only=True)
-    assert saved["step"] % c.AGREE == 0 and "to go on" in Path("log").read_text(), Path("log").read_text()
+    assert saved["step"] % c.AGREE == 0 and "to go on" in Path("log").read_text(), Path(
+        "log"
+    ).read_text()
     args = tyro.cli(c.Args, args=[*words, "--resume", str(only_run("."))])
     c.train(replace(args, num_updates=saved["step"] + 3, eval_episodes=0))
 
@@ -2183,7 +2389,9 @@ def test_documented_commands_run(command):
         args = replace(args, fraction=max(args.fraction, 0.2))
     else:
         args = replace(args, collect_steps=160)
-    small = dict(num_updates=2, width=8, batch_size=8, eval_episodes=min(1, args.eval_episodes), cuda=False)
+    small = dict(
+        num_updates=2, width=8, batch_size=8, eval_episodes=min(1, args.eval_episodes), cuda=False
+    )
     assert c.train(replace(args, **small, max_episode_steps=5))["num_updates"] == 2
 
 
@@ -2198,7 +2406,12 @@ def test_learns_to_catch_from_random_play():
         learning_rate=1e-3,
     )
     args = replace(
-        args, n_step=1, target_network_frequency=50, eval_episodes=30, diagnostics_frequency=0, cuda=False
+        args,
+        n_step=1,
+        target_network_frequency=50,
+        eval_episodes=30,
+        diagnostics_frequency=0,
+        cuda=False,
     )
     result = c.train(replace(args, eval_frequency=0))
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5

@@ -38,7 +38,12 @@ FLOATS = ("observations", "actions", "rewards", "next_observations")
 FLAG_KEYS = ("terminals", "timeouts")
 MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 SMALL = dict(
-    env_id="Pendulum-v1", critic_width=8, policy_width=8, batch_size=4, num_updates=1, eval_episodes=0
+    env_id="Pendulum-v1",
+    critic_width=8,
+    policy_width=8,
+    batch_size=4,
+    num_updates=1,
+    eval_episodes=0,
 )
 
 
@@ -55,10 +60,14 @@ def episode(first: int, length: int, end: str, obs_dim=2, act_dim=1) -> dict:
 def three_episodes(obs_dim=2, act_dim=1) -> list[dict]:
     """Terminal, time-out, unfinished; numbers jump between them, as they do where an episode is reset."""
     shape = obs_dim, act_dim
-    return [episode(*e, *shape) for e in ((0, 4, "terminal"), (100, 3, "timeout"), (200, 5, "open"))]
+    return [
+        episode(*e, *shape) for e in ((0, 4, "terminal"), (100, 3, "timeout"), (200, 5, "open"))
+    ]
 
 
-def random_episodes(rng, count: int, longest: int, ends=("terminal", "timeout", "both")) -> list[dict]:
+def random_episodes(
+    rng, count: int, longest: int, ends=("terminal", "timeout", "both")
+) -> list[dict]:
     """Episodes of random length (many of one step) and end; the last may be left open."""
     first, out = 0, []
     for i in range(count):
@@ -77,9 +86,13 @@ def write_flat(path, episodes: list[dict], next_obs=True, timeouts=True) -> Path
         f["observations"] = np.array([e["obs"][t] for e, t in rows], np.float32)
         f["actions"] = np.array([e["act"][t] for e, t in rows], np.float32)
         f["rewards"] = np.array([e["rew"][t] for e, t in rows], np.float32)
-        f["terminals"] = np.array([x and e["end"] in ("terminal", "both") for (e, _), x in zip(rows, last)])
+        f["terminals"] = np.array(
+            [x and e["end"] in ("terminal", "both") for (e, _), x in zip(rows, last)]
+        )
         if timeouts:
-            f["timeouts"] = np.array([x and e["end"] in ("timeout", "both") for (e, _), x in zip(rows, last)])
+            f["timeouts"] = np.array(
+                [x and e["end"] in ("timeout", "both") for (e, _), x in zip(rows, last)]
+            )
         if next_obs:
             f["next_observations"] = np.array([e["obs"][t + 1] for e, t in rows], np.float32)
     return Path(path)
@@ -150,7 +163,9 @@ def test_three_episodes_row_by_row(tmp_path, capsys, next_obs, backup):
     episodes = three_episodes()
     data = read(write_flat(tmp_path / "d.hdf5", episodes, next_obs), backup=backup)
     rows = expected_rows(episodes, next_obs, backup)
-    assert len(rows) == (12 if next_obs and backup == "sac" else 10)  # the time-out and the open end drop out
+    assert len(rows) == (
+        12 if next_obs and backup == "sac" else 10
+    )  # the time-out and the open end drop out
     assert_rows(data, rows, backup == "sarsa")
     assert data.train.tolist() == [i for i in range(12) if len(rows) == 12 or i not in (6, 11)]
     assert data.starts.tolist() == [0, 4, 7]
@@ -278,13 +293,20 @@ def test_returns_to_go_against_a_backward_loop(gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("layout", ["flat", "minari"])
-def test_returns_are_hidden_exactly_where_a_time_out_cuts_more_than_one_percent(tmp_path, layout, gamma):
+def test_returns_are_hidden_exactly_where_a_time_out_cuts_more_than_one_percent(
+    tmp_path, layout, gamma
+):
     """The missing share by definition: of a reward of 1 for ever, what is in the data over what would be."""
     rng = np.random.default_rng(6)
     for trial in range(4):
-        ends = [("terminal", "timeout", "both", "open")[trial], *rng.choice(["terminal", "timeout"], size=5)]
+        ends = [
+            ("terminal", "timeout", "both", "open")[trial],
+            *rng.choice(["terminal", "timeout"], size=5),
+        ]
         lengths = rng.permutation([1, 2, 30, 470, 700, int(rng.integers(3, 20))])
-        episodes = [episode(i * 800, int(n), str(e)) for i, (n, e) in enumerate(zip(lengths, ends[::-1]))]
+        episodes = [
+            episode(i * 800, int(n), str(e)) for i, (n, e) in enumerate(zip(lengths, ends[::-1]))
+        ]
         if layout == "flat":
             path = write_flat(tmp_path / "d.hdf5", episodes)
         else:
@@ -301,13 +323,17 @@ def test_returns_are_hidden_exactly_where_a_time_out_cuts_more_than_one_percent(
             i += n
         assert np.isnan(truth).any() == (gamma > 0) and not np.isnan(truth).all()
         # with all rows usable (s' is in the file), train lists the transitions in their order
-        np.testing.assert_allclose(data.returns_to_go[data.train].numpy(), truth, rtol=2e-5, atol=2e-3)
+        np.testing.assert_allclose(
+            data.returns_to_go[data.train].numpy(), truth, rtol=2e-5, atol=2e-3
+        )
         np.testing.assert_allclose(data.rew[data.train].numpy(), rew, rtol=1e-6)
 
 
 def test_459_steps_at_gamma_099(tmp_path):
     """traps 9: log(0.01) / log(0.99) = 458.2, so the last 458 steps before a time-out know too little."""
-    path = write_flat(tmp_path / "d.hdf5", [episode(0, 1000, "timeout"), episode(2000, 1000, "terminal")])
+    path = write_flat(
+        tmp_path / "d.hdf5", [episode(0, 1000, "timeout"), episode(2000, 1000, "terminal")]
+    )
     hidden = read(path, gamma=0.99).returns_to_go.isnan()
     assert hidden[:2000].nonzero().flatten().tolist() == list(range(542, 1000))
 
@@ -316,7 +342,9 @@ def test_459_steps_at_gamma_099(tmp_path):
 def fake_env(low, high, obs_dim=2):
     """Only the two spaces of an environment, which is all that load() looks at."""
     box = gym.spaces.Box(np.float32(low), np.float32(high))
-    return SimpleNamespace(action_space=box, observation_space=gym.spaces.Box(-np.inf, np.inf, (obs_dim,)))
+    return SimpleNamespace(
+        action_space=box, observation_space=gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
+    )
 
 
 @pytest.mark.parametrize("low, high", [(-1, 1), (-2, 2), (-0.4, 0.4), (0, 5)])
@@ -333,7 +361,11 @@ def test_actions_just_outside_are_clipped_and_counted(tmp_path, capsys, low, hig
     assert [data.act[i].item() for i in (2, 5, 11)] == [1, -1, 1]
     scaled = 2 * (act - low) / size - 1
     np.testing.assert_allclose(data.act[:12].numpy(), scaled.clip(-1, 1), atol=1e-5)
-    for value, row in ((high + 0.0012 * size, 7), (low - 0.0012 * size, 0), (high + 0.0012 * size, 11)):
+    for value, row in (
+        (high + 0.0012 * size, 7),
+        (low - 0.0012 * size, 0),
+        (high + 0.0012 * size, 11),
+    ):
         changed = act.copy()
         changed[row] = value
         with h5py.File(path, "a") as f:
@@ -364,7 +396,9 @@ def test_action_scaling_there_and_back_on_pendulum(tmp_path):
     data = read(path, env)
     np.testing.assert_allclose(data.act[:500].numpy(), raw / 2, atol=1e-6)
     np.testing.assert_allclose(cql.to_env(data.act[:500], env.action_space), raw, atol=1e-6)
-    assert 1.9 < raw.max() and env.action_space.contains(cql.to_env(torch.ones(1), env.action_space))
+    assert 1.9 < raw.max() and env.action_space.contains(
+        cql.to_env(torch.ones(1), env.action_space)
+    )
 
 
 def test_bounds_hold_without_evaluation(capsys):
@@ -386,7 +420,9 @@ def test_an_environment_that_is_to_be_played_must_be_there(capsys):
     """Only its bounds can be done without."""
     path = str(write_d4rl("d.hdf5", n=40, length=8, scale=1.0))
     for words in ({"online_steps": 5}, {"eval_episodes": 1}):
-        refused(capsys, "", "--env-id NotInstalled-v0", dataset=path, env_id="NotInstalled-v0", **words)
+        refused(
+            capsys, "", "--env-id NotInstalled-v0", dataset=path, env_id="NotInstalled-v0", **words
+        )
 
 
 BOX = gym.spaces.Box(-1, 1, (2,))
@@ -421,7 +457,9 @@ def test_action_scaling_with_lopsided_bounds(tmp_path):
     data = read(write_flat(tmp_path / "d.hdf5", episodes), env, backup="sarsa")
     assert_rows(data, expected_rows(episodes, backup="sarsa"), sarsa=True, low=low, high=high)
     back = cql.to_env(data.batch(data.train).act, env.action_space)
-    np.testing.assert_allclose(back, [row[1] for row in expected_rows(episodes, backup="sarsa")], atol=1e-5)
+    np.testing.assert_allclose(
+        back, [row[1] for row in expected_rows(episodes, backup="sarsa")], atol=1e-5
+    )
 
 
 def test_rows_that_are_padding_are_not_judged(tmp_path):
@@ -455,10 +493,14 @@ def test_holdout_takes_whole_episodes(tmp_path, capsys, layout):
             train_rows, held_rows, data = split(path, holdout=share, seed=seed)
             assert number(capsys.readouterr().out, "# held out") == len(held_rows)
             assert not train_rows & held_rows and train_rows | held_rows == all_rows
-            held, kept = ({int(x) // 100 for x in data.obs[r][:, 0]} for r in (data.holdout, data.train))
+            held, kept = (
+                {int(x) // 100 for x in data.obs[r][:, 0]} for r in (data.holdout, data.train)
+            )
             assert len(held) == count and not held & kept
             chosen.append(frozenset(held))
-        assert chosen[0] == chosen[1] and len(set(chosen)) > 3  # drawn by the seed, not always the first
+        assert (
+            chosen[0] == chosen[1] and len(set(chosen)) > 3
+        )  # drawn by the seed, not always the first
 
 
 def test_holdout_draws_no_random_number_that_training_sees(tmp_path):
@@ -466,7 +508,9 @@ def test_holdout_draws_no_random_number_that_training_sees(tmp_path):
     path = write_flat(tmp_path / "d.hdf5", three_episodes())
     before, state = torch.get_rng_state(), np.random.get_state()[1].copy()
     read(path, holdout=0.4)
-    assert torch.equal(before, torch.get_rng_state()) and np.array_equal(state, np.random.get_state()[1])
+    assert torch.equal(before, torch.get_rng_state()) and np.array_equal(
+        state, np.random.get_state()[1]
+    )
 
 
 @pytest.mark.parametrize("layout", ["flat", "minari"])
@@ -499,7 +543,9 @@ def test_standardisation(tmp_path, next_obs):
         raw = {k: f[k][()] for k in FLOATS if k in f}
         end = f["terminals"][()] | f["timeouts"][()]
     data = read(path)
-    assert shares_memory(data.next_obs, data.obs) == (not next_obs) and shares_memory(data.next_act, data.act)
+    assert shares_memory(data.next_obs, data.obs) == (not next_obs) and shares_memory(
+        data.next_act, data.act
+    )
     learner = learner_for(data)
     data.standardise(learner)
     x = data.obs[:3000]
@@ -509,9 +555,13 @@ def test_standardisation(tmp_path, next_obs):
     # the same affine map for s, for s' and for what the environment hands over later
     for rows, key in ((data.obs, "observations"), (data.next_obs, "next_observations")):
         if key in raw:
-            there = (raw[key].astype(np.float64) - learner.obs_mean.numpy()) / learner.obs_std.numpy()
+            there = (
+                raw[key].astype(np.float64) - learner.obs_mean.numpy()
+            ) / learner.obs_std.numpy()
             np.testing.assert_allclose(rows[:3000].numpy(), there, atol=1e-4)
-    torch.testing.assert_close(learner.standardised(raw["observations"][7]), data.obs[7], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        learner.standardised(raw["observations"][7]), data.obs[7], atol=1e-5, rtol=0
+    )
     inner = np.flatnonzero(~end[:-1])
     assert torch.equal(data.next_obs[inner], data.obs[inner + 1])
     assert shares_memory(data.next_obs, data.obs) == (not next_obs)
@@ -544,7 +594,9 @@ def test_samples_come_from_the_training_rows_only(tmp_path):
     data = read(write_flat(tmp_path / "d.hdf5", episodes, next_obs=False), holdout=0.25)
     seen = {tuple(x) for x in data.sample(3000).obs.tolist()}
     assert seen == {tuple(x) for x in data.obs[data.train].tolist()}
-    assert len(seen) == 9 * 4  # a quarter of the episodes held out, the time-outs without s' dropped
+    assert (
+        len(seen) == 9 * 4
+    )  # a quarter of the episodes held out, the time-outs without s' dropped
 
 
 # -------------------------------------------------------------------------------------------- Minari
@@ -590,7 +642,12 @@ def test_minari_set_by_id_folder_and_file(tmp_path, monkeypatch, thirteen, backu
     minari_set(root, monkeypatch, thirteen)
     env, rows = make_env("Pendulum-v1"), expected_rows(thirteen, True, backup)
     folder = root / "pendulum" / "made-v0"
-    names = ["pendulum/made-v0", str(folder), str(folder / "data"), str(folder / "data" / "main_data.hdf5")]
+    names = [
+        "pendulum/made-v0",
+        str(folder),
+        str(folder / "data"),
+        str(folder / "data" / "main_data.hdf5"),
+    ]
     for name in names:
         path = dataset_path(name)
         assert path == folder / "data" / "main_data.hdf5"
@@ -606,7 +663,9 @@ def test_minari_set_by_id_folder_and_file(tmp_path, monkeypatch, thirteen, backu
 def test_minari_id_trains(tmp_path, monkeypatch, thirteen):
     """The whole way from --dataset ID to summary.json; the run notes which file it read."""
     minari_set(tmp_path / "sets", monkeypatch, thirteen)
-    summary = train(Args(**SMALL | dict(dataset="pendulum/made-v0", num_updates=2, eval_episodes=1)))
+    summary = train(
+        Args(**SMALL | dict(dataset="pendulum/made-v0", num_updates=2, eval_episodes=1))
+    )
     assert summary["num_updates"] == 2 and summary["dataset"].endswith("main_data.hdf5")
     assert (only_run(".") / "summary.json").is_file()
 
@@ -648,7 +707,10 @@ def test_minari_and_d4rl_agree(tmp_path):
     truth = {"dataset_return_mean": np.mean([x.sum() for x in rew]), "terminals": sum(
         e["end"] in ("terminal", "both") for e in episodes)}  # fmt: skip
     truth |= {"reward_min": 3 * min(map(min, rew)) - 1, "reward_max": 3 * max(map(max, rew)) - 1}
-    for data in (flat, nested):  # returns as the environment pays them, the bounds of Q as training sees them
+    for data in (
+        flat,
+        nested,
+    ):  # returns as the environment pays them, the bounds of Q as training sees them
         assert {k: data.info[k] for k in truth} == pytest.approx(truth)
 
 
@@ -712,12 +774,16 @@ def test_refuses_what_is_no_hdf5(tmp_path, capsys, kind):
         path.mkdir()
     elif kind != "missing":
         path.write_bytes(
-            {"text": b"s,a,r\n1,2,3\n", "empty": b"", "pickle": b"\x80\x04}.", "zip": b"PK\3\4"}[kind]
+            {"text": b"s,a,r\n1,2,3\n", "empty": b"", "pickle": b"\x80\x04}.", "zip": b"PK\3\4"}[
+                kind
+            ]
         )
     refused(capsys, path)
 
 
-@pytest.mark.parametrize("share", [0, 96, 0.5, 0.999], ids=["0", "96_bytes", "half", "99.9_percent"])
+@pytest.mark.parametrize(
+    "share", [0, 96, 0.5, 0.999], ids=["0", "96_bytes", "half", "99.9_percent"]
+)
 @pytest.mark.parametrize("layout", ["d4rl", "minari"])
 def test_refuses_a_download_that_stopped(capsys, layout, share):
     path = good_file(layout, **({"n": 4000} if layout == "d4rl" else {}))
@@ -874,7 +940,9 @@ def test_refuses_a_link_to_nowhere(capsys, layout, link):
     path, key = good_file(layout), "actions" if layout == "d4rl" else "episode_2/actions"
     with h5py.File(path, "a") as f:
         del f[key]
-        f[key] = h5py.SoftLink("/gone") if link == "soft" else h5py.ExternalLink("gone.hdf5", "/gone")
+        f[key] = (
+            h5py.SoftLink("/gone") if link == "soft" else h5py.ExternalLink("gone.hdf5", "/gone")
+        )
     refused(capsys, path, "actions")
 
 
@@ -914,7 +982,9 @@ def test_large_finite_numbers_are_no_infinities(key):
         return x
 
     data = read(change(good_file(), key, enlarge))
-    assert (data.obs if key == "observations" else data.next_obs)[4].tolist() == pytest.approx([3e38] * 3)
+    assert (data.obs if key == "observations" else data.next_obs)[4].tolist() == pytest.approx(
+        [3e38] * 3
+    )
 
 
 def test_refuses_doubles_too_large_for_float32(capsys):
@@ -925,7 +995,9 @@ def test_refuses_doubles_too_large_for_float32(capsys):
         x[17] = 1e300
         return x
 
-    assert re.search(r"row 17\b", refused(capsys, change(good_file(), "rewards", spoil), "'rewards'"))
+    assert re.search(
+        r"row 17\b", refused(capsys, change(good_file(), "rewards", spoil), "'rewards'")
+    )
 
 
 @pytest.mark.parametrize("row", [0, 4, -1])
@@ -982,15 +1054,22 @@ def test_one_transition(capsys, layout, backup):
     episodes = [episode(0, 1, "timeout", 3)]
     if layout == "d4rl":
         refused(
-            capsys, write_flat("one.hdf5", episodes, next_obs=False), "nothing to train on", backup=backup
+            capsys,
+            write_flat("one.hdf5", episodes, next_obs=False),
+            "nothing to train on",
+            backup=backup,
         )
-    path = write_flat("one.hdf5", episodes) if layout == "d4rl" else write_minari("one.hdf5", episodes)
+    path = (
+        write_flat("one.hdf5", episodes) if layout == "d4rl" else write_minari("one.hdf5", episodes)
+    )
     if backup == "sarsa":
         refused(capsys, path, "nothing to train on", backup=backup)
     else:
         assert_rows(read(path), expected_rows(episodes))
     episodes = [episode(0, 1, "terminal", 3)]
-    path = write_flat("one.hdf5", episodes) if layout == "d4rl" else write_minari("one.hdf5", episodes)
+    path = (
+        write_flat("one.hdf5", episodes) if layout == "d4rl" else write_minari("one.hdf5", episodes)
+    )
     assert_rows(read(path, backup=backup), expected_rows(episodes, backup=backup))
 
 
@@ -1029,7 +1108,11 @@ def test_attributes_of_other_tools_do_no_harm(capsys):
     """The reader takes what begins with `collector_` for numbers; another writer may keep its name there."""
     path = good_file()
     with h5py.File(path, "a") as f:
-        f.attrs["collector_name"], f.attrs["collector_sizes"], f.attrs["algorithm"] = "SAC", [1, 2, 3], "SAC"
+        f.attrs["collector_name"], f.attrs["collector_sizes"], f.attrs["algorithm"] = (
+            "SAC",
+            [1, 2, 3],
+            "SAC",
+        )
     try:
         assert_sound(read(path))
     except SystemExit as stop:
@@ -1103,13 +1186,17 @@ def mutate(path: Path, rng) -> str:
 def assert_sound(data: Data):
     """What training relies on, whatever the file was."""
     batch = data.batch(data.train)
-    assert len(batch.obs) > 0 and all(x.isfinite().all() and x.dtype == torch.float32 for x in batch)
+    assert len(batch.obs) > 0 and all(
+        x.isfinite().all() and x.dtype == torch.float32 for x in batch
+    )
     assert batch.act.abs().max() <= 1 and set(batch.done.tolist()) <= {0.0, 1.0}
     assert all(len(x) == len(batch.obs) for x in batch) and batch.obs.shape == batch.next_obs.shape
     assert not set(data.train.tolist()) & set(data.holdout.tolist())
 
 
-@pytest.mark.parametrize("layout, count", [("d4rl", 150), ("d4rl without timeouts", 100), ("minari", 100)])
+@pytest.mark.parametrize(
+    "layout, count", [("d4rl", 150), ("d4rl without timeouts", 100), ("minari", 100)]
+)
 def test_any_single_mutation_is_read_or_refused(tmp_path, capsys, layout, count):
     """Never another exception: a traceback tells a user nothing, and a silent misreading less."""
     rng, wrong, read_in, turned_down = np.random.default_rng(11), [], 0, 0
@@ -1128,7 +1215,10 @@ def test_any_single_mutation_is_read_or_refused(tmp_path, capsys, layout, count)
             err = capsys.readouterr().err
             turned_down += 1
             if not (
-                stop.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and str(path) in err
+                stop.code == 2
+                and err.startswith("error: ")
+                and err.count("\n") == 1
+                and str(path) in err
             ):
                 wrong.append(f"{what}: exit {stop.code}, {err!r}")
         except Exception as e:
@@ -1191,7 +1281,9 @@ def quick_collect(monkeypatch):
 
 
 def files(folder="datasets") -> list[Path]:
-    return sorted(p for p in Path(folder).rglob("*") if p.is_file()) if Path(folder).exists() else []
+    return (
+        sorted(p for p in Path(folder).rglob("*") if p.is_file()) if Path(folder).exists() else []
+    )
 
 
 def test_collected_file_holds_what_the_player_stored(quick_collect, capsys):
@@ -1231,14 +1323,24 @@ def test_the_collector_has_settings_of_its_own(monkeypatch):
     assert cql.RANDOM_STEPS == 1_000
     moves, updates, ended, step = [], [], [], cql.Player.step
     monkeypatch.setattr(cql, "RANDOM_STEPS", 20)
-    monkeypatch.setattr(cql.Player, "step", lambda self, random: moves.append(random) or step(self, random))
-    monkeypatch.setattr(Learner, "update", lambda self, _, cloning: updates.append((len(moves), cloning)))
-    monkeypatch.setattr(cql, "evaluate", lambda *x: (np.zeros(1), ended.append((x[0].args, x[1].num_envs))))
-    args = Args(env_id="Pendulum-v1", seed=5, collect_steps=30, gamma=0.5, cql_alpha=1.0, critic_width=8)
+    monkeypatch.setattr(
+        cql.Player, "step", lambda self, random: moves.append(random) or step(self, random)
+    )
+    monkeypatch.setattr(
+        Learner, "update", lambda self, _, cloning: updates.append((len(moves), cloning))
+    )
+    monkeypatch.setattr(
+        cql, "evaluate", lambda *x: (np.zeros(1), ended.append((x[0].args, x[1].num_envs)))
+    )
+    args = Args(
+        env_id="Pendulum-v1", seed=5, collect_steps=30, gamma=0.5, cql_alpha=1.0, critic_width=8
+    )
     path = collect(args, make_env("Pendulum-v1"), CPU)
     assert path.name == "Pendulum-v1_sac-replay_30_seed5_v1.hdf5"
     assert moves == [True] * 20 + [False] * 10 and updates == [(n, False) for n in range(21, 31)]
-    own = Args(env_id="Pendulum-v1", seed=5, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
+    own = Args(
+        env_id="Pendulum-v1", seed=5, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4
+    )
     assert ended == [(own, 10)]
 
 
@@ -1248,7 +1350,9 @@ def test_second_run_takes_the_file_that_is_there(quick_collect, capsys, monkeypa
     path = collect(Args(**COLLECT), env, CPU)
     before = path.stat().st_mtime_ns, path.read_bytes()
     capsys.readouterr()
-    again = collect(Args(**COLLECT, cql_alpha=0.5, num_updates=3, policy_lr=0.1, gamma=0.9), env, CPU)
+    again = collect(
+        Args(**COLLECT, cql_alpha=0.5, num_updates=3, policy_lr=0.1, gamma=0.9), env, CPU
+    )
     assert again == path and len(quick_collect) == 1 and str(path) in capsys.readouterr().out
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
 
@@ -1270,7 +1374,9 @@ def test_collecting_twice_gives_the_same_file(quick_collect, tmp_path, monkeypat
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path / folder)
         torch.manual_seed(seed)  # as set_up() does from --seed
-        with h5py.File(collect(Args(**COLLECT | {"seed": seed}), make_env("Pendulum-v1"), CPU)) as f:
+        with h5py.File(
+            collect(Args(**COLLECT | {"seed": seed}), make_env("Pendulum-v1"), CPU)
+        ) as f:
             contents.append({k: v[()] for k, v in f.items()})
     assert all(np.array_equal(contents[0][k], contents[1][k]) for k in contents[0])
     assert not np.array_equal(contents[0]["actions"], contents[2]["actions"])
@@ -1301,7 +1407,9 @@ def test_failure_while_writing_leaves_nothing(quick_collect, monkeypatch):
         collect(Args(**COLLECT), env, CPU)
     assert files() == []
     monkeypatch.setattr(h5py.Group, "__setitem__", put)
-    assert files() == [] and collect(Args(**COLLECT), env, CPU).is_file() and len(quick_collect) == 2
+    assert (
+        files() == [] and collect(Args(**COLLECT), env, CPU).is_file() and len(quick_collect) == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -1383,7 +1491,9 @@ def measure_load(folder: Path, n: int) -> tuple[int, int, float]:
     write_cheetah(folder / "small.hdf5", 2000)
     size = write_cheetah(folder / "large.hdf5", n)
     line = [sys.executable, "measure.py", str(ROOT), "small.hdf5", "large.hdf5"]
-    done = subprocess.run(line, cwd=folder, env=one_thread(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        line, cwd=folder, env=one_thread(), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     growth, seconds, _, rows = done.stdout.splitlines()[-1].split()[1:]
     assert int(rows) == n
@@ -1425,7 +1535,12 @@ def test_diagnose_against_loops(tmp_path, changes, weight):
         q, y, lows, to_go, dots = [], [], [], [], []
         for i in rows.tolist():
             b = Batch(*(x[0] for x in data.batch(torch.tensor([i]))))
-            y.append(float(b.rew + args.gamma * (1 - b.done) * one(target, b.next_obs, pi(b.next_obs)).min()))
+            y.append(
+                float(
+                    b.rew
+                    + args.gamma * (1 - b.done) * one(target, b.next_obs, pi(b.next_obs)).min()
+                )
+            )
             q.append(one(critic, b.obs, b.act).detach().numpy())
             lows.append([q[-1].min(), float(one(critic, b.obs, pi(b.obs)).min())])
             if not math.isnan(data.returns_to_go[i]):
@@ -1441,7 +1556,11 @@ def test_diagnose_against_loops(tmp_path, changes, weight):
         off = (to_go[:, 0] - to_go[:, 1]).mean()
         expected = {"td_error": ((q - y[:, None]) ** 2).mean() / y.var(ddof=1)}
         expected |= {"q_data": q_data, "q_pi": q_pi}
-        expected |= {"q_minus_return": off, "return_std": to_go[:, 1].std(ddof=1), "feature_dot": dot}
+        expected |= {
+            "q_minus_return": off,
+            "return_std": to_go[:, 1].std(ddof=1),
+            "feature_dot": dot,
+        }
         q, y, *_ = by_hand(data.holdout)
         expected["td_error_holdout"] = ((q - y[:, None]) ** 2).mean() / y.var(ddof=1)
         starts = [one(critic, data.obs[i], pi(data.obs[i])).min().item() for i in data.starts]
@@ -1474,7 +1593,9 @@ def test_diagnose_where_q_is_the_action():
     path = write_flat("d.hdf5", random_episodes(np.random.default_rng(0), 40, 12))
     _, data, found = a_linear_q(path, [0.0, 0.0, 1.0])
     rows = len(data.train)
-    assert rows <= 256 and found["q_data"] == pytest.approx(float(data.act[data.train].mean()), abs=1e-5)
+    assert rows <= 256 and found["q_data"] == pytest.approx(
+        float(data.act[data.train].mean()), abs=1e-5
+    )
     assert abs(found["q_rand"]) < 4 / math.sqrt(3 * rows)
     assert 0.99 < found["q_max"] <= 1
     assert abs(found["cql_gap"] - (math.log(math.sinh(1)) - found["q_data"])) < 0.02

@@ -34,7 +34,13 @@ class Counting(gym.Env):
         self.seen.append(np.array(action))
         self.t += 1
         over, even = self.t == 3 + self.episode % 3, self.episode % 2 == 0
-        return np.array([self.episode, float(self.t)]), float(self.t), over and even, over and not even, {}
+        return (
+            np.array([self.episode, float(self.t)]),
+            float(self.t),
+            over and even,
+            over and not even,
+            {},
+        )
 
 
 if "CQLCounting-v0" not in gym.registry:
@@ -90,9 +96,13 @@ def test_the_players_rows():
         player.step()
     b = {k: v.numpy() for k, v in player.buffer.items()}
     raw = np.array([[e, t] for e, n in enumerate((3, 4, 5)) for t in range(n)], float)
-    assert np.allclose(b["obs"], (raw - 1) / 2) and np.allclose(b["next_obs"], (raw + [0, 1] - 1) / 2)
+    assert np.allclose(b["obs"], (raw - 1) / 2) and np.allclose(
+        b["next_obs"], (raw + [0, 1] - 1) / 2
+    )
     assert np.allclose(b["rew"], 2 * (raw[:, 1] + 1) - 1) and player.returns == [6.0, 10.0, 15.0]
-    assert np.flatnonzero(b["done"]).tolist() == [2, 11] and np.flatnonzero(b["timeout"]).tolist() == [6]
+    assert np.flatnonzero(b["done"]).tolist() == [2, 11] and np.flatnonzero(
+        b["timeout"]
+    ).tolist() == [6]
     played = np.array([-3.0, 0.0]) + (b["act"] + 1) / 2 * 4
     assert np.allclose(env.unwrapped.seen, played, atol=1e-5)
     assert np.abs(played - greedy(learner, raw)).max() > 0.5  # sampled, not the mean
@@ -110,11 +120,18 @@ def test_the_online_phase_mixes_as_it_says(share, parts, monkeypatch):
     """Offline minibatches of 8, then of both sources; the workflow looks at offline moments alone."""
     asked = {"data": [], "player": []}
     data, player = cql.Data.sample, cql.Player.sample
-    monkeypatch.setattr(cql.Data, "sample", lambda self, n: asked["data"].append(n) or data(self, n))
-    monkeypatch.setattr(cql.Player, "sample", lambda self, n: asked["player"].append(n) or player(self, n))
+    monkeypatch.setattr(
+        cql.Data, "sample", lambda self, n: asked["data"].append(n) or data(self, n)
+    )
+    monkeypatch.setattr(
+        cql.Player, "sample", lambda self, n: asked["player"].append(n) or player(self, n)
+    )
     out = cql.train(quick(write_d4rl("x.hdf5"), online_steps=10, offline_share=share))
     k = len(asked["player"]) // 10  # minibatches an update
-    assert k and asked == {"data": [8] * 20 * k + [parts[0]] * 10 * k, "player": [parts[1]] * 10 * k}
+    assert k and asked == {
+        "data": [8] * 20 * k + [parts[0]] * 10 * k,
+        "player": [parts[1]] * 10 * k,
+    }
     saved = torch.load(only_run(".") / "checkpoint.pt", weights_only=True)
     assert [h["step"] for h in saved["history"]] == [5, 10, 15, 20] and out["num_updates"] == 30
     assert len(saved["player"]["buffer"]["rew"]) == 10
@@ -159,7 +176,9 @@ def test_the_online_return_is_of_the_last_five_episodes():
     path = write_d4rl("x.hdf5", obs_dim=2, act_dim=2, actions=actions)
     changes = dict(env_id="CQLCounting-v0", online_steps=27, eval_episodes=0, log_frequency=1)
     cql.train(quick(path, **changes))
-    shown = {step: float(v) for step, tag, v in metrics(only_run(".")) if tag == "charts/online_return"}
+    shown = {
+        step: float(v) for step, tag, v in metrics(only_run(".")) if tag == "charts/online_return"
+    }
     assert min(shown) == 23 and shown[23] == 6.0 and shown[27] == 8.0
     assert shown[47] == pytest.approx((15 + 6 + 10 + 15 + 6) / 5)
 

@@ -63,18 +63,24 @@ def fixed_actor(mean: list[float], std: float) -> Actor:
 def grid(d: int, n: int):
     """Midpoints of a regular grid on [-1, 1]^d, (n^d, d), and the volume of a cell."""
     x = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1
-    return torch.tensor(list(itertools.product(x.tolist(), repeat=d)), dtype=torch.float64), (2 / n) ** d
+    return torch.tensor(list(itertools.product(x.tolist(), repeat=d)), dtype=torch.float64), (
+        2 / n
+    ) ** d
 
 
 def tanh_grid(mean, std, n: int):
     """Quadrature nodes in u for one action dimension: actions tanh(u), and the weights density(a) da."""
     u = torch.linspace(-9, 9, n, dtype=torch.float64) * std + mean
-    weight = torch.exp(-0.5 * ((u - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)) * (u[1] - u[0])
+    weight = (
+        torch.exp(-0.5 * ((u - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)) * (u[1] - u[0])
+    )
     return u, torch.tanh(u), weight
 
 
 # ------------------------------------------------------------------------------------- squashed Gaussian
-@pytest.mark.parametrize("mean, std", [([0.0], 1.0), ([0.8], 0.3), ([-1.0], 0.05), ([0.3, -0.5], 0.4)])
+@pytest.mark.parametrize(
+    "mean, std", [([0.0], 1.0), ([0.8], 0.3), ([-1.0], 0.05), ([0.3, -0.5], 0.4)]
+)
 def test_squashed_density_integrates_to_one(mean, std):
     d = len(mean)
     act, cell = grid(d, 200_001 if d == 1 else 1_501)
@@ -86,7 +92,9 @@ def test_squashed_density_is_stable_far_out():
     """At |u| = 20, tanh is 1 in float32 and 1 - tanh^2 is 0; the exact log density is known."""
     u = torch.tensor([[20.0], [-20.0]], requires_grad=True)
     logp = squashed_log_prob(u, torch.zeros(1), torch.zeros(1))
-    exact = -200 - 0.5 * math.log(2 * math.pi) + 40 - math.log(4)  # -log(1 - tanh^2) = 2u - log 4 for large u
+    exact = (
+        -200 - 0.5 * math.log(2 * math.pi) + 40 - math.log(4)
+    )  # -log(1 - tanh^2) = 2u - log 4 for large u
     assert torch.allclose(logp, torch.full((2,), exact), atol=1e-3)
     logp.sum().backward()
     assert torch.isfinite(u.grad).all()
@@ -111,7 +119,9 @@ def test_the_policys_layers_and_the_bounds_of_its_deviation():
 
 
 # --------------------------------------------------------------------------------- log-sum-exp estimators
-PEAKED = dict(q=lambda a: 6 * torch.exp(-8 * (a - 0.5).pow(2).sum(-1)), mean=[math.atanh(0.5)], std=0.1)
+PEAKED = dict(
+    q=lambda a: 6 * torch.exp(-8 * (a - 0.5).pow(2).sum(-1)), mean=[math.atanh(0.5)], std=0.1
+)
 SLOPED = dict(q=lambda a: 2.5 * a.sum(-1), mean=[0.3], std=0.5)
 SLOPED_2D = dict(q=lambda a: 1.5 * a.sum(-1), mean=[0.3, -0.4], std=0.5)
 
@@ -235,7 +245,8 @@ def test_conservative_terms_by_hand():
     }
     for variant, value in expect.items():
         assert torch.allclose(
-            conservative_term(q, log_ratio, q_data, tiny(cql_variant=variant)), torch.tensor([value])
+            conservative_term(q, log_ratio, q_data, tiny(cql_variant=variant)),
+            torch.tensor([value]),
         )
     clipped = conservative_term(q, log_ratio, q_data, tiny(cql_clip_diff=-1.0))
     assert float(clipped[0, 1]) == -1.0
@@ -246,7 +257,9 @@ def test_conservative_terms_at_another_temperature():
     q, q_data = torch.tensor([[[2.0, 4.0]]]), torch.tensor([[0.5]])
     log_ratio = torch.tensor([[0.0, math.log(2)]])
     for variant, mean in (("H", (math.e + math.e**2 / 2) / 2), ("rho", (math.e + math.e**2) / 2)):
-        term = conservative_term(q, log_ratio, q_data, tiny(cql_variant=variant, cql_temperature=2.0))
+        term = conservative_term(
+            q, log_ratio, q_data, tiny(cql_variant=variant, cql_temperature=2.0)
+        )
         assert float(term) == pytest.approx(2 * math.log(mean) - 0.5, abs=1e-5)
 
 
@@ -259,7 +272,9 @@ def test_every_proposal_is_a_draw_of_its_own(kind):
 
 def test_the_policys_proposals_alone_carry_their_density():
     """log p(a) - log Unif(a) of a = tanh(u) in two dimensions: log N(u) - log(1 - a^2) + 2 log 2."""
-    act, log_ratio = proposals(fixed_actor([0.3, -0.4], 0.5), *[torch.zeros(20, 1)] * 2, "policy", 4)
+    act, log_ratio = proposals(
+        fixed_actor([0.3, -0.4], 0.5), *[torch.zeros(20, 1)] * 2, "policy", 4
+    )
     normal = torch.distributions.Normal(torch.tensor([0.3, -0.4]).double(), 0.5)
     density = normal.log_prob(torch.atanh(act.double())) - torch.log(1 - act.double() ** 2)
     assert torch.allclose(log_ratio.double(), density.sum(-1) + 2 * math.log(2), atol=1e-4)
@@ -331,8 +346,12 @@ def test_backups_by_hand():
             q = torch.stack(
                 [nets.target(batch.next_obs[b : b + 1], a[None])[:, 0] for a in act[b]]
             )  # (n, critics)
-            value = q.max(0).values.min() - (nets.log_alpha.exp() * logp[b, 0] if kind == "sac" else 0)
-            assert torch.allclose(y[b], batch.rew[b] + 0.99 * (1 - batch.done[b]) * value, atol=1e-5)
+            value = q.max(0).values.min() - (
+                nets.log_alpha.exp() * logp[b, 0] if kind == "sac" else 0
+            )
+            assert torch.allclose(
+                y[b], batch.rew[b] + 0.99 * (1 - batch.done[b]) * value, atol=1e-5
+            )
             assert torch.equal(next_act[b], act[b, q.min(1).values.argmax()])
 
 
@@ -367,7 +386,9 @@ def test_one_critic_is_an_ensemble_of_one():
     args = tiny(num_critics=1, cql_alpha=0.0, backup="mean")
     nets, b = Learner(3, 2, args, CPU), random_batch()
     loss, info = critic_loss(nets, b, args)
-    assert set(info) == {"qf1_loss", "qf_loss", "qf1_values"} and info["qf1_loss"] == info["qf_loss"]
+    assert (
+        set(info) == {"qf1_loss", "qf_loss", "qf1_values"} and info["qf1_loss"] == info["qf_loss"]
+    )
     with torch.no_grad():
         following = nets.target(b.next_obs, torch.tanh(nets.actor(b.next_obs)[0]))[0]
         y = b.rew + args.gamma * (1 - b.done) * following
@@ -378,7 +399,9 @@ def test_one_critic_is_an_ensemble_of_one():
 @pytest.mark.parametrize("kind", ["policy", "mixture", "three-sets"])
 def test_what_the_critic_reports_by_loops(kind):
     """Losses and values of the first two critics; the gap and the effective share of 3 samples a set."""
-    args = tiny(cql_samples=3, cql_proposals=kind, cql_temperature=2.0, backup="mean", num_critics=3)
+    args = tiny(
+        cql_samples=3, cql_proposals=kind, cql_temperature=2.0, backup="mean", num_critics=3
+    )
     nets, batch = Learner(3, 2, args, CPU), random_batch()
     torch.manual_seed(4)
     _, info = critic_loss(nets, batch, args)
@@ -395,7 +418,11 @@ def test_what_the_critic_reports_by_loops(kind):
     losses = [sum(float(q_data[i, b] - y[b]) ** 2 for b in range(8)) / 8 for i in range(3)]
     expected = {"qf1_loss": losses[0], "qf2_loss": losses[1], "qf_loss": sum(losses) / 3}
     expected |= {"qf1_values": float(q_data[0].mean()), "qf2_values": float(q_data[1].mean())}
-    expected |= {"cql_loss": sum(gaps) / 24, "cql_ess": sum(shares) / 24, "cql_alpha": args.cql_alpha}
+    expected |= {
+        "cql_loss": sum(gaps) / 24,
+        "cql_ess": sum(shares) / 24,
+        "cql_alpha": args.cql_alpha,
+    }
     assert {k: float(v) for k, v in info.items()} == pytest.approx(expected, abs=1e-5)
 
 
@@ -407,7 +434,9 @@ def test_the_bottlenecks_term_by_hand():
         torch.manual_seed(0)
         loss, info = critic_loss(nets, batch, args)
         losses.append(float(loss))
-    mean, log_std = nets.critic.bottleneck(nets.critic.hidden(batch.obs, batch.act)[-1]).chunk(2, -1)
+    mean, log_std = nets.critic.bottleneck(nets.critic.hidden(batch.obs, batch.act)[-1]).chunk(
+        2, -1
+    )
     normal, unit = (torch.distributions.Normal(*x) for x in ((mean, log_std.exp()), (0.0, 1.0)))
     kl = torch.distributions.kl_divergence(normal, unit).sum(-1)
     assert losses[1] - losses[0] == pytest.approx(0.3 * float(kl.mean(1).sum()), abs=1e-5)
@@ -443,7 +472,9 @@ def test_dr3_gradient_flows_through_both_sides():
     nets, batch = Learner(3, 2, args, CPU), random_batch()
     phi = nets.critic.features(batch.obs, batch.act)[0]
     torch.manual_seed(1)
-    with_dr3 = torch.autograd.grad(critic_loss(nets, batch, args)[0], nets.critic.layers[0].weight)[0]
+    with_dr3 = torch.autograd.grad(critic_loss(nets, batch, args)[0], nets.critic.layers[0].weight)[
+        0
+    ]
     torch.manual_seed(1)
     without = torch.autograd.grad(
         critic_loss(nets, batch, tiny(cql_alpha=0.0))[0], nets.critic.layers[0].weight
@@ -455,7 +486,9 @@ def test_dr3_gradient_flows_through_both_sides():
     both = torch.autograd.grad(dot, nets.critic.layers[0].weight)[0]
     assert torch.allclose(with_dr3 - without, both, atol=1e-5)
     torch.manual_seed(1)
-    assert torch.allclose(critic_loss(nets, batch, args)[1]["dr3_loss"], dot / 2)  # the mean of two critics
+    assert torch.allclose(
+        critic_loss(nets, batch, args)[1]["dr3_loss"], dot / 2
+    )  # the mean of two critics
 
 
 def test_unit_norm_and_vib():
@@ -473,7 +506,9 @@ def test_unit_norm_and_vib():
     phi = torch.stack([critic.features(batch.obs, batch.act)[0] for _ in range(4000)]).detach()
     assert torch.allclose(phi.mean(0), mean, atol=6 / 4000**0.5)
     critic.eval()
-    assert torch.equal(critic.features(batch.obs, batch.act)[0], critic.bottleneck(hidden).chunk(2, -1)[0])
+    assert torch.equal(
+        critic.features(batch.obs, batch.act)[0], critic.bottleneck(hidden).chunk(2, -1)[0]
+    )
 
 
 def test_dropout_is_off_in_the_target():
@@ -612,7 +647,9 @@ def cql_fixed_point(variant, p, r, beta, pi, cql_alpha):
             b = torch.tensor(beta)
             td = (b * (q - y) ** 2).sum(1)
             sampled = torch.gather(q, 1, mu)[None]  # (1, S, 2000)
-            term = sum(b[:, a] * conservative_term(sampled, 0.0, q[:, a][None], args)[0] for a in range(A))
+            term = sum(
+                b[:, a] * conservative_term(sampled, 0.0, q[:, a][None], args)[0] for a in range(A)
+            )
             value = (td + cql_alpha * term).mean()
             value.backward()
             return value
@@ -671,7 +708,11 @@ def test_without_the_term_and_with_the_max_backup_q_is_optimal():
     for _ in range(1500):
         nets.update(sample, cloning=False)
     with torch.no_grad():
-        q = nets.critic(torch.eye(2).repeat_interleave(401, 0), a.repeat(2)[:, None]).mean(0).view(2, 401)
+        q = (
+            nets.critic(torch.eye(2).repeat_interleave(401, 0), a.repeat(2)[:, None])
+            .mean(0)
+            .view(2, 401)
+        )
     away = (a.abs() > 0.05).expand(2, 401)  # Q* jumps at a = 0
     error = (q - star).abs()[away]
     assert float(error.mean() / star.abs().mean()) < 0.05
@@ -696,7 +737,9 @@ def with_spectrum(s, rows=256):
 
 def test_ranks_on_planted_spectra():
     flat = spectrum(with_spectrum([1.0] * 64))
-    assert flat["srank"] == 64 and flat["rank_pca"] == 64 and abs(flat["effective_rank"] - 64) < 1e-3
+    assert (
+        flat["srank"] == 64 and flat["rank_pca"] == 64 and abs(flat["effective_rank"] - 64) < 1e-3
+    )
     one = spectrum(with_spectrum([3.0] + [0.0] * 63))
     assert one["srank"] == 1 and one["rank_pca"] == 1 and abs(one["effective_rank"] - 1) < 1e-3
     halves = spectrum(with_spectrum([2.0**-i for i in range(40)]))
@@ -720,7 +763,10 @@ def test_alignment_by_loops():
     norms = [(math.hypot(*phi[i].tolist()), math.hypot(*phi_next[i].tolist())) for i in rows]
     assert abs(float(out["feature_dot"]) - sum(dots) / len(dots)) < 1e-5
     assert (
-        abs(float(out["feature_cos"]) - sum(d / a / b for d, (a, b) in zip(dots, norms)) / len(dots)) < 1e-5
+        abs(
+            float(out["feature_cos"]) - sum(d / a / b for d, (a, b) in zip(dots, norms)) / len(dots)
+        )
+        < 1e-5
     )
     assert abs(float(out["feature_norm"]) - sum(math.hypot(*p.tolist()) for p in phi) / 20) < 1e-5
 
@@ -736,7 +782,13 @@ def test_dormant_counts_planted_units():
 # ----------------------------------------------------------------------------------------------- verdict
 def curve(q, **constants) -> list[dict]:
     """A history of diagnostics with the dataset Q of `q`, healthy but for `constants`."""
-    calm = {"td_error": 0.05, "td_error_holdout": 0.06, "cql_gap": 0.5, "q_max": 50.0, "q_bound": 100.0}
+    calm = {
+        "td_error": 0.05,
+        "td_error_holdout": 0.06,
+        "cql_gap": 0.5,
+        "q_max": 50.0,
+        "q_bound": 100.0,
+    }
     calm |= {"q_range": 200.0, "q_minus_return": 0.0, "return_std": 10.0, "q_lift": 250.0}
     moments = [calm | {"step": 100 * (i + 1), "q_data": float(x)} for i, x in enumerate(q)]
     for k, v in constants.items():
@@ -761,7 +813,11 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
             {},
         ),
         # still rising to its level, as every Q that starts at 0: nothing is known yet
-        ("no sign of trouble", curve(np.linspace(0, 30, 40), cql_gap=-9.0, q_minus_return=-40.0), {}),
+        (
+            "no sign of trouble",
+            curve(np.linspace(0, 30, 40), cql_gap=-9.0, q_minus_return=-40.0),
+            {},
+        ),
         (
             "alpha too large",
             curve(np.minimum(np.linspace(0, 60, 40), 30), cql_gap=-9, q_minus_return=-40.0),
@@ -783,7 +839,11 @@ RISE, FALL = np.linspace(0, 30, 20), np.linspace(30, 20, 20)
         ("no sign of trouble", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=340.0), {}),
         ("divergence", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=380.0), {}),
         ("divergence", curve(np.minimum(np.linspace(0, 60, 40), 30), q_max=150.0, q_lift=0.0), {}),
-        ("underfitting", curve(np.minimum(np.linspace(0, 60, 40), 30), td_error=0.5, cql_gap=2.0), {}),
+        (
+            "underfitting",
+            curve(np.minimum(np.linspace(0, 60, 40), 30), td_error=0.5, cql_gap=2.0),
+            {},
+        ),
         ("sarsa passes", curve(np.minimum(np.linspace(0, 60, 40), 30)), {"backup": "sarsa"}),
         (
             "sarsa fails",
@@ -803,20 +863,44 @@ def test_verdict_on_planted_curves(expected, history, flags):
 @pytest.mark.parametrize(
     "expected, changes, flags",
     [
-        ("no sign of trouble", dict(td_error_holdout=0.2), {}),  # four times the other: five are asked
-        ("no sign of trouble", dict(td_error=0.01, td_error_holdout=0.09), {}),  # nine times, but small
-        ("no sign of trouble", dict(td_error=np.linspace(1, 0.2, 40), td_error_holdout=0.2, cql_gap=2.0), {}),
-        ("underfitting", dict(td_error=np.linspace(0.6, 0.5, 40), td_error_holdout=0.2, cql_gap=2.0), {}),
+        (
+            "no sign of trouble",
+            dict(td_error_holdout=0.2),
+            {},
+        ),  # four times the other: five are asked
+        (
+            "no sign of trouble",
+            dict(td_error=0.01, td_error_holdout=0.09),
+            {},
+        ),  # nine times, but small
+        (
+            "no sign of trouble",
+            dict(td_error=np.linspace(1, 0.2, 40), td_error_holdout=0.2, cql_gap=2.0),
+            {},
+        ),
+        (
+            "underfitting",
+            dict(td_error=np.linspace(0.6, 0.5, 40), td_error_holdout=0.2, cql_gap=2.0),
+            {},
+        ),
         ("no sign of trouble", dict(td_error=0.5, td_error_holdout=0.5, cql_gap=-1.0), {}),
         ("no sign of trouble", dict(cql_gap=1.0, q_minus_return=-40.0), {}),
         ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-40.0), {"cql_alpha": 0.0}),
-        ("no sign of trouble", dict(q_max=359.0), {}),  # 100, lifted by 250, and 5 % of a range of 200
+        (
+            "no sign of trouble",
+            dict(q_max=359.0),
+            {},
+        ),  # 100, lifted by 250, and 5 % of a range of 200
         ("divergence", dict(q_max=361.0), {}),
         ("no sign of trouble", dict(q_max=[1000.0] * 39 + [50.0]), {}),  # the last moment counts
         ("no sign of trouble", dict(cql_gap=-9.0, q_minus_return=-9.0), {}),
         ("alpha too large", dict(cql_gap=-0.6, q_minus_return=-11.0), {}),
         ("no sign of trouble", dict(cql_gap=-0.4, q_minus_return=-11.0), {}),
-        ("underfitting", dict(cql_gap=-0.4, q_minus_return=-11.0, td_error=0.15), {}),  # not alpha's fault
+        (
+            "underfitting",
+            dict(cql_gap=-0.4, q_minus_return=-11.0, td_error=0.15),
+            {},
+        ),  # not alpha's fault
         ("undefined", dict(td_error=math.nan), {}),
         ("sarsa fails", dict(td_error=0.3), {"backup": "sarsa"}),
         ("sarsa fails", dict(td_error_holdout=0.3), {"backup": "sarsa"}),
@@ -846,14 +930,23 @@ def test_nothing_counts_in_the_first_tenth_of_a_run():
 
 
 def test_a_q_that_still_moves_is_told_to_go_on():
-    numbers = "TD error 0.050 of the target's variance (0.060 held out), cql_gap 0.5, Q +0.0 deviations"
-    for q, moves in ((np.linspace(0, 39, 40), True), (np.minimum(np.linspace(0, 60, 40), 30), False)):
+    numbers = (
+        "TD error 0.050 of the target's variance (0.060 held out), cql_gap 0.5, Q +0.0 deviations"
+    )
+    for q, moves in (
+        (np.linspace(0, 39, 40), True),
+        (np.minimum(np.linspace(0, 60, 40), 30), False),
+    ):
         name, sentence = verdict(curve(q), make_args(num_updates=4000))
         assert name == "no sign of trouble" and sentence.startswith(numbers)
-        assert sentence.endswith("It moved by +0.7 in the last fifth: try more --num-updates") == moves
+        assert (
+            sentence.endswith("It moved by +0.7 in the last fifth: try more --num-updates") == moves
+        )
 
 
-@pytest.mark.parametrize("above, still", [(4.0, False), (6.0, True), (-6.0, False), (math.nan, False)])
+@pytest.mark.parametrize(
+    "above, still", [(4.0, False), (6.0, True), (-6.0, False), (math.nan, False)]
+)
 def test_a_q_that_rises_above_the_returns_is_not_told_to_go_on(above, still):
     """In deviations of 10: more than half a one above the data's returns, and 0.7 up in the last fifth."""
     args = make_args(num_updates=4000)
@@ -874,7 +967,9 @@ def test_advice_by_hand():
         "alpha too large": "--cql-alpha 2.5",
         "underfitting": "--critic-width 512 or --critic-depth 3 or --residual or --dr3-coef 0.01",
     }
-    on = dict(layer_norm=True, dropout=0.2, vib_coef=0.1, residual=True, dr3_coef=0.1, cql_target_gap=1.0)
+    on = dict(
+        layer_norm=True, dropout=0.2, vib_coef=0.1, residual=True, dr3_coef=0.1, cql_target_gap=1.0
+    )
     assert advice(tiny(**on)) == {
         "divergence": "a lower --cql-target-gap",
         "sarsa fails": "--num-updates 16000 or --critic-width 256 or a larger --tau",

@@ -125,7 +125,18 @@ def words(data, *more):
             "--checkpoint-frequency", 60, *more]  # fmt: skip
 
 
-RICH = ["--dropout", 0.1, "--vib-coef", 0.01, "--dr3-coef", 0.01, "--cql-target-gap", -1, "--num-critics", 3]
+RICH = [
+    "--dropout",
+    0.1,
+    "--vib-coef",
+    0.01,
+    "--dr3-coef",
+    0.01,
+    "--cql-target-gap",
+    -1,
+    "--num-critics",
+    3,
+]
 VARIANTS = {"plain": [], "rich": RICH}
 
 
@@ -151,7 +162,9 @@ def events(run: Path) -> dict:
 
 
 def timeless(run: Path) -> dict:
-    return {k: v for k, v in summary(run).items() if k not in ("wall_seconds", "updates_per_second")}
+    return {
+        k: v for k, v in summary(run).items() if k not in ("wall_seconds", "updates_per_second")
+    }
 
 
 def assert_same_run(a: Path, b: Path):
@@ -253,7 +266,9 @@ def test_resume_auto_passes_over_what_is_not_this_script_s(header, new_process, 
     other.mkdir()
     torch.save(load(run / "checkpoint.pt") | {"script": "sac"}, other / "checkpoint.pt")
     if header:
-        theirs = (run / "args.json").read_text().replace('"script": "cql_continuous"', '"script": "sac"')
+        theirs = (
+            (run / "args.json").read_text().replace('"script": "cql_continuous"', '"script": "sac"')
+        )
         (other / "args.json").write_text(theirs if header == "sac.py's" else header)
     done = new_process(tmp_path, *line, "--resume", "auto")
     assert run.name in done.out and summary(run)["num_updates"] == 20
@@ -266,7 +281,13 @@ def test_resume_refuses_another_algorithm_and_other_data(new_process, data, tmp_
     new_process(tmp_path, *line, before="at(5, send(signal.SIGTERM))", status=143)
     run = only_run(tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    changes = {"--gamma": 0.9, "--cql-alpha": 1.0, "--seed": 2, "--critic-width": 16, "--backup": "max"}
+    changes = {
+        "--gamma": 0.9,
+        "--cql-alpha": 1.0,
+        "--seed": 2,
+        "--critic-width": 16,
+        "--backup": "max",
+    }
     for flag, value in changes.items():
         done = new_process(tmp_path, *line, flag, value, "--resume", run, status=2)
         assert_one_line(done, flag, str(value))
@@ -290,7 +311,9 @@ def fine_tuned(data, new_process, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [30, 40])
-def test_stopped_before_the_fine_tuning_resumes_bitwise(stop, fine_tuned, new_process, data, tmp_path):
+def test_stopped_before_the_fine_tuning_resumes_bitwise(
+    stop, fine_tuned, new_process, data, tmp_path
+):
     line = fine_tuning(data)
     new_process(tmp_path, *line, before=f"at({stop}, send(signal.SIGTERM))", status=143)
     run = only_run(tmp_path)
@@ -299,13 +322,17 @@ def test_stopped_before_the_fine_tuning_resumes_bitwise(stop, fine_tuned, new_pr
     assert_same_run(run, fine_tuned)
 
 
-def test_stopped_in_the_fine_tuning_the_replay_comes_back_whole(fine_tuned, new_process, data, tmp_path):
+def test_stopped_in_the_fine_tuning_the_replay_comes_back_whole(
+    fine_tuned, new_process, data, tmp_path
+):
     line = fine_tuning(data)
     new_process(tmp_path, *line, before="at(250, send(signal.SIGTERM))", status=143)
     run, expected = only_run(tmp_path), load(fine_tuned / "checkpoint.pt")["player"]
     stopped = load(run / "checkpoint.pt")["player"]
     assert len(stopped["returns"]) == 1
-    for k, v in stopped["buffer"].items():  # up to the stop nothing differs from the uninterrupted run
+    for k, v in stopped[
+        "buffer"
+    ].items():  # up to the stop nothing differs from the uninterrupted run
         assert len(v) == 210 and torch.equal(v, expected["buffer"][k][:210]), k
     wait_for_next_second()
     new_process(tmp_path, *line, "--resume", run)
@@ -318,7 +345,9 @@ def test_stopped_in_the_fine_tuning_the_replay_comes_back_whole(fine_tuned, new_
     assert not torch.equal(obs[210], obs[0])  # and not the first one again
     tags = [[row[:2] for row in metrics(r)] for r in (run, fine_tuned)]
     assert tags[0] == tags[1] and max(Counter(tags[0]).values()) == 1
-    assert {k: len(v) for k, v in events(run).items()} == {k: len(v) for k, v in events(fine_tuned).items()}
+    assert {k: len(v) for k, v in events(run).items()} == {
+        k: len(v) for k, v in events(fine_tuned).items()
+    }
 
 
 def test_the_length_of_the_fine_tuning_may_change_on_resume(new_process, data, tmp_path):
@@ -335,14 +364,32 @@ def test_the_length_of_the_fine_tuning_may_change_on_resume(new_process, data, t
 @pytest.mark.parametrize("online_steps", [10, 0])
 def test_fewer_online_steps_than_were_taken(online_steps, new_process, data, tmp_path):
     """A replay that does not fit is refused in one line, or simply kept; no traceback."""
-    line = [*words(data), "--num-updates", 40, "--bc-steps", 10, "--eval-frequency", 0, "--online-steps"]
+    line = [
+        *words(data),
+        "--num-updates",
+        40,
+        "--bc-steps",
+        10,
+        "--eval-frequency",
+        0,
+        "--online-steps",
+    ]
     new_process(tmp_path, *line, 20)
     code = "try:\n    train(*words)\nexcept SystemExit as e:\n    assert e.code == 2, e.code"
     new_process(tmp_path, *line, online_steps, "--resume", only_run(tmp_path), code=code)
 
 
 def test_more_updates_before_the_fine_tuning_has_begun(new_process, data, tmp_path):
-    line = [*words(data), "--bc-steps", 10, "--eval-frequency", 0, "--online-steps", 5, "--num-updates"]
+    line = [
+        *words(data),
+        "--bc-steps",
+        10,
+        "--eval-frequency",
+        0,
+        "--online-steps",
+        5,
+        "--num-updates",
+    ]
     new_process(tmp_path, *line, 40, before="at(30, send(signal.SIGTERM))", status=143)
     run = only_run(tmp_path)
     new_process(tmp_path, *line, 45, "--resume", run)
@@ -354,7 +401,9 @@ def test_same_seed_same_numbers_another_seed_others(whole, new_process, data, tm
     new_process(tmp_path / "same", *words(data, *RICH))
     assert_same_run(only_run(tmp_path / "same"), whole["rich"])
     new_process(tmp_path / "other", *words(data, *RICH), "--seed", 2)
-    same, other = (flatten(load(r / "checkpoint.pt")) for r in (whole["rich"], only_run(tmp_path / "other")))
+    same, other = (
+        flatten(load(r / "checkpoint.pt")) for r in (whole["rich"], only_run(tmp_path / "other"))
+    )
     learnt = [k for k in same if "/networks/" in k and not k.endswith(("obs_mean", "obs_std"))]
     assert len(learnt) > 10 and not any(torch.equal(same[k], other[k]) for k in learnt)
     assert not torch.equal(same["/random/cpu"], other["/random/cpu"])
@@ -383,15 +432,34 @@ def assert_equal(a, b):
 
 
 # ------------------------------------------------------------------------------- P3: what must not matter
-OFTEN = ["--log-frequency", 1, "--diagnostics-frequency", 5, "--eval-frequency", 15, "--eval-episodes", 2]
+OFTEN = [
+    "--log-frequency",
+    1,
+    "--diagnostics-frequency",
+    5,
+    "--eval-frequency",
+    15,
+    "--eval-episodes",
+    2,
+]
 OFTEN += ["--checkpoint-frequency", 10]
 RARE = ["--log-frequency", 10_000, "--diagnostics-frequency", 0, "--eval-frequency", 0]
 RARE += ["--checkpoint-frequency", 0]
 
 
 @pytest.mark.parametrize("variant, online", [("plain", 0), ("rich", 0), ("plain", 30)])
-def test_diagnostics_logging_evaluation_change_nothing(variant, online, new_process, data, tmp_path):
-    line = [*words(data, *VARIANTS[variant]), "--num-updates", 60, "--bc-steps", 20, "--online-steps", online]
+def test_diagnostics_logging_evaluation_change_nothing(
+    variant, online, new_process, data, tmp_path
+):
+    line = [
+        *words(data, *VARIANTS[variant]),
+        "--num-updates",
+        60,
+        "--bc-steps",
+        20,
+        "--online-steps",
+        online,
+    ]
     new_process(tmp_path / "often", *line, *OFTEN)
     new_process(tmp_path / "rare", *line, *RARE)
     often, rare = (only_run(tmp_path / k) for k in ("often", "rare"))
@@ -585,7 +653,12 @@ def test_the_printed_command_goes_on_to_the_end(data, tmp_path):
     line += ["--no-normalize-obs", "--reward-shift", -0.5, "--run-dir", "my runs"]
     start = [sys.executable, ROOT / "cql_continuous.py", *map(str, line)]
     with subprocess.Popen(
-        start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread()
+        start,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=one_thread(),
     ) as process:
         out = ""
         while "training" not in out:  # the progress of the first update
@@ -628,15 +701,23 @@ INTERRUPTIONS = {  # and the step of the checkpoint. The first save is selected.
     [(signal.SIGINT, k) for k in INTERRUPTIONS]
     + [(signal.SIGTERM, k) for k in ("after an update", "in the last evaluation")],
 )
-def test_a_signal_at_any_moment_saves_and_prints_the_command(signum, when, new_process, data, tmp_path):
+def test_a_signal_at_any_moment_saves_and_prints_the_command(
+    signum, when, new_process, data, tmp_path
+):
     code, step = INTERRUPTIONS[when]
     line = [*words(data), "--num-updates", 100]
-    done = new_process(tmp_path, *line, before=f"signum = {int(signum)}\n{code}", status=128 + signum)
+    done = new_process(
+        tmp_path, *line, before=f"signum = {int(signum)}\n{code}", status=128 + signum
+    )
     assert done.err == ""
     run = only_run(tmp_path)
     assert load(run / "checkpoint.pt")["step"] == step
     python, script, *rest = shlex.split(done.out.splitlines()[-1])
-    assert (python, script, rest[-2:]) == ("python", "cql_continuous.py", ["--resume", f"runs/{run.name}"])
+    assert (python, script, rest[-2:]) == (
+        "python",
+        "cql_continuous.py",
+        ["--resume", f"runs/{run.name}"],
+    )
     if when == "after an update":
         new_process(tmp_path, *rest)
         assert summary(run)["num_updates"] == 100
@@ -646,7 +727,9 @@ def test_a_signal_while_collecting_keeps_nothing(new_process, tmp_path):
     """Half a replay is not mistaken for a whole one by the next run."""
     line = [*TINY, "--collect-steps", 1_060]
     done = new_process(tmp_path, *line, before="at(10, send(signal.SIGTERM))", status=143)
-    assert done.err == "" and not list(tmp_path.rglob("*.hdf5*")) and not (tmp_path / "runs").exists()
+    assert (
+        done.err == "" and not list(tmp_path.rglob("*.hdf5*")) and not (tmp_path / "runs").exists()
+    )
 
 
 def test_a_second_signal_ends_the_process_at_once(new_process, data, tmp_path):
@@ -661,7 +744,13 @@ def test_a_second_signal_ends_the_process_at_once(new_process, data, tmp_path):
         {},
         {"exp_name": "a b'c", "dataset": "with space.hdf5", "reward_shift": -0.5, "cuda": False},
         {"reward_shift": -1e-05, "cql_clip_diff": -200.0, "cql_target_gap": -8.1, "q_lr": 1e-5},
-        {"alpha": 0.2, "backup": "max", "layer_norm": True, "normalize_obs": False, "num_updates": 10**6},
+        {
+            "alpha": 0.2,
+            "backup": "max",
+            "layer_norm": True,
+            "normalize_obs": False,
+            "num_updates": 10**6,
+        },
         {"dropout": 0.1 + 0.2, "vib_coef": 1 / 3, "gamma": 0.9999999999, "online_steps": 7},
     ],
 )
@@ -744,7 +833,14 @@ NEVER = 10_000
 NON_FINITE = [  # what becomes which number after which update, event -> frequency, last step to stop at, name
     ("reward", "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
     ("reward", "math.inf", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss"),
-    (CRITIC, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|critic\.layers\.0\.weight"),
+    (
+        CRITIC,
+        "math.nan",
+        57,
+        {"log": 20, "checkpoint": 40},
+        60,
+        r"qf1_loss|critic\.layers\.0\.weight",
+    ),
     (ACTOR, "math.nan", 57, {"log": 20, "checkpoint": 40}, 60, r"qf1_loss|actor.*"),
     (ACTOR, "math.nan", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(ACTOR)),
     (CRITIC, "-math.inf", 60, {"log": 20, "checkpoint": 40}, 60, re.escape(CRITIC)),
@@ -838,7 +934,9 @@ def test_memory_is_printed_before_it_is_taken(new_process, data, tmp_path):
     found = dict(re.findall(r"^(.+): ([\d,.]+) MiB on cpu$", done.out.split("run folder")[0], re.M))
     replay = 5_000 * 4 * (3 + 3 + 1 + 1 + 1 + 1) / 2**20
     assert float(found["replay buffer"]) == pytest.approx(replay, rel=0.34)
-    assert float(found["dataset"]) == pytest.approx(2_000 * 4 * (3 + 3 + 1 + 1 + 1 + 2) / 2**20, abs=0.06)
+    assert float(found["dataset"]) == pytest.approx(
+        2_000 * 4 * (3 + 3 + 1 + 1 + 1 + 2) / 2**20, abs=0.06
+    )
 
 
 @pytest.mark.parametrize("free, fits", [(100, True), (1, False)])
@@ -846,7 +944,9 @@ def test_reserve_asks_the_machine(free, fits, monkeypatch, capsys):
     """/proc/meminfo counts in KiB."""
     real = Path.read_text
     fake = f"MemTotal: 9 kB\nMemAvailable:  {free * 1024} kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda p, *a: fake if str(p) == "/proc/meminfo" else real(p, *a))
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, *a: fake if str(p) == "/proc/meminfo" else real(p, *a)
+    )
     try:
         cql.reserve(10 * 2**20, "thing", torch.device("cpu"))
         assert fits

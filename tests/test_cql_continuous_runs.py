@@ -46,7 +46,9 @@ def point_data(tmp_path_factory):
             rows.append((obs, act, rew, after, t == 19))
             obs = after
     obs, act, rew, after, end = (np.array(x) for x in zip(*rows))
-    columns = dict(observations=obs, actions=act, rewards=rew.astype(np.float32), next_observations=after)
+    columns = dict(
+        observations=obs, actions=act, rewards=rew.astype(np.float32), next_observations=after
+    )
     path = tmp_path_factory.mktemp("data") / "point.hdf5"
     return write_d4rl(path, n=len(obs), **columns, terminals=np.zeros(len(obs), bool), timeouts=end)
 
@@ -80,8 +82,14 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns(name, point_data, capsys):
     """Far better than the random data (about -13) and than standing still (about -10)."""
-    out = train(tyro.cli(Args, args=FAST + ["--dataset", str(point_data)] + shlex.split(VARIANTS[name])))
-    assert out["final_return_mean"] > -5, (name, out["final_return_mean"], out["dataset_return_mean"])
+    out = train(
+        tyro.cli(Args, args=FAST + ["--dataset", str(point_data)] + shlex.split(VARIANTS[name]))
+    )
+    assert out["final_return_mean"] > -5, (
+        name,
+        out["final_return_mean"],
+        out["dataset_return_mean"],
+    )
     assert out["verdict"] != "none"
 
 
@@ -105,7 +113,17 @@ def test_fine_tuning_learns_from_its_own_replay(point_data):
 def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
     """No dataset: it collects (here only random steps), trains offline, writes every file, and a second run
     reuses the data. In a subprocess, as a user sees it."""
-    words = [*TINY, "--collect-steps", 300, "--num-updates", 60, "--bc-steps", 20, "--eval-episodes", 2]
+    words = [
+        *TINY,
+        "--collect-steps",
+        300,
+        "--num-updates",
+        60,
+        "--bc-steps",
+        20,
+        "--eval-episodes",
+        2,
+    ]
     words += ["--diagnostics-frequency", 20, "--log-frequency", 20, "--eval-frequency", 20]
     done = run_script("cql_continuous.py", *words, cwd=tmp_path)
     run = only_run(tmp_path)
@@ -172,7 +190,13 @@ BAD = [
 @pytest.mark.parametrize("words", BAD)
 def test_mistakes_are_one_line_and_status_2(words, tmp_path, capsys):
     file = write_d4rl(tmp_path / "file.hdf5")
-    line = ["--env", "Pendulum-v1", "--num-updates", "1", *shlex.split(words.replace("FILE", str(file)))]
+    line = [
+        "--env",
+        "Pendulum-v1",
+        "--num-updates",
+        "1",
+        *shlex.split(words.replace("FILE", str(file))),
+    ]
     with pytest.raises(SystemExit) as stop:
         train(tyro.cli(Args, args=line))
     error = capsys.readouterr().err
@@ -223,9 +247,15 @@ def test_documented_commands_run(command, tmp_path):
     """Parsed as written, then cut to 3 updates of a tiny network, on made-up data of the right shape."""
     args = tyro.cli(Args, args=shlex.split(command)[2:])
     small = dict(
-        num_updates=3, critic_width=8, policy_width=8, batch_size=8, eval_episodes=min(args.eval_episodes, 1)
+        num_updates=3,
+        critic_width=8,
+        policy_width=8,
+        batch_size=8,
+        eval_episodes=min(args.eval_episodes, 1),
     )
-    small |= dict(bc_steps=min(args.bc_steps, 1), online_steps=min(args.online_steps, 3), log_frequency=1)
+    small |= dict(
+        bc_steps=min(args.bc_steps, 1), online_steps=min(args.online_steps, 3), log_frequency=1
+    )
     small |= dict(resume=None, track=False, diagnostics_frequency=2)
     if args.dataset is None:
         small["collect_steps"] = 60

@@ -84,7 +84,9 @@ def a_problem(n=40, obs_dim=3, act_dim=2, seed=5, **changes) -> d.Problem:
 
 def a_learner(problem=None, **changes) -> d.Learner:
     args = tiny(
-        **dict(targets=ALL, cures=CURES, width=6, depth=2, batch_size=5, learning_rate=1e-2, tau=0.1)
+        **dict(
+            targets=ALL, cures=CURES, width=6, depth=2, batch_size=5, learning_rate=1e-2, tau=0.1
+        )
         | changes
     )
     return d.Learner(problem or a_problem(), args, CPU)
@@ -181,7 +183,9 @@ def test_gridworld_data_and_truths():
     beta = d.evaluate_policy(P, r, np.full((16, 4), 0.25), 0.95)
     best = d.optimal_q(P, r, 0.95)
     for target in ALL:
-        assert np.abs(p.truth[target].numpy() - (best if target == "q" else beta)[s, a]).max() < 1e-6
+        assert (
+            np.abs(p.truth[target].numpy() - (best if target == "q" else beta)[s, a]).max() < 1e-6
+        )
     error = (p.mc - p.truth["mc"]).numpy()  # the returns scatter around Q^beta
     assert abs(error.mean()) < 0.25 and error.std() > 0.1
     policy = np.eye(4)[best.argmax(1)]
@@ -286,15 +290,23 @@ def test_continuous_data(env_id, kept, length):
 
 def test_an_environment_with_its_own_time_limit_or_without_bounds_is_refused(capsys):
     args = d.Args(gamma=0.5)
-    refused(lambda: d.continuous(replace(args, env_id="ClockOut-v0"), CPU), capsys, "time limit of its own")
-    refused(lambda: d.continuous(replace(args, env_id="ClockUnbounded-v0"), CPU), capsys, "bounded Box")
+    refused(
+        lambda: d.continuous(replace(args, env_id="ClockOut-v0"), CPU),
+        capsys,
+        "time limit of its own",
+    )
+    refused(
+        lambda: d.continuous(replace(args, env_id="ClockUnbounded-v0"), CPU), capsys, "bounded Box"
+    )
 
 
 # --------------------------------------------------------------------------------------- data: dataset
 @pytest.fixture
 def quick_clone(monkeypatch):
     clone = d.clone
-    monkeypatch.setattr(d, "clone", lambda problem, args, device: clone(problem, args, device, steps=5))
+    monkeypatch.setattr(
+        d, "clone", lambda problem, args, device: clone(problem, args, device, steps=5)
+    )
 
 
 def dataset_args(path, **changes) -> d.Args:
@@ -305,7 +317,11 @@ def whole_rows(terminal, timeout, gamma) -> list:
     """Rows with a next action (or none needed) whose return is cut by no more than 1 %, by loops."""
     rows = []
     for i in range(len(terminal)):
-        j = next(j for j in range(i, len(terminal)) if terminal[j] or timeout[j] or j == len(terminal) - 1)
+        j = next(
+            j
+            for j in range(i, len(terminal))
+            if terminal[j] or timeout[j] or j == len(terminal) - 1
+        )
         if terminal[j] or (j > i and gamma ** (j - i + 1) < 0.01):
             rows.append(i)
     return rows
@@ -314,7 +330,13 @@ def whole_rows(terminal, timeout, gamma) -> list:
 @pytest.mark.parametrize("n", [1000, 950])  # the last episode ends in a time-out, or in the middle
 @pytest.mark.parametrize("keys", ["all", "no next_observations", "no timeouts"])
 def test_dataset_rows(n, keys, quick_clone, capsys):
-    drop = {} if keys == "all" else {"timeouts": None} if keys == "no timeouts" else {"next_obs": False}
+    drop = (
+        {}
+        if keys == "all"
+        else {"timeouts": None}
+        if keys == "no timeouts"
+        else {"next_obs": False}
+    )
     with h5py.File(write_d4rl("x.hdf5", n=n, act_dim=2, **drop)) as f:
         h = {k: v[()] for k, v in f.items()}
     timeout = h.get("timeouts", np.zeros(n, bool))
@@ -323,7 +345,9 @@ def test_dataset_rows(n, keys, quick_clone, capsys):
         assert len(rows) == (5 * 100 + 5 * 57 if n == 1000 else 5 * 100 + 4 * 57 + 7)
     p = d.dataset(dataset_args("x.hdf5"), CPU)
     scale = np.abs(h["rewards"][rows]).max()
-    assert np.allclose(p.rew, h["rewards"][rows] / scale) and np.array_equal(p.act, h["actions"][rows])
+    assert np.allclose(p.rew, h["rewards"][rows] / scale) and np.array_equal(
+        p.act, h["actions"][rows]
+    )
     assert np.array_equal(p.done, h["terminals"][rows].astype(np.float32))
     mean, std = h["observations"][rows].mean(0), h["observations"][rows].std(0) + 1e-3
     assert np.allclose(p.obs, (h["observations"][rows] - mean) / std, atol=1e-5)
@@ -339,9 +363,13 @@ def test_dataset_rows(n, keys, quick_clone, capsys):
         assert abs(total - float(p.mc[k])) < 1e-5
     few = d.dataset(dataset_args("x.hdf5", transitions=210), CPU)
     units = np.abs(h["rewards"][rows[:210]]).max() / scale
-    assert torch.allclose(few.rew * units, p.rew[:210]) and torch.allclose(few.mc * units, p.mc[:210])
+    assert torch.allclose(few.rew * units, p.rew[:210]) and torch.allclose(
+        few.mc * units, p.mc[:210]
+    )
     assert p.held is None and "nothing is said of errors" in capsys.readouterr().out
-    later = [i for i in rows if i // 100 > rows[209] // 100]  # of whole episodes after the last one used
+    later = [
+        i for i in rows if i // 100 > rows[209] // 100
+    ]  # of whole episodes after the last one used
     mean, std = h["observations"][rows[:210]].mean(0), h["observations"][rows[:210]].std(0) + 1e-3
     assert np.allclose(few.held[0], (h["observations"][later] - mean) / std, atol=1e-5)
     assert np.array_equal(few.held[1], h["actions"][later]) and len(later) > 300
@@ -362,7 +390,10 @@ def test_without_timeouts_episodes_end_where_next_observations_jump(quick_clone)
     write_d4rl("with.hdf5", n=1000, next_observations=h["next_observations"])
     write_d4rl("without.hdf5", n=1000, next_observations=h["next_observations"], timeouts=None)
     one, other = (d.dataset(dataset_args(name), CPU) for name in ("with.hdf5", "without.hdf5"))
-    assert all(torch.equal(x, y) for x, y in zip(one[:7], other[:7])) and len(one.rew) == 5 * 100 + 5 * 57
+    assert (
+        all(torch.equal(x, y) for x, y in zip(one[:7], other[:7]))
+        and len(one.rew) == 5 * 100 + 5 * 57
+    )
 
 
 def test_the_files_next_observations_are_used(quick_clone):
@@ -379,7 +410,9 @@ def test_the_clone_finds_a_gaussian_policy():
     obs = rng.normal(size=(4000, 2)).astype(np.float32)
     noise = 0.3 * rng.normal(size=(4000, 1)).astype(np.float32)
     act = np.tanh(obs[:, :1]) + noise
-    write_d4rl("x.hdf5", n=4000, observations=obs, actions=act, next_observations=np.roll(obs, -1, 0))
+    write_d4rl(
+        "x.hdf5", n=4000, observations=obs, actions=act, next_observations=np.roll(obs, -1, 0)
+    )
     clone, d.clone = d.clone, lambda problem, args, device: clone(problem, args, device, steps=400)
     try:
         p = d.dataset(dataset_args("x.hdf5", batch_size=256), CPU)
@@ -425,7 +458,9 @@ BAD_DATA = [
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@pytest.mark.parametrize("changes, named", BAD_DATA, ids=[" ".join([*x[0], x[1]]) for x in BAD_DATA])
+@pytest.mark.parametrize(
+    "changes, named", BAD_DATA, ids=[" ".join([*x[0], x[1]]) for x in BAD_DATA]
+)
 def test_a_bad_dataset_is_refused_in_one_line(changes, named, capsys):
     write_d4rl("x.hdf5", n=1000, **changes)
     err = refused(lambda: d.train(dataset_args("x.hdf5", cures=())), capsys, named)
@@ -443,7 +478,9 @@ def test_a_file_that_is_none_is_refused(capsys):
 
 # -------------------------------------------------------------------- what the members of a seed share
 def fingerprint(*tensors) -> str:
-    return hashlib.sha256(b"".join(x.detach().contiguous().numpy().tobytes() for x in tensors)).hexdigest()
+    return hashlib.sha256(
+        b"".join(x.detach().contiguous().numpy().tobytes() for x in tensors)
+    ).hexdigest()
 
 
 def test_every_layer_starts_as_torchs_linear_and_from_numbers_of_its_own():
@@ -451,7 +488,9 @@ def test_every_layer_starts_as_torchs_linear_and_from_numbers_of_its_own():
     learner = a_learner(targets=("td",), cures=(), seeds=2, width=40, depth=3)
     pairs = list(zip(learner.net.weights, learner.net.biases))
     for (W, b), fan_in in zip(pairs, (5, 40, 40, 40)):
-        assert W.shape[1] == fan_in and W.abs().max() <= fan_in**-0.5 and b.abs().max() <= fan_in**-0.5
+        assert (
+            W.shape[1] == fan_in and W.abs().max() <= fan_in**-0.5 and b.abs().max() <= fan_in**-0.5
+        )
         assert W.abs().max() > 0.9 * fan_in**-0.5 and not torch.equal(W[0], W[1])
     assert not torch.isclose(pairs[1][0], pairs[2][0]).any(1).all() and W.shape[2] == 1
     first = [W[0].flatten()[:40] for W, _ in pairs]
@@ -466,7 +505,9 @@ def test_members_of_a_seed_start_alike_and_see_the_same_batches():
     for one in (learner, other):
         for i, m in enumerate(one.members):
             for net in (one.net, one.target):
-                weights.setdefault(m.seed, set()).add(fingerprint(*[p[i] for p in net.parameters()]))
+                weights.setdefault(m.seed, set()).add(
+                    fingerprint(*[p[i] for p in net.parameters()])
+                )
     assert all(len(x) == 1 for x in weights.values()) and len(set.union(*weights.values())) == 3
     batches = {}
     for step in range(4):
@@ -557,7 +598,9 @@ def test_targets_by_hand():
 
 
 def test_fresh_actions_differ_where_they_should():
-    learner = a_learner(seeds=2, cures=(), targets=("sarsa", "td", "td10", "q", "moving"), batch_size=32)
+    learner = a_learner(
+        seeds=2, cures=(), targets=("sarsa", "td", "td10", "q", "moving"), batch_size=32
+    )
     seen = set()
     for _ in range(3):
         rows, fresh, choices = learner.batch()
@@ -655,14 +698,18 @@ class Plain:
         self.optim.step()
         cure, tau = self.m.cure, self.m.value if self.m.cure == "tau" else self.args.tau
         if cure != "refit":
-            self.target = [(1 - tau) * old + tau * x.detach() for old, x in zip(self.target, self.params)]
+            self.target = [
+                (1 - tau) * old + tau * x.detach() for old, x in zip(self.target, self.params)
+            ]
         elif t % self.m.value == 0:
             self.target = [x.detach() for x in self.params]
             self.begin()
         return error, penalty
 
 
-@pytest.mark.parametrize("cure_target, depth, batch_size", [("td", 2, 5), ("q", 1, 9), ("sarsa", 3, 5)])
+@pytest.mark.parametrize(
+    "cure_target, depth, batch_size", [("td", 2, 5), ("q", 1, 9), ("sarsa", 3, 5)]
+)
 def test_the_ensemble_is_separate_networks_trained_one_by_one(
     cure_target, depth, batch_size, double, monkeypatch
 ):
@@ -814,11 +861,14 @@ def test_diagnostics_by_loops():
     with torch.no_grad():
         y, a = learner.targets(rows.expand(n, 50), *[x.expand(n, 50, 10, 2) for x in draws])
         here = torch.cat([p.obs, p.act], -1).expand(n, -1, -1)
-        own, cross = d.gradient_dots(learner.net, here, torch.cat([p.next_obs.expand(n, -1, -1), a], -1))
+        own, cross = d.gradient_dots(
+            learner.net, here, torch.cat([p.next_obs.expand(n, -1, -1), a], -1)
+        )
         for i, m in enumerate(learner.members):
             both = [torch.cat([p.obs, p.act], -1), torch.cat([p.next_obs, a[i]], -1)]
             (*layers, phi), (*_, phi_next) = (
-                [h[0].double().numpy() for h in learner.net.features(x[None], [i], hidden=True)] for x in both
+                [h[0].double().numpy() for h in learner.net.features(x[None], [i], hidden=True)]
+                for x in both
             )
             layers.append(phi)
             q = learner.net(torch.cat([p.obs, p.act], -1)[None], [i])[0].double().numpy()
@@ -829,7 +879,9 @@ def test_diagnostics_by_loops():
             cosine = lambda x, y: sum(x * y) / max(norm(x) * norm(y), 1e-30)  # noqa: B023
             error = [(q[j] - float(y[i, j])) ** 2 for j in range(50)]
             truth = p.truth[m.target].double().numpy()
-            dead = [(abs(h[:, k]).mean() <= 0.025 * abs(h).mean()) for h in layers for k in range(7)]
+            dead = [
+                (abs(h[:, k]).mean() <= 0.025 * abs(h).mean()) for h in layers for k in range(7)
+            ]
             expected = {
                 "srank": srank_by_loop(s),
                 "rank_pca": srank_by_loop(s**2),
@@ -844,14 +896,20 @@ def test_diagnostics_by_loops():
                 "reg_sl": np.mean([norm(x) ** 2 for x in phi]),
                 "reg_td": np.mean([norm(x) ** 2 for x in phi]) - 0.9 * sum(dots) / 50,
                 "reg_sl_full": float(own[i].mean()),
-                "reg_td_full": float(own[i].mean()) - 0.9 * sum(float(cross[i, j]) for j in live) / 50,
+                "reg_td_full": float(own[i].mean())
+                - 0.9 * sum(float(cross[i, j]) for j in live) / 50,
                 "truth": truth.mean(),
                 "q_error": np.mean((q - truth) ** 2) / truth.var(ddof=1),
             }
             assert found[i].keys() == expected.keys() | {"sigma_min"}
             assert abs(found[i]["sigma_min"] - s[-1] / math.sqrt(50)) < 1e-5
             for k, value in expected.items():
-                assert abs(found[i][k] - value) < 1e-4 * max(1, abs(value)), (m, k, found[i][k], value)
+                assert abs(found[i][k] - value) < 1e-4 * max(1, abs(value)), (
+                    m,
+                    k,
+                    found[i][k],
+                    value,
+                )
 
 
 def test_greedy_returns_are_those_of_each_members_own_table():
@@ -872,7 +930,9 @@ def test_greedy_returns_are_those_of_each_members_own_table():
 def test_measured_rows_are_drawn_from_all_and_gradients_from_256_of_them(monkeypatch):
     seen, sizes, dots = [], [], d.gradient_dots
     draw = lambda s, m, g: seen.append(s[:, 0].int()) or torch.zeros(len(s), m, 2)
-    monkeypatch.setattr(d, "gradient_dots", lambda net, x, y: sizes.append(x.shape[1]) or dots(net, x, y))
+    monkeypatch.setattr(
+        d, "gradient_dots", lambda net, x, y: sizes.append(x.shape[1]) or dots(net, x, y)
+    )
     next_obs = torch.arange(3000.0)[:, None].expand(3000, 3)
     p = a_problem(n=3000, fresh=draw, choices=draw, next_obs=next_obs)
     learner = a_learner(p, seeds=1, cures=(), targets=("td",))
@@ -893,7 +953,10 @@ def test_errors_to_trained_and_to_held_out_returns():
         for name, at, true in (("return_error", p, p.mc), ("return_error_holdout", held, mc)):
             q = learner.net(torch.cat([at.obs, at.act], -1)[None], [i])[0].detach().double().numpy()
             true = true.double().numpy()
-            assert abs(found[i][name] - np.mean((q - true) ** 2) / np.var(true, ddof=1)) < 1e-4, (m, name)
+            assert abs(found[i][name] - np.mean((q - true) ** 2) / np.var(true, ddof=1)) < 1e-4, (
+                m,
+                name,
+            )
 
 
 def test_full_gradients_by_autograd_of_one_row(double):
@@ -925,7 +988,9 @@ def test_diagnostics_read_planted_spectra():
         ([0, 0, 0, 0, 0, 0], 1, 1),
     ):
         obs = torch.eye(6).repeat(10, 1) * torch.tensor(scale).repeat(10)[:, None]
-        p = a_problem(n=60, obs_dim=6, act_dim=1, obs=obs, next_obs=obs.roll(6, 0), done=torch.zeros(60))
+        p = a_problem(
+            n=60, obs_dim=6, act_dim=1, obs=obs, next_obs=obs.roll(6, 0), done=torch.zeros(60)
+        )
         learner = a_learner(p, seeds=1, cures=(), targets=("mc",), depth=1)
         with torch.no_grad():
             learner.net.weights[0].copy_(torch.eye(7)[:, :6])
@@ -1027,7 +1092,10 @@ RANK, DOTS = (
     "with bootstrapping on unseen actions the rank falls",
     "with bootstrapping on unseen actions the dot products rise",
 )
-SETTLED, ERRORS = "the dot products rise while Q has settled", "the lower rank comes with a larger error"
+SETTLED, ERRORS = (
+    "the dot products rise while Q has settled",
+    "the lower rank comes with a larger error",
+)
 MC, ORACLE = "with mc targets the rank does not fall", "with oracle targets the rank does not fall"
 MOVING = "a moving target alone does not lower the rank"
 LOWERS, RESCUES = (
@@ -1131,11 +1199,15 @@ def test_claims_on_planted_curves(results, expected):
 
 
 def test_claims_name_their_numbers():
-    results = planted(sarsa={}, td={"srank": 190, "feature_dot": RISING, "q_mean": -11, "q_error": 2.0})
+    results = planted(
+        sarsa={}, td={"srank": 190, "feature_dot": RISING, "q_mean": -11, "q_error": 2.0}
+    )
     found = d.claims(results)
     assert found[RANK][1] == "srank ends at 190 for td and 240 for sarsa"
     assert (
-        "+20%" in found[DOTS][1] and "3.0 times that of sarsa" in found[DOTS][1] and "+0%" in found[DOTS][1]
+        "+20%" in found[DOTS][1]
+        and "3.0 times that of sarsa" in found[DOTS][1]
+        and "+0%" in found[DOTS][1]
     )
     assert "q_error is 2.00 times that of sarsa" in found[ERRORS][1]
     cured = {"feature_dot": 40, "q_mean": -8, "srank": 99}
@@ -1150,7 +1222,10 @@ def without_errors(results: dict, *targets: str) -> dict:
         for entries in cures.values():
             error = entries.pop("q_error")
             if target not in targets:
-                entries |= {"return_error_holdout": error, "return_error": {k: [0.0] for k in error}}
+                entries |= {
+                    "return_error_holdout": error,
+                    "return_error": {k: [0.0] for k in error},
+                }
     return results
 
 
@@ -1211,7 +1286,10 @@ def test_the_table_holds_the_final_means_under_their_names():
     several["q"] = {"dr3:1": {"srank": entry(2.0, [2, 2])}}
     head, one, other = d.table(several).splitlines()
     assert head.split() == ["target", "cure", "srank", "q_mean"]
-    assert one.split() == "td none 4 +- 1 8 +- 2".split() and other.split() == "q dr3:1 2 +- 0.5".split()
+    assert (
+        one.split() == "td none 4 +- 1 8 +- 2".split()
+        and other.split() == "q dr3:1 2 +- 0.5".split()
+    )
     assert d.table({"mc": {"none": {"srank": entry(3.0, [3])}}}).splitlines()[1].split() == [
         "mc",
         "none",
@@ -1281,7 +1359,9 @@ def test_a_users_mistake_is_one_line_and_status_2(line, named, capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("line", ["--targets sarsa dqn", "--cure-target oracle", "--cure-target moving"])
+@pytest.mark.parametrize(
+    "line", ["--targets sarsa dqn", "--cure-target oracle", "--cure-target moving"]
+)
 def test_unknown_words_are_refused_by_the_command_line(line, capsys):
     with pytest.raises(SystemExit) as stop:
         tyro.cli(d.Args, args=line.split())
@@ -1294,7 +1374,9 @@ def no_figure(monkeypatch):
     monkeypatch.setattr(d, "draw", lambda *a: None)
 
 
-FULL = dict(targets=ALL, cures=("dr3:0.01", "rank:1e-4", "dropout:0.2", "refit:7", "layer"), seeds=2)
+FULL = dict(
+    targets=ALL, cures=("dr3:0.01", "rank:1e-4", "dropout:0.2", "refit:7", "layer"), seeds=2
+)
 
 
 def killed_at(monkeypatch, update: int, signum=signal.SIGTERM):
@@ -1312,7 +1394,9 @@ def killed_at(monkeypatch, update: int, signum=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("stops", [(1,), (8, 5), (20, 19), (39,), (40,)])
-def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(stops, no_figure, monkeypatch, capsys):
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
+    stops, no_figure, monkeypatch, capsys
+):
     """Each number is how many updates a process lives; 8 is a measurement, 40 the end."""
     args = tiny(**FULL, checkpoint_frequency=11)
     d.train(replace(args, run_dir="whole"))
@@ -1394,7 +1478,14 @@ def test_resume_with_other_arguments_or_other_data_is_refused(no_figure, monkeyp
     d.train(tiny(num_updates=10))
     run = str(only_run("."))
     changes = dict(
-        cures=("unit",), targets=("td",), gamma=0.9, learning_rate=2e-3, grid=4, seeds=4, seed=5, width=9
+        cures=("unit",),
+        targets=("td",),
+        gamma=0.9,
+        learning_rate=2e-3,
+        grid=4,
+        seeds=4,
+        seed=5,
+        width=9,
     )
     for name, value in changes.items():
         args = tiny(num_updates=10, resume=run, **{name: value})
@@ -1480,7 +1571,9 @@ def test_one_member_with_nan_stops_the_run_before_a_checkpoint(monkeypatch, caps
     assert torch.load(only_run(".") / "checkpoint.pt", weights_only=True)["step"] == 20
 
 
-@pytest.mark.parametrize("changes", [{"cures": ("rank:1",)}, {"depth": 6}, {"diagnostics_frequency": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"cures": ("rank:1",)}, {"depth": 6}, {"diagnostics_frequency": 1}]
+)
 def test_divergence_ends_with_status_3(changes, capsys):
     """Also where singular values of what is not finite are asked for."""
     args = tiny(**dict(learning_rate=1e12, depth=3, targets=("td",), cures=()) | changes)
@@ -1498,7 +1591,9 @@ def test_memory_is_said_first(capsys):
     assert d.memory(p, tiny(width=1000, seeds=4)) == 2 * big
 
 
-@pytest.mark.parametrize("changes, named", [({"seeds": 10**8}, "GiB"), ({"transitions": 10**8}, "--trans")])
+@pytest.mark.parametrize(
+    "changes, named", [({"seeds": 10**8}, "GiB"), ({"transitions": 10**8}, "--trans")]
+)
 def test_sizes_that_no_machine_has_are_refused_at_once(changes, named, capsys):
     refused(lambda: d.train(tiny(**changes)), capsys, named)
 
@@ -1511,14 +1606,18 @@ def test_what_a_run_leaves_behind(capsys):
     assert run.name.startswith("gridworld__dr3_analysis__1__")
     assert json.loads((run / "summary.json").read_text()) == result
     keys = {"num_updates", "updates_per_second", "wall_seconds", "device", "results", "claims"}
-    assert result.keys() == keys and result["num_updates"] == 48 and result["updates_per_second"] > 0
+    assert (
+        result.keys() == keys and result["num_updates"] == 48 and result["updates_per_second"] > 0
+    )
     assert (run / "figure.png").read_bytes()[:4] == b"\x89PNG" and (
         run / "figure.png"
     ).stat().st_size > 20_000
     header = json.loads((run / "args.json").read_text())
     assert header["info"]["members"] == 24 and len(header["info"]["data_sha256"]) == 64
     kinds = [(t, "none") for t in ALL] + [("td", c) for c in FULL["cures"]]
-    assert [(t, c) for t in ALL for c in result["results"][t]] == sorted(kinds, key=lambda k: ALL.index(k[0]))
+    assert [(t, c) for t in ALL for c in result["results"][t]] == sorted(
+        kinds, key=lambda k: ALL.index(k[0])
+    )
     names = "srank rank_pca effective_rank sigma_max sigma_min feature_dot feature_cos feature_norm dormant "
     names += "q_mean q_error td_error truth reg_sl reg_td reg_sl_full reg_td_full greedy_return"
     rows = {(step, tag): float(value) for step, tag, value in metrics(run)}
@@ -1530,7 +1629,9 @@ def test_what_a_run_leaves_behind(capsys):
             moments = ("quarter", "half", "final")
             assert entry.keys() == {m + x for m in moments for x in ("", "_interval", "_seeds")}
             for moment, step in zip(moments, (12, 24, 48)):
-                a, b = (rows[step, f"diagnostics/{target}/{cure}/{seed}/{metric}"] for seed in (1, 2))
+                a, b = (
+                    rows[step, f"diagnostics/{target}/{cure}/{seed}/{metric}"] for seed in (1, 2)
+                )
                 assert abs(entry[moment] - (a + b) / 2) < 1e-9 * max(1, abs(a), abs(b))
                 half = 12.71 * abs(a - b) / 2  # two values: sd / sqrt(2) is half their distance
                 assert abs(entry[moment + "_interval"] - half) < 1e-6 * max(1, half)
@@ -1559,8 +1660,12 @@ def test_the_figure_has_a_line_for_each_kind_and_says_what_it_shows(monkeypatch)
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     learner = a_learner(targets=("sarsa", "td"), cures=("unit",), seeds=2)
-    panels = {k: v for k, v in d.PANELS.items() if k != "return_error_holdout"}  # one of the errors is there
-    history = [[{k: 10.0 * s + i for k in panels} | {"truth": 7.0} for i in range(6)] for s in (1, 2, 3)]
+    panels = {
+        k: v for k, v in d.PANELS.items() if k != "return_error_holdout"
+    }  # one of the errors is there
+    history = [
+        [{k: 10.0 * s + i for k in panels} | {"truth": 7.0} for i in range(6)] for s in (1, 2, 3)
+    ]
     d.draw(learner, [1, 2, 3], history, Path("figure.png"))
     monkeypatch.undo()
     (figure,) = figures
@@ -1603,12 +1708,16 @@ def test_documented_commands_run(command, quick_clone):
     result = d.train(replace(args, **short))
     assert result["num_updates"] == 12 and (only_run(".") / "figure.png").exists()
     labels = {(t, c) for t, cures in result["results"].items() for c in cures}
-    assert labels == {(t, "none") for t in args.targets} | {(args.cure_target, c) for c in args.cures}
+    assert labels == {(t, "none") for t in args.targets} | {
+        (args.cure_target, c) for c in args.cures
+    }
 
 
 def test_tds_rank_falls_below_sarsas():
     """Half a minute of HalfCheetah-v5, with larger steps than the defaults."""
-    small = dict(transitions=1_000, learning_rate=3e-3, tau=0.05, batch_size=128, num_updates=3_000, seeds=1)
+    small = dict(
+        transitions=1_000, learning_rate=3e-3, tau=0.05, batch_size=128, num_updates=3_000, seeds=1
+    )
     result = d.train(d.Args(targets=("sarsa", "td"), cures=(), **small, diagnostics_frequency=0))
     sarsa, td = (result["results"][target]["none"] for target in ("sarsa", "td"))
     assert td["srank"]["final"] < 0.85 * sarsa["srank"]["final"]
@@ -1622,7 +1731,9 @@ def test_another_device_s_generators_are_refused(capsys):
     learner = a_learner(targets=("sarsa", "td"), cures=())
     saved = learner.checkpoint()
     learner.restore(saved)
-    saved["draws"] = {seed: torch.zeros(16, dtype=torch.uint8) for seed in saved["draws"]}  # as a GPU's are
+    saved["draws"] = {
+        seed: torch.zeros(16, dtype=torch.uint8) for seed in saved["draws"]
+    }  # as a GPU's are
     with pytest.raises(SystemExit) as e:
         learner.restore(saved)
     assert e.value.code == 2 and "was not on cpu" in capsys.readouterr().err

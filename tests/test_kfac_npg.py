@@ -26,8 +26,12 @@ CPU = torch.device("cpu")
 OBS = gym.spaces.Box(-np.inf, np.inf, (3,))
 BOX, FOUR = gym.spaces.Box(-2, 2, (2,)), gym.spaces.Discrete(4)
 SPACES = pytest.mark.parametrize("space", [BOX, FOUR], ids=["gaussian", "categorical"])
-TINY = dict(total_timesteps=400, num_envs=2, num_steps=40, width=8, eval_episodes=2, eval_frequency=200)
-TINY |= dict(diagnostics_frequency=100, log_frequency=80, checkpoint_frequency=150, critic_updates=3)
+TINY = dict(
+    total_timesteps=400, num_envs=2, num_steps=40, width=8, eval_episodes=2, eval_frequency=200
+)
+TINY |= dict(
+    diagnostics_frequency=100, log_frequency=80, checkpoint_frequency=150, critic_updates=3
+)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +144,9 @@ def test_kronecker_identities():
     assert torch.allclose(torch.linalg.inv(K), torch.kron(torch.linalg.inv(S), torch.linalg.inv(A)))
     g, a = torch.randn(3), torch.randn(4)
     outer = torch.outer(g, a).flatten()
-    assert torch.allclose(torch.outer(outer, outer), torch.kron(torch.outer(g, g), torch.outer(a, a)))
+    assert torch.allclose(
+        torch.outer(outer, outer), torch.kron(torch.outer(g, g), torch.outer(a, a))
+    )
 
 
 @SPACES
@@ -171,7 +177,9 @@ def test_for_a_linear_gaussian_policy_the_expected_factors_are_exact():
     assert torch.allclose(F, torch.kron(S, A), atol=1e-10)
     record = []
     head = agent.actor(obs, record)
-    factors = learner.policy_factors.factors(record, agent.log_prob(head, agent.sample(head.detach())).sum())
+    factors = learner.policy_factors.factors(
+        record, agent.log_prob(head, agent.sample(head.detach())).sum()
+    )
     assert torch.allclose(factors["A0"], A) and (factors["S0"] - S).norm() / S.norm() < 0.1
 
 
@@ -230,7 +238,15 @@ def test_running_averages_and_refresh():
     expected = sum(seen[:4]) / 4  # weights 1, 1/2, 1/3, 1/4, then 1/4 for ever
     for x in seen[4:]:
         expected = 0.75 * expected + 0.25 * x
-    assert torch.allclose(factors.A0, expected) and changes == [True, False, False, True, False, False, True]
+    assert torch.allclose(factors.A0, expected) and changes == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_true_fisher_ignores_advantages_the_empirical_one_does_not():
@@ -277,7 +293,9 @@ def test_conjugate_gradients_and_the_exact_solve_agree(space):
     g = [*torch.autograd.grad(k.surrogate(learner.agent, batch, args), params)]
     F = k.dense_fisher(learner.agent, batch.obs) + 0.1 * torch.eye(sum(p.numel() for p in params))
     expected = torch.linalg.solve(F, k.flat(g))
-    error = k.flat(learner.natural(batch, g)) - expected  # residual 1e-6 |g|, F + 0.1 I at least 0.1
+    error = (
+        k.flat(learner.natural(batch, g)) - expected
+    )  # residual 1e-6 |g|, F + 0.1 I at least 0.1
     assert error.norm() <= 1e-6 * k.flat(g).norm() / 0.1
     assert torch.allclose(k.flat(learner.exact(batch, g)), expected)
     ten = k.flat(replace_solver(learner, cg_steps=10).natural(batch, g))
@@ -360,7 +378,9 @@ def test_reset_rows_reach_neither_batch_nor_factors_and_a_time_out_bootstraps(mo
     last = batch.obs.clone()
     last[:, 1] += 1
     ends = (last[:, 1] == length) & (batch.obs[:, 0] % 2 == 0)
-    expected = last[:, 1] + args.gamma * learner.agent.critic(last)[:, 0] * ~ends  # the reward is the time
+    expected = (
+        last[:, 1] + args.gamma * learner.agent.critic(last)[:, 0] * ~ends
+    )  # the reward is the time
     assert torch.allclose(batch.target, expected, atol=1e-4)
     rows, update = [], k.KFAC.update
     monkeypatch.setattr(k.KFAC, "update", lambda self, record, *a: rows.append(len(record[0][0])) or update(
@@ -393,17 +413,25 @@ def test_predicted_and_measured_kl_agree(space, solver, delta):
         natural = learner.natural
         learner.natural = lambda b, g: [sign * x for x in natural(b, g)]  # noqa: B023
         info = learner.policy_step(batch._replace(advantage=(good - good.mean()) / good.std()))
-        assert abs(float(info["kl_predicted"]) / delta - 1) < 1e-6 and (info["gain"] > 0) == (sign > 0)
+        assert abs(float(info["kl_predicted"]) / delta - 1) < 1e-6 and (info["gain"] > 0) == (
+            sign > 0
+        )
         measured.append(float(info["kl"]) / delta)
     assert abs(sum(measured) / 2 - 1) < 0.02
-    assert max(abs(x - 1) for x in measured) < (0.025 + 0.6 * delta**0.5 if solver == "kfac" else 0.02)
+    assert max(abs(x - 1) for x in measured) < (
+        0.025 + 0.6 * delta**0.5 if solver == "kfac" else 0.02
+    )
 
 
 def test_the_log_deviations_step():
     """Their Fisher matrix is 2 I: d = g / (2 + damping), and no layer's factor is involved."""
     learner, args = a_learner(BOX, damping=0.5)
     batch = a_batch(learner.agent)
-    g = [*torch.autograd.grad(k.surrogate(learner.agent, batch, args), learner.agent.policy_parameters())]
+    g = [
+        *torch.autograd.grad(
+            k.surrogate(learner.agent, batch, args), learner.agent.policy_parameters()
+        )
+    ]
     assert torch.allclose(learner.natural(batch, g)[-1], g[-1] / 2.5)
 
 
@@ -432,7 +460,9 @@ def test_what_is_logged_is_of_the_step_that_was_taken():
     g = [*torch.autograd.grad(k.surrogate(agent, batch, args), params)]
     natural, taken = learner.natural, []
     learner.natural = lambda batch, g: taken.extend(natural(batch, g)) or taken
-    agent.kl = lambda *a: kl(*a) + (len(calls) < 2) * (calls.append(1) or 1.0)  # two trials are too far
+    agent.kl = lambda *a: (
+        kl(*a) + (len(calls) < 2) * (calls.append(1) or 1.0)
+    )  # two trials are too far
     info = learner.policy_step(batch)
     scale = info["step_scale"]
     assert info["backtracks"] == 2 and 0 < info["kl"] <= args.max_kl
@@ -448,7 +478,9 @@ def test_what_is_logged_is_of_the_step_that_was_taken():
 
 
 def test_the_line_search_keeps_to_the_trust_region():
-    learner, _ = a_learner(FOUR, solver="cg", line_search=True, max_kl=0.5, cg_steps=10, damping=1e-6)
+    learner, _ = a_learner(
+        FOUR, solver="cg", line_search=True, max_kl=0.5, cg_steps=10, damping=1e-6
+    )
     info = learner.policy_step(a_batch(learner.agent))
     assert 0 < info["kl"] <= 0.5 and info["gain"] > 0
 
@@ -487,7 +519,9 @@ def test_cosines_in_the_fisher_inner_product():
     damped = [L @ L.T for name, L in buffers.items() if name.startswith("L")]
     assert len(damped) == 4 and torch.allclose(damped[0] - buffers["A0"], (damped[0] - buffers["A0"])[0, 0]
                                                * torch.eye(len(damped[0])), atol=1e-9)  # fmt: skip
-    assert abs(out["policy_condition"] / max(float(torch.linalg.cond(x)) for x in damped) - 1) < 1e-6
+    assert (
+        abs(out["policy_condition"] / max(float(torch.linalg.cond(x)) for x in damped) - 1) < 1e-6
+    )
     assert abs(out["critic_condition"] - 1) < 1e-9  # the critic has not stepped yet
 
 
@@ -527,7 +561,12 @@ def test_the_critics_loss_falls(solver):
 
 
 # ------------------------------------------------------------------------ linear quadratic regulator
-A, B, R, GAMMA = np.array([[1.0, 0.2], [-0.1, 0.9]]), np.array([[0.0], [0.5]]), np.array([[0.5]]), 0.9
+A, B, R, GAMMA = (
+    np.array([[1.0, 0.2], [-0.1, 0.9]]),
+    np.array([[0.0], [0.5]]),
+    np.array([[0.5]]),
+    0.9,
+)
 
 
 def riccati():
@@ -543,7 +582,10 @@ def q_values(W, b, x, u):
     """-Q(x, u) up to a constant, exactly, for the policy u = W x + b + noise: x^T x + u^T R u +
     gamma z'^T P z' with z = (x, 1), where P solves P = M + gamma T^T P T for the closed loop T."""
     Wb = np.hstack([W, b[:, None]])
-    A1, B1 = np.block([[A, np.zeros((2, 1))], [np.zeros((1, 2)), np.eye(1)]]), np.vstack([B, [[0.0]]])
+    A1, B1 = (
+        np.block([[A, np.zeros((2, 1))], [np.zeros((1, 2)), np.eye(1)]]),
+        np.vstack([B, [[0.0]]]),
+    )
     T, M = A1 + B1 @ Wb, np.diag([1.0, 1.0, 0.0]) + Wb.T @ R @ Wb
     P = np.linalg.solve(np.eye(9) - GAMMA * np.kron(T.T, T.T), M.flatten()).reshape(3, 3)
     after = np.hstack([x, np.ones((len(x), 1))]) @ A1.T + u @ B1.T
@@ -570,7 +612,9 @@ def test_the_gain_of_a_linear_policy_reaches_the_riccati_solution(solver):
             logp = learner.agent.log_prob(learner.agent.actor(obs), act)
         W, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
         advantage = q_values(W, b, x, x @ W.T + b) - q_values(W, b, x, act.numpy())
-        learner.policy_step(k.Batch(obs, act, logp, torch.from_numpy(advantage / advantage.std()), logp))
+        learner.policy_step(
+            k.Batch(obs, act, logp, torch.from_numpy(advantage / advantage.std()), logp)
+        )
     K = riccati()
     assert np.abs(K).min() > 0.4 and np.abs(W + K).max() < 0.03 and abs(b[0]) < 0.03, (W, -K, b)
 
@@ -611,7 +655,9 @@ def counted(*a):
 k.Player.collect = counted
 k.train(tyro.cli(k.Args, args={[str(x) for x in line]!r}))
 """
-    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180)
+    options = dict(
+        cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180
+    )
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 143 and "to go on" in done.stdout, done.stdout + done.stderr
     run = only_run(tmp_path / "parts")
@@ -630,12 +676,23 @@ def test_diagnostics_logging_and_evaluation_change_nothing(solver):
         k.train(args)
     runs = {p.name.split("__")[1]: p for p in Path("runs").iterdir()}
     a, b = (torch.load(runs[x] / "checkpoint.pt", weights_only=True) for x in ("on", "off"))
-    assert all(torch.equal(v, b["learner"]["networks"][n]) for n, v in a["learner"]["networks"].items())
+    assert all(
+        torch.equal(v, b["learner"]["networks"][n]) for n, v in a["learner"]["networks"].items()
+    )
     assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
     tags = {tag for _, tag, _ in metrics(runs["on"])}
-    expected = {"losses/policy_loss", "losses/value_loss", "diagnostics/kl", "diagnostics/srank_policy"}
+    expected = {
+        "losses/policy_loss",
+        "losses/value_loss",
+        "diagnostics/kl",
+        "diagnostics/srank_policy",
+    }
     if solver == "kfac":
-        expected |= {"diagnostics/kl_kfac", "diagnostics/policy_condition", "diagnostics/fisher_cosine_kfac"}
+        expected |= {
+            "diagnostics/kl_kfac",
+            "diagnostics/policy_condition",
+            "diagnostics/fisher_cosine_kfac",
+        }
     assert expected <= tags
 
 
@@ -670,7 +727,9 @@ def test_the_dense_matrix_is_reserved_before_it_is_made(monkeypatch):
         k, "reserve", lambda n, what, device: sizes.update({what: n}) or reserve(n, what, device)
     )
     k.train(tiny(solver="exact", total_timesteps=80, eval_episodes=0))
-    n = (4 * 8 + 8) + (8 * 8 + 8) + (8 * 2 + 2)  # CartPole: 4 numbers, 2 actions; two hidden layers of 8
+    n = (
+        (4 * 8 + 8) + (8 * 8 + 8) + (8 * 2 + 2)
+    )  # CartPole: 4 numbers, 2 actions; two hidden layers of 8
     assert sizes["exact Fisher matrix, roughly"] == 4 * (2 * 80 * 2 * n + 4 * n * n)
 
 
@@ -751,7 +810,9 @@ def test_kfac_learns_cartpole():
 def test_every_solver_learns_a_continuous_target(more):
     """-(a - 0.7 s)^2: from -0.49 at a = 0 to near 0; mean +-0.7."""
     torch.set_default_dtype(torch.float32)
-    args = dict(env_id="Target-v0", total_timesteps=8_000, num_envs=8, num_steps=64, log_std_init=-0.7)
+    args = dict(
+        env_id="Target-v0", total_timesteps=8_000, num_envs=8, num_steps=64, log_std_init=-0.7
+    )
     args |= dict(eval_frequency=0, diagnostics_frequency=0)
     assert k.train(k.Args(**args | more))["final_return_mean"] > -0.03
 

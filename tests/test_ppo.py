@@ -16,10 +16,20 @@ import ppo
 import pytest
 import torch
 import tyro
-from conftest import ROOT, assert_same_checkpoint, metrics, one_thread, only_run, run_script, summary
+from conftest import (
+    ROOT,
+    assert_same_checkpoint,
+    metrics,
+    one_thread,
+    only_run,
+    run_script,
+    summary,
+)
 
 CPU = torch.device("cpu")
-TINY = dict(total_timesteps=400, num_envs=2, num_steps=40, num_minibatches=2, update_epochs=2, width=16)
+TINY = dict(
+    total_timesteps=400, num_envs=2, num_steps=40, num_minibatches=2, update_epochs=2, width=16
+)
 TINY |= dict(eval_episodes=2, eval_frequency=200, diagnostics_frequency=100, log_frequency=80)
 TINY |= dict(checkpoint_frequency=150)
 BOX, FOUR = gym.spaces.Box(-2, 2, (2,)), gym.spaces.Discrete(4)
@@ -45,10 +55,18 @@ class Counting(gym.Env):
         return np.array([self.episode, 0.0]), {}
 
     def step(self, action):
-        assert self.action_space.contains(np.asarray(action, np.float32)), "an action outside the box"
+        assert self.action_space.contains(np.asarray(action, np.float32)), (
+            "an action outside the box"
+        )
         self.t += 1
         over, even = self.t == 3 + self.episode % 3, self.episode % 2 == 0
-        return np.array([self.episode, float(self.t)]), float(self.t), over and even, over and not even, {}
+        return (
+            np.array([self.episode, float(self.t)]),
+            float(self.t),
+            over and even,
+            over and not even,
+            {},
+        )
 
 
 class Target(gym.Env):
@@ -105,7 +123,11 @@ BROKEN = {
     for what in ("reward", "observation")
     for bad in (math.nan, math.inf)
 }
-MADE = {"PPOCounting-v0": (Counting, {}), "Target-v0": (Target, {}), "Bytes-v0": (Bytes, {})} | BROKEN
+MADE = {
+    "PPOCounting-v0": (Counting, {}),
+    "Target-v0": (Target, {}),
+    "Bytes-v0": (Bytes, {}),
+} | BROKEN
 for name, (kind, options) in MADE.items():
     if name not in gym.registry:
         gym.register(name, entry_point=kind, max_episode_steps=100, kwargs=options)
@@ -122,7 +144,9 @@ def test_gae_is_the_weighted_sum_of_n_step_advantages(lam):
     advantage = ppo.gae(rew, value, zero, zero, gamma, lam)
     for t in range(T):
         n_step = [
-            sum(gamma**k * rew[t + k, 0] for k in range(n)) + gamma**n * value[t + n, 0] - value[t, 0]
+            sum(gamma**k * rew[t + k, 0] for k in range(n))
+            + gamma**n * value[t + n, 0]
+            - value[t, 0]
             for n in range(1, T - t + 1)
         ]
         weights = [(1 - lam) * lam ** (n - 1) for n in range(1, T - t)] + [lam ** (T - t - 1)]
@@ -141,7 +165,10 @@ def test_gae_of_a_perfect_critic_is_zero_and_of_constant_rewards_closed_form():
 def test_gae_at_the_ends_of_episodes():
     """Row 1 ends an episode (and row 2 is its reset): a termination has no value after it, a truncation has
     that of its true last observation; neither hears of what follows."""
-    rew, value = np.array([[1.0], [2.0], [0.0], [5.0]]), np.array([[0.5], [0.7], [3.0], [9.0], [4.0]])
+    rew, value = (
+        np.array([[1.0], [2.0], [0.0], [5.0]]),
+        np.array([[0.5], [0.7], [3.0], [9.0], [4.0]]),
+    )
     over, zero = np.array([[0.0], [1.0], [0.0], [0.0]]), np.zeros((4, 1))
     g, lam = 0.9, 0.5
     for end, last in ((over, 0.0), (zero, 3.0)):
@@ -159,7 +186,9 @@ def test_log_prob_and_entropy_against_torch_distributions(space):
     if space is FOUR:
         other = torch.distributions.Categorical(logits=head)
     else:
-        other = torch.distributions.Independent(torch.distributions.Normal(head, agent.log_std.exp()), 1)
+        other = torch.distributions.Independent(
+            torch.distributions.Normal(head, agent.log_std.exp()), 1
+        )
     assert torch.allclose(agent.log_prob(head, act), other.log_prob(act), atol=1e-5)
     assert torch.allclose(agent.entropy(head), other.entropy(), atol=1e-5)
 
@@ -191,7 +220,12 @@ def a_batch(agent, n=200):
 def test_the_loss_by_hand(space, clip_vloss, norm_adv, entropy):
     """Row by row in plain Python, with ratios on both sides of both clips."""
     args = ppo.Args(
-        width=8, clip_vloss=clip_vloss, norm_adv=norm_adv, entropy=entropy, ent_coef=0.03, clip_coef=0.2
+        width=8,
+        clip_vloss=clip_vloss,
+        norm_adv=norm_adv,
+        entropy=entropy,
+        ent_coef=0.03,
+        clip_coef=0.2,
     )
     agent = ppo.Agent(OBS, space, args)
     b = a_batch(agent)
@@ -227,7 +261,9 @@ def test_the_first_step_is_the_policy_gradient(space):
     b = a_batch(agent)
     params = list(agent.actor.parameters())
     ours = torch.autograd.grad(ppo.ppo_loss(agent, b, args)[0], params)
-    plain = torch.autograd.grad(-(b.advantage * agent.log_prob(agent(b.obs)[0], b.act)).mean(), params)
+    plain = torch.autograd.grad(
+        -(b.advantage * agent.log_prob(agent(b.obs)[0], b.act)).mean(), params
+    )
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(ours, plain))
 
 
@@ -278,7 +314,9 @@ def test_reset_rows_are_no_experience():
     v = r.valid
     assert (obs[v][:, 0] == after[v][:, 0]).all() and (after[v][:, 1] == obs[v][:, 1] + 1).all()
     assert (
-        (after[~v][:, 1] == 0).all() and (r.rew[~v] == 0).all() and (~v).sum() == 2 * (r.over[:-1, 0].sum())
+        (after[~v][:, 1] == 0).all()
+        and (r.rew[~v] == 0).all()
+        and (~v).sum() == 2 * (r.over[:-1, 0].sum())
     )
     length = 3 + obs[..., 0] % 3
     assert torch.equal(r.over.bool() & v, (after[..., 1] == length) & v)
@@ -308,7 +346,9 @@ def test_the_maximum_entropy_return():
     plain = learner.batch_of(r).target
     learner.args = replace(args, entropy="return", ent_coef=0.5)
     rows = r.valid.flatten()
-    assert torch.allclose(learner.batch_of(r).target, plain - 0.5 * r.logp.flatten()[rows], atol=1e-5)
+    assert torch.allclose(
+        learner.batch_of(r).target, plain - 0.5 * r.logp.flatten()[rows], atol=1e-5
+    )
 
 
 def test_normalisers_leave_reset_rows_out_and_forget_at_the_end_of_an_episode():
@@ -318,15 +358,22 @@ def test_normalisers_leave_reset_rows_out_and_forget_at_the_end_of_an_episode():
         running = 0.0
         for t in range(40):
             if r.valid[t, env]:
-                reward = float(r.obs[t, env, 1]) + 1  # the first rollout's observations are as they came
+                reward = (
+                    float(r.obs[t, env, 1]) + 1
+                )  # the first rollout's observations are as they came
                 running = running * args.gamma + reward
                 sums.append(running)
                 seen.append(r.obs[t, env].tolist())
             if r.over[t, env]:
                 running = 0.0
-    assert learner.return_stats.count == len(sums) and abs(learner.return_stats.var - np.var(sums)) < 1e-9
+    assert (
+        learner.return_stats.count == len(sums)
+        and abs(learner.return_stats.var - np.var(sums)) < 1e-9
+    )
     expected = [float(r.obs[t, e, 1]) + 1 for t in range(40) for e in (0, 1) if r.valid[t, e]]
-    assert np.allclose(r.rew.flatten()[r.valid.flatten()], np.array(expected) / np.std(sums), rtol=1e-5)
+    assert np.allclose(
+        r.rew.flatten()[r.valid.flatten()], np.array(expected) / np.std(sums), rtol=1e-5
+    )
     learner.obs_stats.update(r.raw_obs)
     assert np.allclose(learner.obs_stats.mean, np.mean(seen, 0)) and np.allclose(
         learner.obs_stats.var, np.var(seen, 0)
@@ -415,7 +462,9 @@ def test_no_minibatch_has_fewer_than_two_rows(steps, parts):
     learner = ppo.Learner(envs.single_observation_space, envs.single_action_space, args, CPU)
     r, _ = ppo.Player(envs, 0).collect(learner, args)
     sizes, loss = [], learner.loss
-    learner.loss = lambda agent, batch, args: sizes.append(len(batch.logp)) or loss(agent, batch, args)
+    learner.loss = lambda agent, batch, args: (
+        sizes.append(len(batch.logp)) or loss(agent, batch, args)
+    )
     info = learner.update(r)
     assert len(sizes) == parts and min(sizes) >= 2 and sum(sizes) == steps
     assert all(torch.isfinite(x).all() for x in [*info.values(), *learner.parameters()])
@@ -434,15 +483,21 @@ def test_advantages_standardised_over_the_batch():
     learner, r, _, args = collected(norm_adv="none")
     plain = learner.batch_of(r).advantage
     learner.args = replace(args, norm_adv="batch")
-    assert torch.allclose(learner.batch_of(r).advantage, (plain - plain.mean()) / plain.std(), atol=1e-5)
+    assert torch.allclose(
+        learner.batch_of(r).advantage, (plain - plain.mean()) / plain.std(), atol=1e-5
+    )
 
 
 def test_settings_of_networks_and_learning_rate():
     """--activation relu, --no-orthogonal (nn.Linear's own weights), --no-anneal-lr, and a run with them."""
     torch.manual_seed(0)
-    args = tiny(activation="relu", orthogonal=False, anneal_lr=False, norm_adv="batch", log_frequency=1)
+    args = tiny(
+        activation="relu", orthogonal=False, anneal_lr=False, norm_adv="batch", log_frequency=1
+    )
     agent = ppo.Agent(OBS, FOUR, args)
-    assert [type(m) for m in agent.actor] == [torch.nn.Linear, torch.nn.ReLU] * 2 + [torch.nn.Linear]
+    assert [type(m) for m in agent.actor] == [torch.nn.Linear, torch.nn.ReLU] * 2 + [
+        torch.nn.Linear
+    ]
     torch.manual_seed(0)
     assert torch.equal(agent.actor[0].weight, torch.nn.Linear(3, 16).weight)
     ppo.train(args)
@@ -463,7 +518,9 @@ def test_early_stop_recomputed_advantages_and_the_clipped_gradient(monkeypatch):
         assert learner.update(r)["epochs"] == epochs
     calls = []
     original = ppo.Learner.batch_of
-    monkeypatch.setattr(ppo.Learner, "batch_of", lambda self, x: calls.append(1) or original(self, x))
+    monkeypatch.setattr(
+        ppo.Learner, "batch_of", lambda self, x: calls.append(1) or original(self, x)
+    )
     for recompute, count in ((False, 1), (True, 5)):
         calls.clear()
         learner, r, _, _ = collected(update_epochs=5, recompute_advantages=recompute)
@@ -521,7 +578,10 @@ def test_strict_fp32_is_strict_and_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.set_float32_matmul_precision("high")
     with ppo.strict_fp32():
-        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert (
+            torch.get_float32_matmul_precision() == "highest"
+            and not torch.backends.cudnn.allow_tf32
+        )
         assert not torch.is_grad_enabled()
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
 
@@ -548,7 +608,10 @@ class Frames:
     """Two games that hand out rewards of 4 and -7; the second one loses a life at its first step."""
 
     num_envs, metadata = 2, {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-    single_action_space, single_observation_space = FOUR, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    single_action_space, single_observation_space = (
+        FOUR,
+        gym.spaces.Box(0, 255, (4, 84, 84), np.uint8),
+    )
     frames = np.zeros((2, 4, 84, 84), np.uint8)
 
     def reset(self, seed=None):
@@ -558,7 +621,13 @@ class Frames:
     def step(self, act):
         self.t += 1
         lives = {"lives": np.array([5, 4])}
-        return self.frames, np.array([4.0, -7.0]), np.array([False, self.t == 1]), np.zeros(2, bool), lives
+        return (
+            self.frames,
+            np.array([4.0, -7.0]),
+            np.array([False, self.t == 1]),
+            np.zeros(2, bool),
+            lives,
+        )
 
 
 def test_rewards_of_games_are_clipped_to_their_sign_in_learning_alone():
@@ -566,13 +635,37 @@ def test_rewards_of_games_are_clipped_to_their_sign_in_learning_alone():
     learner = ppo.Learner(Frames.single_observation_space, FOUR, args, CPU)
     player = ppo.Player(Frames(), 0)
     r, ended = player.collect(learner, args)
-    assert r.rew.tolist() == [[1.0, -1.0]] * 4 and player.returns.tolist() == [16.0, -28.0] and not ended
-    assert r.over[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0] and r.valid.all()  # a life, and no reset after it
+    assert (
+        r.rew.tolist() == [[1.0, -1.0]] * 4
+        and player.returns.tolist() == [16.0, -28.0]
+        and not ended
+    )
+    assert (
+        r.over[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0] and r.valid.all()
+    )  # a life, and no reset after it
 
 
 def test_atari_trains_in_bf16():
-    line = ["--env", "ALE/Pong-v5", "--total-timesteps", "32", "--num-envs", "2", "--num-steps", "8"]
-    line += ["--num-minibatches", "2", "--update-epochs", "1", "--eval-episodes", "0", "--log-frequency", "1"]
+    line = [
+        "--env",
+        "ALE/Pong-v5",
+        "--total-timesteps",
+        "32",
+        "--num-envs",
+        "2",
+        "--num-steps",
+        "8",
+    ]
+    line += [
+        "--num-minibatches",
+        "2",
+        "--update-epochs",
+        "1",
+        "--eval-episodes",
+        "0",
+        "--log-frequency",
+        "1",
+    ]
     ppo.train(tyro.cli(ppo.Args, args=[*line, "--precision", "bf16"]))
     losses = [float(v) for _, tag, v in metrics(only_run(".")) if tag == "losses/policy_loss"]
     assert len(losses) == 2 and np.isfinite(losses).all()
@@ -599,7 +692,17 @@ def test_atari_trains_and_resumes(capsys):
     ],
 )
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(more, tmp_path):
-    line = ["--total-timesteps", 700, "--num-steps", 50, "--width", 16, "--log-frequency", 60, *more]
+    line = [
+        "--total-timesteps",
+        700,
+        "--num-steps",
+        50,
+        "--width",
+        16,
+        "--log-frequency",
+        60,
+        *more,
+    ]
     line += ["--eval-frequency", 200, "--eval-episodes", 1, "--checkpoint-frequency", 200]
     line += ["--diagnostics-frequency", 150]
     for part in ("whole", "parts"):
@@ -617,7 +720,9 @@ def counted(*a):
 ppo.Player.collect = counted
 ppo.train(tyro.cli(ppo.Args, args={[str(x) for x in line]!r}))
 """
-    options = dict(cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180)
+    options = dict(
+        cwd=tmp_path / "parts", capture_output=True, text=True, env=one_thread(), timeout=180
+    )
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 143 and "to go on" in done.stdout, done.stdout + done.stderr
     run = only_run(tmp_path / "parts")
@@ -635,7 +740,9 @@ def test_diagnostics_logging_evaluation_and_video_change_nothing():
         ppo.train(args)
     runs = {p.name.split("__")[1]: p for p in Path("runs").iterdir()}
     a, b = (torch.load(runs[k] / "checkpoint.pt", weights_only=True) for k in ("on", "off"))
-    assert all(torch.equal(v, b["learner"]["networks"][k]) for k, v in a["learner"]["networks"].items())
+    assert all(
+        torch.equal(v, b["learner"]["networks"][k]) for k, v in a["learner"]["networks"].items()
+    )
     assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
     assert list((runs["on"] / "videos").glob("step-*/*.mp4"))
 
@@ -675,7 +782,9 @@ def test_non_finite_parameters_never_reach_the_sampler(env_id, monkeypatch, caps
 
     monkeypatch.setattr(ppo.Learner, "update", poisoned)
     with pytest.raises(SystemExit) as stop:
-        ppo.train(tiny(env_id=env_id, log_frequency=10**6, eval_episodes=0, diagnostics_frequency=0))
+        ppo.train(
+            tiny(env_id=env_id, log_frequency=10**6, eval_episodes=0, diagnostics_frequency=0)
+        )
     assert stop.value.code == 3 and "agent.actor.4.bias is not finite" in capsys.readouterr().err
 
 
@@ -683,7 +792,11 @@ def test_non_finite_parameters_never_reach_the_sampler(env_id, monkeypatch, caps
 @pytest.mark.parametrize("env_id", BROKEN)
 def test_non_finite_numbers_of_the_environment_are_named(env_id, normalize, capsys):
     with pytest.raises(SystemExit) as stop:
-        ppo.train(tiny(env_id=env_id, normalize_obs=normalize, normalize_reward=normalize, eval_episodes=0))
+        ppo.train(
+            tiny(
+                env_id=env_id, normalize_obs=normalize, normalize_reward=normalize, eval_episodes=0
+            )
+        )
     err = capsys.readouterr().err
     assert stop.value.code == 3 and env_id in err and f"{env_id.split('-')[1]} is not finite" in err
     assert not (only_run(".") / "checkpoint.pt").exists()
@@ -789,7 +902,9 @@ def documented_commands() -> list:
 def test_documented_commands_run(command):
     """Parsed as written, then cut to one or two rollouts and one evaluation episode."""
     args = tyro.cli(ppo.Args, args=shlex.split(command)[2:])
-    short = dict(num_steps=32, num_minibatches=min(args.num_minibatches, 4), update_epochs=2, eval_episodes=1)
+    short = dict(
+        num_steps=32, num_minibatches=min(args.num_minibatches, 4), update_epochs=2, eval_episodes=1
+    )
     if args.env_id.startswith("ALE/"):
         short |= dict(num_envs=2, num_steps=8, eval_episodes=0)
     ppo.check(args)

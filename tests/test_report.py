@@ -19,9 +19,14 @@ def plant(tmp_path):
     def plant(name, seed, curves, **args):
         folder = tmp_path / f"{name}_{seed}"
         folder.mkdir()
-        rows = [f"{step},{tag},{value!r}\n" for tag, points in curves.items() for step, value in points]
+        rows = [
+            f"{step},{tag},{value!r}\n" for tag, points in curves.items() for step, value in points
+        ]
         (folder / "metrics.csv").write_text("step,tag,value\n" + "".join(rows))
-        header = {"script": "cql_continuous", "args": {"env_id": "E", "exp_name": name, "seed": seed} | args}
+        header = {
+            "script": "cql_continuous",
+            "args": {"env_id": "E", "exp_name": name, "seed": seed} | args,
+        }
         (folder / "args.json").write_text(json.dumps(header))
         (folder / "summary.json").write_text(
             json.dumps({"final_return_mean": 10.0 * seed, "verdict": "fine"})
@@ -65,11 +70,17 @@ def test_a_table_groups_seeds(plant):
 @pytest.mark.parametrize(
     "points, expected",
     [
-        ({0.5: (0.01, -0.1), 5: (0.02, -3.0), 50: (0.5, -9.0)}, "--cql-alpha 5"),  # both in the middle
+        (
+            {0.5: (0.01, -0.1), 5: (0.02, -3.0), 50: (0.5, -9.0)},
+            "--cql-alpha 5",
+        ),  # both in the middle
         ({0.5: (0.01, -0.1), 5: (0.02, -3.0)}, "--cql-alpha 5"),
         ({0.5: (0.01, -0.1), 5: (0.02, -3.0)}, "try still larger"),
         ({1: (0.01, -1.0), 2: (0.011, -2.0), 5: (0.012, -3.0), 20: (0.03, -9.0)}, "--cql-alpha 5:"),
-        ({1: (0.07, -1.0), 2: (0.09, -2.0), 5: (0.11, -3.0)}, "--cql-alpha 2:"),  # a tenth is the limit
+        (
+            {1: (0.07, -1.0), 2: (0.09, -2.0), 5: (0.11, -3.0)},
+            "--cql-alpha 2:",
+        ),  # a tenth is the limit
         ({0.5: (0.9, -0.1), 5: (0.8, -0.2)}, "larger model"),
     ],
 )
@@ -82,7 +93,11 @@ def test_the_rule_for_a_sweep_of_alpha(plant, points, expected):
 
 
 def test_a_seed_that_was_run_twice_is_refused(plant, monkeypatch, capsys):
-    folders = [plant("a", 1, curves()), plant("b", 1, curves(), exp_name="a"), plant("c", 2, curves())]
+    folders = [
+        plant("a", 1, curves()),
+        plant("b", 1, curves(), exp_name="a"),
+        plant("c", 2, curves()),
+    ]
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders)])
     with pytest.raises(SystemExit) as e:
         report.main()
@@ -106,7 +121,9 @@ def test_a_sweep_may_hold_one_name_and_seed_with_several_alphas_but_not_twice_wi
 def test_the_command(plant, monkeypatch, capsys, tmp_path):
     folder = plant("a", 1, curves())
     out = [str(tmp_path / "rows.csv"), str(tmp_path / "figure.png")]
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder), "--csv", out[0], "--figure", out[1]])
+    monkeypatch.setattr(
+        sys, "argv", ["report.py", str(folder), "--csv", out[0], "--figure", out[1]]
+    )
     report.main()
     assert "| E | a | 1 |" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").read_text().count("\n") == 2
@@ -148,8 +165,13 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     assert figures.curves(rows, "E", "SB3 sac", figures.RETURN) == {100: {"1": 7.5}}
     assert figures.curves(rows, "E", "SB3 sac", "charts/SPS") == {100: {"1": 100 / 3}}
     assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"
-    small = [r | {"value": 0.0042} for r in rows if r["tag"] == figures.RETURN and r["exp_name"] == "a"]
-    assert figures.table(small, "E", {"a": "A"}) == "| E | A | 0.0042 [0.0042, 0.0042] | 0.0042, 0.0042 |"
+    small = [
+        r | {"value": 0.0042} for r in rows if r["tag"] == figures.RETURN and r["exp_name"] == "a"
+    ]
+    assert (
+        figures.table(small, "E", {"a": "A"})
+        == "| E | A | 0.0042 [0.0042, 0.0042] | 0.0042, 0.0042 |"
+    )
 
 
 def test_networks_of_one_run_are_told_apart(plant, tmp_path):
@@ -158,7 +180,10 @@ def test_networks_of_one_run_are_told_apart(plant, tmp_path):
     header = json.loads((folder / "args.json").read_text()) | {"script": "dr3_analysis"}
     (folder / "args.json").write_text(json.dumps(header))
     report.write_curves([report.read_run(folder)], tmp_path / "x.csv")
-    assert (tmp_path / "x.csv").read_text().split()[1:] == ["E,td", "dr3:1e-4,2,100,diagnostics/srank,7"]
+    assert (tmp_path / "x.csv").read_text().split()[1:] == [
+        "E,td",
+        "dr3:1e-4,2,100,diagnostics/srank,7",
+    ]
 
 
 def test_several_games_have_one_name(plant):
@@ -170,8 +195,14 @@ def test_several_games_have_one_name(plant):
 def test_a_line_is_the_mean_of_one_group(plant, tmp_path):
     """Two environments of one exp_name are two lines; seeds whose steps differ are read off between them."""
     tag = list(report.PANELS)[1]
-    flat = lambda value, steps: {tag: [(s, value) for s in steps], "eval/episodic_return": [(1, 0.0)]}
-    folders = [plant("a", 1, flat(10.0, (100, 200, 300))), plant("a", 2, flat(500.0, (101, 203, 306)))]
+    flat = lambda value, steps: {
+        tag: [(s, value) for s in steps],
+        "eval/episodic_return": [(1, 0.0)],
+    }
+    folders = [
+        plant("a", 1, flat(10.0, (100, 200, 300))),
+        plant("a", 2, flat(500.0, (101, 203, 306))),
+    ]
     folders.append(plant("a", 3, flat(-1000.0, (100, 200, 300)), env_id="F"))
     report.draw([report.read_run(f) for f in folders], tmp_path / "x.png")
     lines = report.plt.gcf().axes[1].get_lines()
@@ -200,7 +231,9 @@ def test_the_table_of_datasets(plant, monkeypatch, tmp_path, capsys):
     figures.datasets()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| medium_replay | 7 | 3 (3, 3) | 4 (4, 4) | 5 (5, 5) |"
-    assert lines[-1] == "| 5,000 | naive SAC | 13.15 | 4 | 0.5 |" and any((tmp_path / "figures").iterdir())
+    assert lines[-1] == "| 5,000 | naive SAC | 13.15 | 4 | 0.5 |" and any(
+        (tmp_path / "figures").iterdir()
+    )
 
 
 def test_lambda_takes_all_seeds_though_their_steps_differ(monkeypatch, capsys, tmp_path):
@@ -221,11 +254,18 @@ def taken(tree) -> set:
     found = set()
     for scope in [tree, *(x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef))]:
         imports = [x for x in scope.body if isinstance(x, ast.Import | ast.ImportFrom)]
-        aliases = {a.asname or a.name: a.name for x in imports if isinstance(x, ast.Import) for a in x.names}
+        aliases = {
+            a.asname or a.name: a.name
+            for x in imports
+            if isinstance(x, ast.Import)
+            for a in x.names
+        }
         for x in ast.walk(scope):
             if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name):
                 found.add((aliases.get(x.value.id), x.attr))
-        found |= {(x.module, a.name) for x in imports if isinstance(x, ast.ImportFrom) for a in x.names}
+        found |= {
+            (x.module, a.name) for x in imports if isinstance(x, ast.ImportFrom) for a in x.names
+        }
     return {(script, name) for script, name in found if script in SCRIPTS}
 
 

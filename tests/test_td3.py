@@ -1,5 +1,5 @@
-"""td3.py: what differs from sac.py. The replay, environments, accounting, promises and commands of both are
-tested together in test_sac.py."""
+"""td3.py: what differs from sac.py. The replay, environments, promises and commands of both are
+tested together in test_online.py."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def a_learner(**changes):
-    args = td3.Args(**dict(critic_width=8, policy_width=8) | changes)
+    args = td3.Args(**dict(width=8) | changes)
     learner = td3.Learner(3, 2, args, CPU)
     for net in (learner.target, learner.target_actor):  # apart from the networks that they follow
         for p in net.parameters():
@@ -41,7 +41,10 @@ def q_values(critic, obs, act):
     layers = [*critic.layers, critic.head]
     inputs = np.hstack([obs, act])
     return np.array(
-        [mlp(inputs, [(as_numpy(m.weight[i]), as_numpy(m.bias[i])) for m in layers])[:, 0] for i in (0, 1)]
+        [
+            mlp(inputs, [(as_numpy(m.weight[i]), as_numpy(m.bias[i])) for m in layers])[:, 0]
+            for i in (0, 1)
+        ]
     )
 
 
@@ -62,7 +65,7 @@ def test_backup_and_losses_by_hand():
     torch.manual_seed(3)
     loss, info = td3.critic_loss(learner, batch, args)
     expected = ((q_values(learner.critic, b["obs"], b["act"]) - y) ** 2).mean(1)
-    assert np.allclose([float(info["qf1_loss"]), float(info["qf2_loss"])], expected, rtol=1e-5)
+    assert abs(float(info["qf1_loss"]) - expected[0]) < 1e-5 * expected[0]
     assert abs(loss.item() - expected.sum()) < 1e-5 * expected.sum()
     loss, _ = td3.actor_loss(learner, batch, args)
     first = q_values(learner.critic, b["obs"], policy(learner.actor, b["obs"]))[0]
@@ -96,33 +99,37 @@ def test_the_policy_and_all_targets_wait_together(delayed):
     learner, args = a_learner(tau=0.25)
     nets = {k: getattr(learner, k) for k in ("actor", "critic", "target", "target_actor")}
     before = {k: [p.clone() for p in net.parameters()] for k, net in nets.items()}
-    info = learner.update(a_batch(), policy=delayed)
-    moved = {k: any(not torch.equal(p, q) for p, q in zip(before[k], nets[k].parameters())) for k in nets}
+    info = learner.update(a_batch(), with_policy=delayed)
+    moved = {
+        k: any(not torch.equal(p, q) for p, q in zip(before[k], nets[k].parameters())) for k in nets
+    }
     assert moved == {"critic": True, "actor": delayed, "target": delayed, "target_actor": delayed}
     assert ("actor_loss" in info) == delayed
     if delayed:
         for name, target in (("critic", "target"), ("actor", "target_actor")):
-            for p, old, new in zip(nets[name].parameters(), before[target], nets[target].parameters()):
+            for p, old, new in zip(
+                nets[name].parameters(), before[target], nets[target].parameters()
+            ):
                 assert torch.allclose(new, 0.75 * old + 0.25 * p, atol=1e-7)
 
 
 def test_ddpg_is_three_switches():
-    """One critic, no smoothing, no delay: y = r + gamma Qt(s', pit(s')); each update moves everything."""
+    """One critic, no smoothing, no delay: y = r + gamma Qt(s', pit(s')); each update moves all."""
     learner, args = a_learner(num_critics=1, policy_noise=0.0, policy_frequency=1)
     batch = a_batch()
     with torch.no_grad():
         _, y = td3.backup(learner, batch, args)
         q = learner.target(batch.next_obs, learner.target_actor(batch.next_obs))[0]
     assert torch.allclose(y, batch.rew + 0.99 * (1 - batch.done) * q)
-    ddpg = dict(num_critics=1, policy_noise=0.0, policy_frequency=1, critic_width=8, policy_width=8)
+    ddpg = dict(num_critics=1, policy_noise=0.0, policy_frequency=1, width=8)
     args = td3.Args(**ddpg, total_timesteps=60, learning_starts=20, eval_episodes=0)
     counts = []
     update = td3.Learner.update
 
     class Counted(td3.Learner):
-        def update(self, batch, policy):
-            counts.append(policy)
-            return update(self, batch, policy)
+        def update(self, batch, with_policy):
+            counts.append(with_policy)
+            return update(self, batch, with_policy)
 
     original, td3.Learner = td3.Learner, Counted
     try:
@@ -133,15 +140,22 @@ def test_ddpg_is_three_switches():
 
 
 def test_maximisation_bias_and_its_cure_by_a_second_estimator():
-    """A policy that picks the best-looking of ten worthless actions by the first critic: 1.54 with that
-    critic alone, about 0 with the smaller of two."""
+    """A policy that picks the best-looking of ten worthless actions by the first critic: 1.54 with
+    that critic alone, about 0 with the smaller of two."""
     n, k = 20_000, 10
     noise = torch.randn(2, n, k)
     best = noise[0].argmax(1).float()[:, None] / k  # an action in the box, ten cells wide
-    batch = td3.Batch(torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n), torch.zeros(n, 1), torch.zeros(n))
+    batch = td3.Batch(
+        torch.zeros(n, 1), torch.zeros(n, 1), torch.zeros(n), torch.zeros(n, 1), torch.zeros(n)
+    )
     means = {}
     for critics in (1, 2):
-        q = lambda obs, act: noise[:critics].gather(2, (act * k).round().long().expand(critics, n, 1))[..., 0]  # noqa: B023
+        seen = noise[:critics]
+
+        def q(obs, act, seen=seen):
+            cell = (act * k).round().long().expand(*seen.shape[:2], 1)
+            return seen.gather(2, cell)[..., 0]
+
         learner = SimpleNamespace(target_actor=lambda obs: best, target=q)
         args = td3.Args(num_critics=critics, policy_noise=0.0, gamma=0.99999)
         means[critics] = float(td3.backup(learner, batch, args)[1].mean())
@@ -150,6 +164,6 @@ def test_maximisation_bias_and_its_cure_by_a_second_estimator():
 
 def test_td3_learns_pendulum():
     """A random policy has about -1,200, standing up about -150."""
-    fast = dict(learning_starts=500, batch_size=128, critic_width=64, policy_width=64, eval_frequency=0)
-    fast |= dict(policy_lr=1e-3, q_lr=1e-3, diagnostics_frequency=0, checkpoint_frequency=0)
+    fast = dict(learning_starts=500, batch_size=128, width=64, eval_frequency=0)
+    fast |= dict(policy_lr=1e-3, q_lr=1e-3, checkpoint_frequency=0)
     assert td3.train(td3.Args(total_timesteps=7_000, **fast))["final_return_mean"] > -400

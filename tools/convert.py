@@ -1,0 +1,207 @@
+"""Convert recordings of others into a dataset that the scripts read, or into a Minari set.
+
+  python tools/convert.py replay_buffer.pkl buffer.hdf5    # Stable-Baselines3's save_replay_buffer
+  python tools/convert.py demonstrations.pkl demos.hdf5    # a list of dicts of arrays
+  python tools/convert.py recording.npz recording.hdf5     # one array a column
+  python tools/convert.py replay.hdf5 pendulum/sac-v0 --env Pendulum-v1    # D4RL layout to Minari
+
+TARGET is a file that ends in .hdf5, written in D4RL's layout, or the id of a Minari set, which the
+minari library makes. Columns are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-
+Baselines3 keeps actions in [-1, 1] and time-outs among its dones: actions go back to the
+environment's bounds, time-outs are told from terminals.
+
+Only this program unpickles, the training scripts never do; and it makes numpy arrays and plain
+containers only, so that no code of the file runs, and the library that wrote it is not needed.
+"""
+
+import argparse
+import os
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+NAMES = {
+    "observations": "observations observation obs states",
+    "actions": "actions action acts",
+    "rewards": "rewards reward rews",
+    "next_observations": "next_observations next_obs",
+    "terminals": "terminals terminal terminated terminations",
+    "timeouts": "timeouts truncated truncations",
+    "dones": "dones done",  # of both kinds
+}
+
+
+class Plain:
+    """Stands for every class and function in a pickle that is no numpy array's."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        known = {"numpy": ["_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"]}
+        known |= {"_codecs": ["encode"], "collections": ["OrderedDict"]}
+        if name in known.get(module.split(".")[0], ()):
+            return super().find_class(module, name)
+        return type(name, (Plain,), {})
+
+
+def renamed(columns) -> dict:
+    """Those columns of a mapping that NAMES knows, under its names."""
+    found = {}
+    for name, others in NAMES.items():
+        for other in others.split():
+            if other in columns and name not in found:
+                found[name] = np.asarray(columns[other])
+    return found
+
+
+def read_sb3(buffer) -> dict:
+    """A pickled ReplayBuffer: (T, environments, ...) arrays, a ring; the oldest row is at `pos`."""
+    rows = np.arange(buffer.buffer_size if buffer.full else buffer.pos)
+    rows = np.roll(rows, -buffer.pos if buffer.full else 0)
+    last = np.zeros((buffer.n_envs, len(rows)), bool)
+    last[:, -1:] = True  # one environment after the other, each is cut where the recording ends
+
+    def column(name):
+        x = getattr(buffer, name)
+        if isinstance(x, dict):
+            raise ValueError(f"{name} are a Dict of {list(x)}: record them flattened")
+        return np.swapaxes(x[rows], 0, 1).reshape(last.size, *x.shape[2:])
+
+    names = ["observations", "actions", "rewards", "next_observations"]
+    c = {name: column(name) for name in names if getattr(buffer, name, None) is not None}
+    box = buffer.action_space
+    if hasattr(box, "low"):  # bounds of a Box
+        c["actions"] = box.low + (c["actions"] + 1) / 2 * (box.high - box.low)
+        c["actions"] = c["actions"].clip(box.low, box.high)
+    if not buffer.handle_timeout_termination:
+        print("the buffer does not tell time-outs from terminals: all its dones become terminals")
+    dones, timeouts = column("dones") > 0, column("timeouts") > 0
+    timeouts |= last.flatten() & ~dones
+    return c | {"terminals": dones & ~timeouts, "timeouts": timeouts}
+
+
+def read_episodes(episodes) -> dict:
+    """A list with a dict of arrays for each episode, ended by a time-out if nothing says more."""
+    parts = []
+    for i, episode in enumerate(episodes):
+        c = renamed(episode) if isinstance(episode, dict) else {}
+        if not {"observations", "actions"} <= c.keys():
+            raise ValueError(f"item {i}: expected a dict of arrays with observations and actions")
+        n, obs = len(c["actions"]), c["observations"]
+        if len(obs) == n + 1:  # the last one, too
+            c["observations"], c["next_observations"] = obs[:-1], obs[1:]
+        ended = np.any(c.pop("terminals", False)) or np.any(c.pop("dones", False))
+        end = np.arange(n) == n - 1
+        parts.append(c | {"terminals": end & ended, "timeouts": end & ~ended})
+    shared = [k for k in parts[0] if all(k in c for c in parts)]
+    return {k: np.concatenate([c[k] for c in parts]) for k in shared}
+
+
+def read(path: Path) -> dict:
+    """The columns of a file, in D4RL's names."""
+    start = path.open("rb").read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
+        with h5py.File(path) as f:
+            return renamed({k: x[()] for k, x in f.items() if isinstance(x, h5py.Dataset)})
+    if start.startswith(b"PK"):
+        with np.load(path, allow_pickle=False) as f:
+            return renamed({k: f[k] for k in f.files})
+    content = Unpickler(path.open("rb"), encoding="latin1").load()
+    return read_sb3(content) if hasattr(content, "buffer_size") else read_episodes(content)
+
+
+def completed(c: dict) -> dict:
+    """Columns of one length, flags as booleans, an end at the last row."""
+    for name in ("observations", "actions", "rewards"):
+        if name not in c or not len(c[name]):
+            raise ValueError(f"no {name}; expected one of the names {NAMES[name]}")
+        if not np.isfinite(c[name]).all():
+            raise ValueError(f"{name} hold NaN or infinity")
+    n = len(c["observations"])
+    if wrong := {name: len(x) for name, x in c.items() if len(x) != n}:
+        raise ValueError(f"{n} observations, but {wrong}")
+    for name in {"dones", "terminals", "timeouts", "rewards"} & c.keys():
+        c[name] = c[name].reshape(n, -1)[:, 0]  # (N, 1)
+    dones = c.pop("dones", np.zeros(n)) > 0
+    if dones.any() and not {"terminals", "timeouts"} & c.keys():
+        print("dones become terminals: time-outs among them want a column timeouts of their own")
+    timeouts = c.get("timeouts", np.zeros(n)) > 0
+    terminals = c.get("terminals", dones & ~timeouts) > 0
+    timeouts[-1] |= not terminals[-1]
+    return c | {"terminals": terminals, "timeouts": timeouts}
+
+
+def write_hdf5(c: dict, path: Path):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with h5py.File(temporary, "w") as f:
+        for name, x in c.items():
+            f[name] = x.astype(np.float32) if x.dtype == np.float64 else x
+    os.replace(temporary, path)
+
+
+def write_minari(c: dict, name: str, env_id: str | None, source: str):
+    """A set of Minari's, which keeps T + 1 observations of an episode of T steps."""
+    import gymnasium as gym
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    ends, episodes = np.flatnonzero(c["terminals"] | c["timeouts"]) + 1, []
+    for begin, end in zip([0, *ends[:-1]], ends):
+        obs = c["observations"][begin:end]
+        if "next_observations" in c:
+            following = c["next_observations"][begin:end]
+            if not np.allclose(following[:-1], obs[1:], atol=1e-4):
+                raise ValueError(f"rows {begin} to {end} are not consecutive")
+            obs = np.concatenate([obs, following[-1:]])
+        elif c["terminals"][end - 1]:  # what follows a terminal is never used
+            obs = np.concatenate([obs, obs[-1:]])
+        steps = len(obs) - 1  # after a time-out without next_observations the last one is lost
+        columns = {k: c[k][begin : begin + steps] for k in ("actions", "rewards")}
+        columns["terminations"] = c["terminals"][begin : begin + steps]
+        columns["truncations"] = (np.arange(steps) == steps - 1) & ~columns["terminations"]
+        if steps:
+            episodes.append(EpisodeBuffer(observations=obs, **columns))
+    about = {"env": env_id, "description": f"converted from {source}", "jpeg_encoding": False}
+    if env_id is None:
+        act, shape = c["actions"], c["observations"].shape[1:]
+        about["observation_space"] = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        about["action_space"] = gym.spaces.Box(act.min(0), act.max(0), dtype=act.dtype)
+        print("no --env: the bounds of actions are those of the data")
+    warnings.filterwarnings("ignore", module="minari")  # that nobody is named as author
+    minari.create_dataset_from_buffers(name, episodes, **about)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", help="FILE.hdf5, or the id of a Minari set")
+    parser.add_argument("--env", help="the environment that a Minari set names")
+    options = parser.parse_args()
+    try:
+        c = completed(read(options.source))
+        if not options.target.endswith(".hdf5"):
+            write_minari(c, options.target, options.env, options.source.name)
+        elif Path(options.target).exists():
+            raise ValueError(f"{options.target} exists already")
+        else:
+            write_hdf5(c, Path(options.target))
+    except Exception as e:
+        expected = "expected HDF5, npz, or a pickle of a replay buffer or of a list of dicts"
+        sys.exit(f"error: {options.source}: {type(e).__name__} {e}"[:300] + f" ({expected})")
+    n, terminals, timeouts = len(c["rewards"]), c["terminals"].sum(), c["timeouts"].sum()
+    print(f"{options.target}: {n:,} transitions, {terminals:,} terminals, {timeouts:,} time-outs")
+
+
+if __name__ == "__main__":
+    main()

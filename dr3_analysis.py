@@ -1,81 +1,70 @@
-r"""What bootstrapping does to deep Q-functions, and what helps: one network, the same batches, other targets.
+r"""What bootstrapping does to deep Q-functions, and what helps: one network, the same batches, other
+targets.
 
-Supervised learning and Q-learning fit the same network by the same optimiser; the target differs. Here it
-differs in one thing at a time, and the features phi(s,a), which the last linear layer reads, tell the story:
+Supervised learning and Q-learning fit the same network by the same optimiser; the target differs.
+Here it differs in one thing at a time, and the features phi(s,a), which the last linear layer reads,
+tell the story:
 
-  mc      y = the return that followed                        supervised
-  oracle  y = Q(s,a) by dynamic programming                   supervised, without noise (gridworld)
-  sarsa   y = r + gamma Q'(s', a'),  a' the data's next       bootstrapped, on pairs that are trained on
-  td      y = r + gamma Q'(s', a'),  a' ~ behaviour, fresh    bootstrapped, on pairs that may never be so
-  td10    y = r + gamma mean of ten such Q'                   the same, a tenth of a single draw's variance
-  q       y = r + gamma max of Q'(s', a), ten uniform a       control (gridworld: all a)
-  moving  y of another seed's td network                      a moving target, but not by its own doing
+  mc      y = the return that followed                      supervised
+  oracle  y = Q(s,a) by dynamic programming                 supervised, no noise (gridworld)
+  sarsa   y = r + gamma Q'(s',a'),  a' the data's next      bootstrapped, on pairs that are trained on
+  td      y = r + gamma Q'(s',a'),  a' ~ behaviour, fresh   bootstrapped, on pairs that may never be so
+  td10    y = r + gamma mean of ten such Q'                 the same, a tenth of a draw's variance
+  q       y = r + gamma max of Q'(s',a), ten uniform a      control (gridworld: all a)
+  moving  y of another seed's td network                    a moving target, but not by its own doing
 
-with Q' the target network; where s' is terminal, Q' and phi(s',a') count as 0. Claims (arXiv 2010.14498,
-arXiv 2112.04716): with bootstrapping on unseen actions the rank of phi falls below that of sarsa, and the
-dot products phi(s,a).phi(s',a') rise, even when Q has settled. Why: the noise of gradient descent acts like a
-regulariser of the features. In supervised learning it adds sum phi.phi, which keeps them small; with
-bootstrapping it adds
+with Q' the target network. Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen
+actions the rank of phi falls below that of sarsa, and the dot products phi(s,a).phi(s',a') rise,
+even when Q has settled. Why: the noise of gradient descent acts like a regulariser of the features.
+In supervised learning it adds sum phi.phi, which keeps them small; with bootstrapping it adds
 
   R(phi) = sum [ phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a') ]
 
-whose second term rewards features that are alike on both sides of the backup (logged as means over rows:
-reg_td, its first term alone reg_sl; reg_td_full, reg_sl_full: with grad Q by all weights in place of phi).
-DR3 cancels that term: loss + c mean phi(s,a).phi(s',a').
-
-Cures, each a run of its own on --cure-target, c the weight of a term in the loss:
+whose second term rewards features that are alike on both sides of the backup. DR3 cancels that
+term: loss + c mean phi(s,a).phi(s',a'). Cures, each a run of its own on --cure-target:
 
   dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
-  sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's features (arXiv 2010.14498)
+  sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's phi (arXiv 2010.14498)
   unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
-  tau:t  l2:c  refit:k       target rate; |weights|^2 without biases; a new network every k updates, fitted to
-                             the last one
+  tau:t  l2:c  refit:k       Polyak rate; |weights|^2; a new network every k updates, fitted to the
+                             last one
 
-  symbol        in the code          shape
-  Q(s,a)        net.q(phi)           (n, B), n members: targets and cures x seeds
-  phi(s,a)      phi                  (n, B, width)
-  y             targets()            (n, B)
+  symbol        in the code               shape
+  Q(s,a)        net(x), x = (s,a)         (n, B), n members: targets and cures x seeds
+  phi(s,a)      net.features(x)           (n, B, width)
+  y, a'         backup()                  (n, B), (n, B, act)
 
-Where to read: Members, Learner.targets and Learner.loss are the algorithm; diagnose and claims look at it;
-train() is the loop. The blocks marked `shared`, which sibling scripts have too, can be skipped at first.
-
-Quick, six minutes on two cores; then the same in small steps, and many targets and cures:
+Quick, six minutes; in small steps; many targets and cures; errors to the truth; your own data:
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --batch-size 256 \
       --learning-rate 3e-4 --tau 0.005
   python dr3_analysis.py --seeds 5 --targets mc sarsa td td10 q moving \
       --cures dr3:1e-5 dr3:1e-4 dr3:1e-3 unit layer
-
-Errors to the truth, on a gridworld; your own data:
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
   python dr3_analysis.py --problem dataset --dataset replay.hdf5
 
-All members train together as one batched network. A small dataset is learned by heart, the noise of its
-returns included, so errors are compared on held-out episodes. The run ends with a figure, a table, and a
-list that says which claims hold in how many of its seeds and by what numbers, also where an effect is absent.
-
-Known limits: observation vectors; the rank needs more transitions than --width. Left out on purpose: pixels.
+Members (networks), backup, losses and Learner.update are the algorithm; the blocks marked "shared"
+can wait. A small dataset is learned by heart, its noise included: compare errors on held-out
+episodes. Known limits: observation vectors; the rank needs more transitions than --width.
 """
 
 import copy
 import ctypes
 import hashlib
-import importlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
-import threading
 import time
-import timeit
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -87,143 +76,386 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
+Target = Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"]
+
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """the first of --seeds seeds, and the one of the data"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 5_000
-    """updates between checkpoints (0: only at the end)"""
-    diagnostics_frequency: int = 1_000
-    """updates between measurements of all members (0: only after a quarter, a half, and at the end)"""
-    precision: Literal["fp32", "tf32"] = "fp32"
-    """tf32: matrix products on a GPU, never in the measurements"""
-
-    # --- what is compared
-    problem: Literal["continuous", "gridworld", "dataset"] = "continuous"
-    """an environment under a uniform policy; a gridworld solved exactly; a D4RL-layout file"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # the first of --seeds seeds, and the one of the data
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # environment of --problem continuous, `module:Id` where a package has to be imported for it
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "HalfCheetah-v5"
-    """environment of --problem continuous (the other problems are filed under their own name)"""
-    dataset: str | None = None
-    """D4RL-layout HDF5 file of --problem dataset"""
-    transitions: int = 1_000
-    """size of the data (of --problem dataset its first rows, 0: all)"""
-    grid: int = 8
-    """side of the gridworld"""
-    targets: tuple[Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"], ...] = ("mc", "sarsa", "td")
-    """which targets"""
-    cures: tuple[str, ...] = ("dr3:3e-5",)
-    """cures on --cure-target, each a run of its own"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
+    checkpoint_frequency: int = 5_000  # updates between checkpoints (0: only at the end)
+    # updates between measurements (0: only after a quarter, a half, and at the end)
+    diagnostics_frequency: int = 1_000
+    log_frequency: int = 500  # updates between logged losses
+
+    # what is compared
+    # an environment under a uniform policy; a gridworld solved exactly; data from a file
+    problem: Literal["continuous", "gridworld", "dataset"] = "continuous"
+    dataset: str | None = None  # D4RL-layout HDF5 file, or Minari id or folder
+    transitions: int = 1_000  # size of the data (of --dataset its first rows, 0: all)
+    grid: int = 8  # side of the gridworld
+    targets: tuple[Target, ...] = ("mc", "sarsa", "td")  # which targets
+    cures: tuple[str, ...] = ("dr3:3e-5",)  # cures on --cure-target, each a run of its own
+    # the target that the cures are tried on
     cure_target: Literal["mc", "sarsa", "td", "td10", "q"] = "td"
-    """the target that the cures are tried on"""
-    seeds: int = 3
-    """networks of each kind; those of one seed share initial weights and batches"""
+    seeds: int = 3  # networks of each kind; those of one seed share initial weights and batches
 
-    # --- training
-    num_updates: int = 15_000
-    """gradient steps"""
-    batch_size: int = 128
-    """B, transitions in a minibatch"""
-    learning_rate: float = 1e-3
-    """learning rate of Adam"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.05
-    """Polyak rate of the target networks"""
-    width: int = 256
-    """units in a hidden layer"""
-    depth: int = 2
-    """hidden layers"""
+    # training
+    num_updates: int = 15_000  # gradient steps
+    batch_size: int = 128  # B, transitions in a minibatch
+    learning_rate: float = 1e-3  # of Adam
+    # discount factor; not given: 0.99, or less where time-outs cut the returns in --dataset short
+    gamma: float | None = None
+    tau: float = 0.05  # Polyak rate of the target networks
+    width: int = 256  # units in a hidden layer
+    depth: int = 2  # hidden layers
+
+    # no options here, but the block "run" reads them
+    compile = False
+    eval_episodes = 0
 
 
-LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "grid": (3, 32), "depth": (1, 64)}  # least, most
-LIMITS |= {"learning_rate": (1e-12, 1e12), "seed": (0, 1e9), "transitions": (0, 1e7)}
-LIMITS |= dict.fromkeys(["seeds", "width", "batch_size", "num_updates"], (1, 1e9))
-NUMBERED = ("dr3", "dr3abs", "dr3stop", "sl", "rank", "dropout", "tau", "l2", "refit")
-CURES = dict.fromkeys(NUMBERED, 1) | {"unit": 0, "layer": 0}  # how many numbers each takes
+# a resumed run must have these as before: its networks would not fit, or their data
+FIXED = "env_id seed problem transitions grid targets cures cure_target seeds gamma width".split()
+FIXED += ["depth"]
+
+# the least and the most that each cure's number may be
+CURES = dict.fromkeys("dr3 dr3abs dr3stop sl rank l2".split(), (0, 1e9))
+CURES |= {"tau": (1e-9, 1), "dropout": (1e-9, 0.99), "refit": (1, 1e9)}
+NO_NUMBER = ("none", "unit", "layer")
+
+
+def parse_cure(cure: str) -> tuple[str, float]:
+    """`dr3:1e-4` as ("dr3", 1e-4), `unit` as ("unit", 0)."""
+    if cure in NO_NUMBER:
+        return cure, 0.0
+    name, _, number = cure.partition(":")
+    if name not in CURES:
+        fail(f"--cures {cure}: expected {':NUMBER, '.join(CURES)}:NUMBER, unit or layer")
+    least, most = CURES[name]
+    with suppress(ValueError):
+        value = float(number)
+        if least <= value <= most and (name != "refit" or value % 1 == 0):
+            return name, value
+    whole = "a whole number" if name == "refit" else "a number"
+    fail(f"--cures {cure}: expected {name}:NUMBER, {whole} from {least:g} to {most:g}")
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    only_if(args, args.problem == "dataset", f"with --problem {args.problem}", "dataset")
-    only_if(args, args.problem == "gridworld", f"with --problem {args.problem}", "grid")
-    if args.env_id != args.problem:  # train() sets it to that, and the command to go on passes it back
-        only_if(args, args.problem == "continuous", f"with --problem {args.problem}", "env_id")
-    only_if(args, args.cures, "without --cures", "cure_target")
-    only_if(args, {*args.targets} - {"mc", "oracle"}, "without a target that bootstraps", "tau")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
-    if args.problem == "dataset" and args.dataset is None:
-        fail("--problem dataset needs --dataset FILE")
-    if args.transitions < 32 and (args.transitions or args.problem != "dataset"):
-        fail(f"--transitions {args.transitions}: expected 32 or more")
+    """Refuse what no run could use, before anything starts."""
+    check_numbers(args, "seed checkpoint_frequency diagnostics_frequency", 0, 1e9)
+    check_numbers(args, "num_updates batch_size log_frequency seeds width", 1, 1e9)
+    check_numbers(args, "learning_rate", 1e-12, 1e12)
+    check_numbers(args, "gamma", 0, 0.99999)
+    check_numbers(args, "tau", 1e-9, 1)
+    check_numbers(args, "depth", 1, 64)
+    check_numbers(args, "grid", 3, 32)
+    check_numbers(args, "threads", 0, 1e4)
+    check_numbers(args, "transitions", 0 if args.transitions == 0 and args.dataset else 32, 1e7)
+    if (args.problem == "dataset") != (args.dataset is not None):
+        fail("--dataset FILE and --problem dataset go together")
+    if args.problem != "continuous" and args.env_id not in (Args.env_id, args.problem):
+        fail(f"--env-id {args.env_id} has no effect with --problem {args.problem}")
+    for names in (args.targets, ("none", *args.cures)):
+        if len(set(names)) < len(names) or not names:
+            fail("--targets, --cures: expected different ones, at least one target, no cure `none`")
+    for cure in args.cures:
+        parse_cure(cure)
+    if args.cures and args.cure_target not in args.targets:
+        fail(f"--cure-target {args.cure_target}: not among --targets, to compare the cures with")
     if "oracle" in args.targets and args.problem != "gridworld":
         fail("--targets oracle: only the gridworld has one")
-    if "moving" in args.targets and "td" not in args.targets:
-        fail("--targets moving needs td, whose target it takes")
-    if "moving" in args.targets and args.seeds < 2:
-        fail("--targets moving needs --seeds 2 or more: it takes the target of another seed's td")
-    twice = any(len(set(x)) < len(x) for x in (args.targets, args.cures))
-    if twice or not args.targets:
-        fail("--targets and --cures: expected different ones, and at least one target")
-    for cure in args.cures:
-        parse(cure)
-        if cure.startswith("none"):
-            fail(f"--cures {cure}: the target without a cure is always there")
-    if args.cures and args.cure_target not in args.targets:
-        fail(f"--cure-target {args.cure_target}: not among --targets, nothing to compare the cures with")
+    if "moving" in args.targets and ("td" not in args.targets or args.seeds < 2):
+        fail("--targets moving is fitted to another seed's td: it needs td and --seeds 2 or more")
 
 
-def parse(cure: str) -> tuple[str, float]:
-    """`dr3:1e-4` as ("dr3", 1e-4); "none" as ("none", 0)."""
-    name, _, number = cure.partition(":")
-    try:
-        value = float(number) if number else 0.0
-    except ValueError:
-        value = math.nan
-    if name != "none" and (name not in CURES or bool(number) != CURES[name] or not 0 <= value < math.inf):
-        fail(f"--cures {cure}: expected one of {', '.join(k + ':NUMBER' * v for k, v in CURES.items())}")
-    if name == "refit" and (value < 1 or value % 1):
-        fail(f"--cures {cure}: expected a whole number of updates")
-    most = {"dropout": 0.99, "tau": 1}.get(name)
-    if most and not 0 < value <= most:
-        fail(f"--cures {cure}: expected 0 < NUMBER <= {most}")
-    return name, value
+# ------------------------------------------------------------------- networks: n as one batched one
+class Member(NamedTuple):
+    target: str
+    cure: str  # `dr3`, or `none`
+    value: float  # c
+    label: str  # the cure as it was written, `dr3:1e-4`
+    seed: int
 
 
-# -------------------------------------------------------------------------------------------- problems
+def all_members(args: Args) -> list[Member]:
+    kinds = [(target, "none") for target in args.targets]
+    kinds += [(args.cure_target, cure) for cure in args.cures]
+    members = []
+    for target, label in kinds:
+        for seed in range(args.seed, args.seed + args.seeds):
+            members.append(Member(target, *parse_cure(label), label, seed))
+    return members
+
+
+class Members(nn.Module):
+    """Q-networks of one shape; those of a seed start from the same weights. One batched product a
+    layer serves all."""
+
+    def __init__(self, inputs: int, members: list[Member], args: Args):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        sizes = [inputs] + [args.width] * args.depth + [1]
+        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+            draws = []
+            for m in members:
+                draw = torch.Generator().manual_seed(1_000 * m.seed + i)
+                u = torch.rand(fan_in + 1, fan_out, generator=draw) * 2 - 1
+                draws.append(u * fan_in**-0.5)  # nn.Linear's scale
+            both = torch.stack(draws)
+            self.weights.append(nn.Parameter(both[:, :-1].clone()))  # (n, in, out)
+            self.biases.append(nn.Parameter(both[:, -1:].clone()))  # (n, 1, out)
+        self.cures = {m.cure for m in members}
+        for cure in ("unit", "layer", "dropout"):  # (n, 1, 1): who has it, and at which rate
+            values = [(m.value or 1.0) if m.cure == cure else 0.0 for m in members]
+            self.register_buffer(cure, torch.tensor(values)[:, None, None], persistent=False)
+
+    def hidden(self, x, who=slice(None), sums: list | None = None) -> list:
+        """Each hidden layer's activations, (k, B, width), for x (k, B, in) and `who`, k of the
+        members; the last are the features. `sums` receives what goes into the activations."""
+        activations = []
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            x = torch.baddbmm(b[who], x, W[who])
+            if sums is not None:
+                sums.append(x)
+            if "layer" in self.cures:
+                x = torch.where(self.layer[who] > 0, F.layer_norm(x, x.shape[-1:]), x)
+            x = F.relu(x)
+            if "dropout" in self.cures and self.training:
+                rate = self.dropout[who]
+                x = x * (torch.rand_like(x) >= rate) / (1 - rate)
+            activations.append(x)
+        if "unit" in self.cures:
+            activations[-1] = torch.where(self.unit[who] > 0, F.normalize(x, dim=-1), x)
+        return activations
+
+    def features(self, x, who=slice(None)):
+        """phi, (k, B, width)."""
+        return self.hidden(x, who)[-1]
+
+    def q(self, phi, who=slice(None)):
+        """(k, B)"""
+        return torch.baddbmm(self.biases[-1][who], phi, self.weights[-1][who]).squeeze(-1)
+
+    def forward(self, x, who=slice(None)):
+        return self.q(self.features(x, who), who)
+
+
+# ----------------------------------------------------------------------------- targets and losses
 class Problem(NamedTuple):
-    """Transitions of a known (or cloned) behaviour policy, N rows; actions as the network sees them."""
+    """N transitions of a behaviour policy that is known or cloned."""
 
     obs: torch.Tensor  # (N, obs), standardised
     act: torch.Tensor  # (N, act)
     rew: torch.Tensor  # (N,), divided by the largest absolute one
-    done: torch.Tensor  # (N,)
+    done: torch.Tensor  # (N,), 1 where the episode terminated
     next_obs: torch.Tensor  # (N, obs)
     next_act: torch.Tensor  # (N, act), the data's own next action
-    mc: torch.Tensor  # (N,), the discounted return that followed, whole
-    fresh: Callable  # (next_obs rows, m, generator) -> actions of the behaviour policy, (rows, m, act)
+    mc: torch.Tensor  # (N,), the discounted return that followed
+    fresh: Callable  # (next_obs, m, generator) -> m actions of the behaviour policy, (rows, m, act)
     choices: Callable  # the same for the maximum: uniform samples, or all actions
-    truth: dict  # target -> Q at the rows, by dynamic programming; {} where unknown
-    greedy_return: Callable | None  # Q of all (state, action) pairs -> expected return of its greedy policy
-    all_pairs: tuple | None  # (obs, act) of all pairs, for greedy_return
+    standardise: Callable  # observations as the networks see them
     held: tuple | None = None  # (obs, act, mc) of episodes that are not trained on
+    truth: dict | None = None  # target -> Q at the rows by dynamic programming, where that is known
+    greedy_returns: Callable | None = None  # of the members' greedy policies, where that is known
+
+
+class Batch(NamedTuple):
+    rows: torch.Tensor  # (n, B), of the problem
+    fresh: torch.Tensor  # (n, B, 10, act), fresh actions at s'
+    choices: torch.Tensor  # (n, B, 10, act), candidates for the maximum at s'
+
+
+def pairs(obs, act):
+    return torch.cat([obs, act], dim=-1)
+
+
+@torch.no_grad()
+def backup(learner, batch: Batch):
+    """What the members are fitted to, y (n, B), and the a' in it, (n, B, act); of td10 the first."""
+    p = learner.problem
+    y, next_act = p.mc[batch.rows], p.next_act[batch.rows]
+    for kind in learner.args.targets:
+        who = learner.chosen(target=kind)
+        rows, bootstrap = batch.rows[who], who
+        if kind == "oracle":
+            y[who] = p.truth["oracle"][rows]
+        if kind in ("mc", "oracle"):
+            continue
+        act = batch.fresh[who]  # (k, B, m, act)
+        if kind == "sarsa":
+            act = next_act[who].unsqueeze(2)
+        elif kind == "q":
+            act = batch.choices[who]
+        elif kind != "td10":
+            act = act[:, :, :1]
+        if kind == "moving":  # of the next seed, for its own seed's would make it td over again
+            bootstrap = learner.chosen(target="td", cure="none")
+            bootstrap = bootstrap[1:] + bootstrap[:1]
+        obs = p.next_obs[rows].unsqueeze(2).expand(-1, -1, act.shape[2], -1)
+        q = learner.target(pairs(obs, act).flatten(1, 2), bootstrap).view(act.shape[:3])
+        value, next_act[who] = q.mean(-1), act[:, :, 0]
+        if kind == "q":
+            value, best = q.max(-1)
+            next_act[who] = act.take_along_dim(best[..., None, None], 2).squeeze(2)
+        y[who] = p.rew[rows] + learner.args.gamma * (1 - p.done[rows]) * value
+    return y, next_act
+
+
+def losses(learner, batch: Batch):
+    """Each member's mean squared error, and c times the term of its cure; (n,) each."""
+    p, net = learner.problem, learner.net
+    y, next_act = backup(learner, batch)
+    phi = net.features(pairs(p.obs[batch.rows], p.act[batch.rows]))
+    error = ((net.q(phi) - y) ** 2).mean(1)
+    penalty = torch.zeros_like(error)
+    for cure in ("dr3", "dr3abs", "dr3stop", "sl", "rank", "l2"):
+        if who := learner.chosen(cure=cure):
+            term = cure_term(cure, learner, who, phi[who], batch.rows[who], next_act[who])
+            penalty = penalty.index_put((torch.tensor(who),), learner.c[who] * term)
+    return error, penalty
+
+
+def cure_term(cure: str, learner, who: list, phi, rows, next_act):
+    """What a cure adds to the loss of the members `who`, without its weight, (k,)."""
+    p, net = learner.problem, learner.net
+    if cure == "sl":
+        return (phi**2).sum(-1).mean(1)
+    if cure == "l2":
+        return sum((W[who] ** 2).sum((1, 2)) for W in net.weights)
+    if cure == "rank":  # squared singular values, from the smaller Gram matrix
+        wide = phi if phi.shape[1] > phi.shape[2] else phi.mT
+        gram = (wide.mT @ wide).nan_to_num(0, 0, 0)  # eigvalsh raises on NaN
+        eigenvalues = torch.linalg.eigvalsh(gram)
+        return eigenvalues[:, -1] - eigenvalues[:, 0]
+    phi_next = net.features(pairs(p.next_obs[rows], next_act), who)
+    if cure == "dr3stop":
+        phi_next = phi_next.detach()
+    dot = (phi * phi_next).sum(-1) * (1 - p.done[rows])
+    return (dot.abs() if cure == "dr3abs" else dot).mean(1)
+
+
+class Learner(nn.Module):
+    """All members and their target networks; one Adam, which acts on each number by itself."""
+
+    def __init__(self, problem: Problem, args: Args, device):
+        super().__init__()
+        self.args, self.problem, self.members = args, problem, all_members(args)
+        self.inputs = problem.obs.shape[1] + problem.act.shape[1]
+        self.net = Members(self.inputs, self.members, args)
+        self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
+        taus = []
+        for m in self.members:
+            taus.append({"tau": m.value, "refit": 0.0}.get(m.cure, args.tau))
+        c = [m.value for m in self.members]
+        self.register_buffer("taus", torch.tensor(taus)[:, None, None], persistent=False)
+        self.register_buffer("c", torch.tensor(c), persistent=False)
+        self.to(device)
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, fused=True)
+        seeds = range(args.seed, args.seed + args.seeds)
+        self.draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.which_seed = torch.tensor([m.seed - args.seed for m in self.members], device=device)
+
+    def chosen(self, **wanted) -> list[int]:
+        """Positions of the members with these attributes."""
+        wanted = wanted.items()
+        return [i for i, m in enumerate(self.members) if all(getattr(m, k) == v for k, v in wanted)]
+
+    def sample(self) -> Batch:
+        """A batch for each seed: its members differ in nothing but their target and cure."""
+        p, drawn = self.problem, []
+        for draw in self.draws:
+            size, device = (self.args.batch_size,), p.rew.device
+            rows = torch.randint(len(p.rew), size, generator=draw, device=device)
+            fresh, choices = (f(p.next_obs[rows], 10, draw) for f in (p.fresh, p.choices))
+            drawn.append((rows, fresh, choices))
+        return Batch(*(torch.stack(x)[self.which_seed] for x in zip(*drawn)))
+
+    def update(self, step: int):
+        """One step of every member, `step` counts from 1; their errors, (n,)."""
+        error, penalty = losses(self, self.sample())
+        self.optim.zero_grad()
+        (error + penalty).sum().backward()
+        refits = self.chosen(cure="refit")
+        before = [p[refits].detach() for p in self.net.parameters()]
+        self.optim.step()
+        with torch.no_grad():
+            for p, p_target in zip(self.net.parameters(), self.target.parameters()):
+                p_target.lerp_(p, self.taus)  # target <- target + tau (p - target)
+            for j, i in enumerate(refits):
+                k = int(self.members[i].value)
+                age = (step - 1) % k + 1  # Adam counts the run's steps, not this network's
+                share = adam_scale(age) / adam_scale(step)
+                for p, old in zip(self.net.parameters(), before):
+                    p[i] = old[j] + share * (p[i] - old[j])
+                if age == k:
+                    self.refit(i)
+        return error.detach()
+
+    def refit(self, i: int):
+        """Fitted Q-iteration: what was fitted becomes the target, fitting starts anew."""
+        first = Members(self.inputs, [self.members[i]], self.args).to(self.taus.device)
+        nets = (self.net, self.target, first)
+        for p, p_target, p_first in zip(*(net.parameters() for net in nets)):
+            p_target[i] = p[i]
+            p[i] = p_first[0]
+            self.optim.state[p]["exp_avg"][i] = 0
+            self.optim.state[p]["exp_avg_sq"][i] = 0
+
+
+def adam_scale(step: int) -> float:
+    """Adam's correction for moments that started at 0, `step` steps ago."""
+    return (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+
+
+# ------------------------------------------------------------------------------------------- data
+def continuous(args: Args, device) -> Problem:
+    """Episodes of a uniform policy: 1,000 steps, and a tail that makes their returns whole."""
+    tail = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1
+    with failing(f"--env-id {args.env_id} (a package's own: --env-id package:Id)", Exception):
+        env = gym.make(args.env_id, max_episode_steps=1_000 + tail)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {args.env_id}: found {space}, expected a Box of one dimension")
+    box = env.action_space
+    low, span = box.low.astype(float), box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not (span < 1e12).all():
+        fail(f"--env-id {args.env_id}: actions are {box}, expected floats with finite bounds")
+    rng, rows, whole = np.random.default_rng(args.seed), [], 0
+    while whole < args.transitions + 9_000:  # the last 8,000 are held out, with whole episodes
+        obs, _ = env.reset(seed=None if rows else args.seed)
+        over, began = False, len(rows)
+        while not over:
+            act = rng.uniform(-1, 1, box.shape)
+            next_obs, rew, done, cut, _ = env.step(low + (act + 1) / 2 * span)
+            rew = np.asarray(rew, dtype=float).item()  # some hand out an array of one number
+            rows.append((np.array(obs), act, rew, done, np.array(next_obs), cut))
+            obs, over = next_obs, done or cut
+        steps = len(rows) - began
+        if steps <= tail and not done:
+            fail(f"--env-id {args.env_id}: has a time limit of its own, after {steps} steps")
+        whole += steps if done else steps - tail
+    env.close()
+    columns = dict(zip(COLUMNS, map(np.array, zip(*rows))))
+
+    def uniform(obs, m, draw):
+        return torch.rand(len(obs), m, *box.shape, generator=draw, device=device) * 2 - 1
+
+    return from_episodes(columns, uniform, uniform, args, device)
+
+
+COLUMNS = ("obs", "act", "rew", "done", "next_obs", "cut")  # of data; cut: not by a terminal
 
 
 def discounted_sums(rew, over, gamma: float):
@@ -235,143 +467,222 @@ def discounted_sums(rew, over, gamma: float):
     return out
 
 
-def continuous(args: Args, device) -> Problem:
-    """--transitions steps of a uniform policy, then 8,000 that are held out; a tail after each 1,000 makes
-    their returns whole to 1 %."""
-    tail, episode = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1, 1000
-    try:
-        env = gym.make(args.env_id, max_episode_steps=episode + tail)
-    except Exception as e:
-        fail(f"--env-id {args.env_id}: {type(e).__name__}: {first_line(e)}")
-    box = env.action_space
-    bounded = isinstance(box, gym.spaces.Box) and box.is_bounded()
-    if not bounded or len(box.shape) != 1 or len(env.observation_space.shape or ()) != 1:
-        found = f"{env.observation_space} and {box}"
-        fail(f"--env-id {args.env_id}: found {found}, expected vectors and a bounded Box".replace("\n", " "))
-    rng, wanted, rows = np.random.default_rng(args.seed), {"keep": args.transitions, "held": 8_000}, 0
-    columns = {x: [] for x in ("obs", "act", "rew", "done", "next", "use")}
-    while use := next((k for k in wanted if wanted[k] > 0), ""):  # of the rows of this episode
-        obs, _ = env.reset(seed=args.seed + rows)
-        for t in range(episode + tail):
-            act = rng.uniform(-1, 1, box.shape)
-            next_obs, rew, terminated, truncated, _ = env.step(box.low + (act + 1) / 2 * (box.high - box.low))
-            used = t < episode and wanted[use] > 0  # the tail is played and not used
-            wanted[use], rows = wanted[use] - used, rows + used
-            for name, x in zip(columns, (obs, act, rew, terminated, next_obs, use if used else "")):
-                columns[name].append(x)
-            obs = next_obs
-            if terminated or truncated:
-                break
-        if not terminated and t + 1 < episode + tail:
-            fail(f"--env-id {args.env_id}: has a time limit of its own, after {t + 1} steps")
-    use = np.array(columns.pop("use"))
-    c = {name: np.array(x, np.float32) for name, x in columns.items()}
-    over = (c["done"] > 0) | np.append((c["next"][:-1] != c["obs"][1:]).any(1), True)
-    uniform = lambda s, m, g: torch.rand(len(s), m, *box.shape, generator=g, device=device) * 2 - 1
-    keep, held = use == "keep", use == "held"
-    return from_columns(c, over, keep, held, uniform, uniform, args, device)
-
-
-def from_columns(c, over, keep, held, fresh, choices, args: Args, device) -> Problem:
-    """`keep`, `held` (rows): which are trained on, and which, thinned to 2,048 at most, are held out."""
+def from_episodes(c: dict, fresh, choices, args: Args, device, truth=None) -> Problem:
+    """A problem of the COLUMNS c. Trained on are the first --transitions rows with a next action
+    and a return of which less than 1 % is missing: it ends at a terminal, or gamma^k < 0.01 for its
+    k rewards. Held out are 8,000 such rows of later episodes, thinned to 2,048."""
+    what = f"--dataset {args.dataset}" if args.dataset else f"--env-id {args.env_id}"
+    c = {name: np.asarray(x, np.float32) for name, x in c.items()}
+    for name, x in c.items():
+        if len(bad := np.argwhere(~np.isfinite(x))):
+            value, row = x[tuple(bad[0])], bad[0][0]
+            fail(f"{what}: '{name}' is {value} at row {row}, expected finite numbers", 2)
+    n, done = len(c["rew"]), c["done"] > 0
+    over = done | (c["cut"] > 0)
+    over[-1:] = True
+    left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
+    ends = np.arange(n) + left.astype(int) - 1
+    left[done[ends]] = np.inf
+    fits = math.floor(1_000 * 0.01 ** (1 / np.median(left))) / 1_000
+    if args.gamma is None:
+        args.gamma = min(0.99, fits)
+        say(f"{what}: gamma {args.gamma}, for which half of the returns or more are whole")
+    usable = (args.gamma**left < 0.01) & (done | ~over)
+    keep = usable & (np.cumsum(usable) <= (args.transitions or n))
+    if keep.sum() < 32:
+        found = f"{keep.sum()} of {n} rows have a next action and a return that is whole to 1 %"
+        fail(f"{what}: {found}, expected 32; half of the rows have one with --gamma {fits}")
+    episode = np.cumsum(over) - over
+    held = np.flatnonzero(usable & (episode > episode[keep].max()))[:8_000]
+    held = held[:: math.ceil(len(held) / 2048) or 1]  # neighbours are alike
     rew = c["rew"] / np.abs(c["rew"][keep]).max().clip(1e-30)
     mc = discounted_sums(rew, over, args.gamma)
     mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
-    next_act = np.roll(c["act"], -1, 0)
-    arrays = ((c["obs"] - mean) / std, c["act"], rew, c["done"], (c["next"] - mean) / std, next_act, mc)
-    take = lambda x, rows: torch.from_numpy(np.ascontiguousarray(x[rows], np.float32)).to(device)
-    problem = Problem(*(take(x, keep) for x in arrays), fresh, choices, {}, None, None)
-    held = np.flatnonzero(held)[:: math.ceil(held.sum() / 2048) or 1]  # neighbours are alike
-    return problem._replace(held=[take(arrays[i], held) for i in (0, 1, 6)]) if len(held) else problem
+
+    def take(x, rows=keep):
+        return torch.from_numpy(np.asarray(x[rows], np.float32)).to(device)
+
+    def standardise(obs):
+        return (obs - mean) / std
+
+    obs, next_obs = standardise(c["obs"]), standardise(c["next_obs"])
+    columns = (obs, c["act"], rew, c["done"], next_obs, np.roll(c["act"], -1, 0), mc)
+    problem = Problem(*map(take, columns), fresh, choices, standardise)
+    if truth:
+        return problem._replace(truth={target: take(q) for target, q in truth.items()})
+    if len(held) < 32:
+        say(f"{what}: no episodes are left to be held out, nothing is said of errors")
+        return problem
+    return problem._replace(held=tuple(take(x, held) for x in (obs, c["act"], mc)))
 
 
 def dataset(args: Args, device) -> Problem:
-    """A D4RL-layout file; rows without a whole return or next action left out; the behaviour is cloned. Of
-    the episodes after those that --transitions takes, 8,000 rows are held out.
-
-    Without `timeouts` an episode also ends where next_observations is not the next row."""
-    h5py, path = need("h5py"), args.dataset
-    try:
-        with h5py.File(path) as f:
-            names = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
-            c = {k: np.asarray(f[v], np.float32) for k, v in names.items()}
-            found = set(f)
-            timeout = np.asarray(f["timeouts"]) > 0 if "timeouts" in f else np.zeros(c["rew"].shape, bool)
-            c["next"] = np.asarray(f["next_observations"], np.float32) if "next_observations" in f else None
-    except (OSError, KeyError, ValueError, TypeError) as e:
-        fail(f"--dataset {path}: {first_line(e)}; expected a D4RL-layout HDF5 file")
-    n = c["rew"].size
-    infer = "timeouts" not in found and c["next"] is not None
-    if c["next"] is None:
-        c["next"] = np.roll(c["obs"], -1, 0)
-    shapes = {k: x.shape for k, x in (c | {"timeouts": timeout}).items()}
-    rows = {k: s[:1] if k in ("obs", "act", "next") else s for k, s in shapes.items()}
-    vectors = c["obs"].ndim == c["act"].ndim == 2 and shapes["next"] == shapes["obs"]
-    if not vectors or {*rows.values()} != {(n,)}:
-        fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, one number a row of the others")
-    for k, x in c.items():
-        if len(bad := np.argwhere(~np.isfinite(x))):
-            key, row = names.get(k, "next_observations"), bad[0][0]
-            fail(f"--dataset {path}: '{key}' is {x[tuple(bad[0])]} at row {row}, expected finite numbers")
-    if infer:
-        timeout[:-1] = (c["next"][:-1] != c["obs"][1:]).any(1)
-    elif "timeouts" not in found:
-        print(f"{path}: no 'timeouts', episodes are taken to end at terminals only")
-    over = (c["done"] > 0) | timeout
-    over[-1] = True
-    left = discounted_sums(np.ones(n), over, 1.0)  # rows to the end of the episode, itself included
-    ends = np.flatnonzero(over)[np.searchsorted(np.flatnonzero(over), np.arange(n))]
-    whole = (c["done"][ends] > 0) | (args.gamma**left < 0.01)
-    usable = whole & (~over | (c["done"] > 0))
-    keep = usable & (np.cumsum(usable) <= (args.transitions or n))
-    if keep.sum() < 32:
-        fail(f"--dataset {path}: {keep.sum()} rows with a whole return and next action, expected 32 or more")
-    episode = np.cumsum(over) - over
-    held = usable & (episode > episode[keep].max())
-    held &= np.cumsum(held) <= 8_000
-    if held.sum() < 32:
-        held[:] = False
-        print(f"{path}: no episodes are left to be held out, nothing is said of errors")
-    problem = from_columns(c, over, keep, held, None, None, args, device)
+    """A file's transitions; its behaviour policy is cloned, for fresh actions."""
+    path = Path(args.dataset)
+    single = path.is_file() and not (path.parent / "metadata.json").exists()
+    c = read_d4rl(path) if single else read_minari(args.dataset)
+    discrete = c["act"].dtype.kind in "iu" and c["act"].size == len(c["act"])
+    if discrete:
+        c["act"] = np.eye(c["act"].max(initial=0) + 1)[c["act"].reshape(-1)]
+    n, shapes = len(c["rew"]), {name: x.shape for name, x in c.items()}
+    vectors = [len(shapes[name]) for name in ("obs", "next_obs", "act")] == [2, 2, 2]
+    if not vectors or {s[0] for s in shapes.values()} != {n} or shapes["obs"] != shapes["next_obs"]:
+        fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, and of one number each")
+    problem = from_episodes(c, None, None, args, device)
     low, high = problem.act.amin(0), problem.act.amax(0)
-    actor = clone(problem, args, device)
+    every = torch.eye(len(low), device=device)
+    actor = clone(problem, discrete, args, device)
 
-    def fresh(s, m, g):
-        mean, log_std = actor(s).detach().chunk(2, -1)
-        noise = torch.randn(len(s), m, mean.shape[-1], generator=g, device=device)
-        return (mean[:, None] + log_std.clamp(-5, 2).exp()[:, None] * noise).clamp(low, high)
+    def fresh(obs, m, draw):
+        out = actor(obs).detach()
+        if discrete:
+            return every[out.softmax(-1).multinomial(m, replacement=True, generator=draw)]
+        mean, log_std = out.chunk(2, -1)
+        noise = torch.randn(len(obs), m, len(low), generator=draw, device=device)
+        act = mean[:, None] + log_std.clamp(-5, 2).exp()[:, None] * noise
+        return act.clamp(low, high)
 
-    choices = lambda s, m, g: low + torch.rand(len(s), m, len(low), generator=g, device=device) * (high - low)
+    def choices(obs, m, draw):
+        if discrete:
+            return every.expand(len(obs), -1, -1)
+        u = torch.rand(len(obs), m, len(low), generator=draw, device=device)
+        return low + u * (high - low)
+
     return problem._replace(fresh=fresh, choices=choices)
 
 
-def clone(problem: Problem, args: Args, device, steps: int = 3_000):
-    """A Gaussian policy by maximum likelihood, for fresh actions of td."""
-    o, a = problem.obs.shape[1], problem.act.shape[1]
-    actor = nn.Sequential(
-        nn.Linear(o, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2 * a)
-    ).to(device)
+def clone(problem: Problem, discrete: bool, args: Args, device, steps: int = 3_000):
+    """A Gaussian or categorical policy by maximum likelihood."""
+    obs_dim, act_dim = problem.obs.shape[1], problem.act.shape[1]
+    layers = [nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    layers.append(nn.Linear(256, act_dim if discrete else 2 * act_dim))
+    actor = nn.Sequential(*layers).to(device)
     optim = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
     for _ in range(steps):
         rows = torch.randint(len(problem.rew), (args.batch_size,), device=device)
-        mean, log_std = actor(problem.obs[rows]).chunk(2, -1)
-        log_std = log_std.clamp(-5, 2)
-        loss = (0.5 * ((problem.act[rows] - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
+        out, act = actor(problem.obs[rows]), problem.act[rows]
+        if discrete:
+            loss = F.cross_entropy(out, act)
+        else:
+            mean, log_std = out.chunk(2, -1)
+            log_std = log_std.clamp(-5, 2)
+            loss = (0.5 * ((act - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
         optim.zero_grad()
         loss.backward()
         optim.step()
     return actor
 
 
+FIRST_BYTES = {
+    b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
+    b"\x80": "a pickle, see tools/convert.py",
+    b"PK": "a zip archive, npz or of PyTorch, see tools/convert.py",
+    b"\x89HDF": "damaged or cut short",
+}
+
+
+def read_d4rl(path: Path) -> dict:
+    """The COLUMNS of a D4RL-layout file. Without timeouts, an episode ends where next_observations
+    is not the next row."""
+    import h5py
+
+    keys = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
+    keys |= {"next_obs": "next_observations", "cut": "timeouts"}
+    needed = list(keys.values())[:4]
+    with open(path, "rb") as file:
+        first = file.read(32)
+    kind = [what for start, what in FIRST_BYTES.items() if first.startswith(start)]
+    with failing(f"--dataset {path}: {', '.join(kind)}", Exception), h5py.File(path) as f:
+        if not set(needed) <= set(f):
+            fail(f"--dataset {path}: needs {', '.join(needed)}, holds {', '.join(sorted(f)[:9])}")
+        reserve(sum(4 * f[key].size for key in keys.values() if key in f), "dataset", "memory")
+        c = {name: f[key][()] for name, key in keys.items() if key in f}
+        for name in {"rew", "done", "cut"} & set(c):
+            c[name] = c[name].reshape(-1)  # (N, 1) of rlkit's buffers
+        if "cut" not in c and "next_obs" in c:
+            c["cut"] = np.append((c["next_obs"][:-1] != c["obs"][1:]).any(1), True)
+        if "cut" not in c:
+            say(f"{path}: no 'timeouts', episodes are taken to end at terminals only")
+            c["cut"] = np.zeros(len(c["rew"]))
+        return {"next_obs": np.roll(c["obs"], -1, 0)} | c
+
+
+def read_minari(name: str) -> dict:
+    """The COLUMNS of a Minari set: an id, a folder, or the file in it."""
+    path, parts = Path(name), {column: [] for column in COLUMNS}
+    path = path.parent if path.is_file() else path
+    here = f"--dataset {name}: no file, and no Minari set on this disk (minari download {name})"
+    with failing(here, Exception):
+        import minari
+
+        folder = [x for x in (path, path / "data") if (x / "metadata.json").exists()]
+        data = minari.MinariDataset(folder[0]) if folder else minari.load_dataset(name)
+        for episode in data.iterate_episodes():
+            obs = flatten(data.observation_space, episode.observations)
+            row = (obs[:-1], episode.actions, episode.rewards, episode.terminations, obs[1:])
+            for part, x in zip(parts.values(), (*row, np.arange(len(obs) - 1) == len(obs) - 2)):
+                part.append(x)
+        return {column: np.concatenate(part) for column, part in parts.items()}
+
+
+def flatten(space, x):
+    """An episode's observations, as rows of a vector by gymnasium's rule."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten(part, x[name]) for name, part in space.items()]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n)[x - space.start]
+    return x
+
+
+def gridworld(args: Args, device) -> Problem:
+    """--transitions steps of a uniform policy on a grid; a state is seen as 16 random numbers."""
+    P, r = grid_model(args.grid)
+    S, rng = len(P), np.random.default_rng(args.seed)
+    features, one_hot = rng.normal(size=(S, 16)).astype(np.float32), np.eye(4, dtype=np.float32)
+    s, rows = 0, []
+    for _ in range(args.transitions):
+        a = rng.integers(4)
+        after = rng.choice(S, p=P[s, a])
+        rows.append((s, a, after))
+        s = after if after != S - 1 else rng.integers(S - 1)
+    state, act, after = np.array(rows).T
+    done = after == S - 1
+    row = (features[state], one_hot[act], np.where(done, 1, -0.1), done, features[after], 0 * done)
+    beta = evaluate_policy(P, r, np.full((S, 4), 0.25), args.gamma)
+    truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), beta[state, act])
+    truth["q"] = optimal_q(P, r, args.gamma)[state, act]
+
+    def fresh(obs, m, draw):
+        act = torch.randint(4, (len(obs), m), generator=draw, device=device)
+        return F.one_hot(act, 4).float()
+
+    def choices(obs, m, draw):
+        return torch.eye(4, device=device).expand(len(obs), 4, 4)
+
+    problem = from_episodes(dict(zip(COLUMNS, row)), fresh, choices, args, device, truth)
+    seen = torch.from_numpy(problem.standardise(features)).to(device)
+    every = pairs(seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
+
+    def greedy_returns(net):
+        q = net(every.expand(len(net.unit), -1, -1)).view(-1, S, 4)
+        returns = []
+        for policy in one_hot[q.cpu().numpy().argmax(-1)]:
+            V = (policy * evaluate_policy(P, r, policy, args.gamma)).sum(1)
+            returns.append(V[: S - 1].mean())  # over all starts but the goal
+        return returns
+
+    return problem._replace(greedy_returns=greedy_returns)
+
+
 def grid_model(k: int):
-    """P (S, 4, S), r (S, 4), absorbing goal S - 1: four moves, one in ten slips to a random one; a step costs
-    0.1, the far corner pays 1."""
-    S, moves = k * k, ((0, 1), (0, -1), (1, 0), (-1, 0))
-    step = np.zeros((S, 4, S))
-    for s in range(S):
-        for a, (dx, dy) in enumerate(moves):
-            x, y = min(max(s // k + dx, 0), k - 1), min(max(s % k + dy, 0), k - 1)
-            step[s, a, x * k + y] = 1
+    """P (S, 4, S), r (S, 4), absorbing goal S - 1: four moves, one in ten slips to a random one; a
+    step costs 0.1, the far corner pays 1."""
+    S, step = k * k, np.zeros((k * k, 4, k * k))
+    x, y = np.divmod(np.arange(S), k)
+    for a, (dx, dy) in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
+        after = (x + dx).clip(0, k - 1) * k + (y + dy).clip(0, k - 1)
+        step[np.arange(S), a, after] = 1
     P = 0.9 * step + 0.1 * step.mean(1, keepdims=True)
     r = -0.1 + 1.1 * P[:, :, S - 1]
     P[S - 1], r[S - 1] = 0, 0
@@ -386,345 +697,108 @@ def evaluate_policy(P, r, policy, gamma: float):
 
 def optimal_q(P, r, gamma: float):
     """Q* by value iteration to rounding."""
-    Q = np.zeros_like(r)
-    while True:
-        new = r + gamma * P @ Q.max(1)
-        if np.abs(new - Q).max() < 1e-12:
-            return new
-        Q = new
+    Q, better = None, r
+    while Q is None or np.abs(better - Q).max() > 1e-12:
+        Q, better = better, r + gamma * P @ better.max(1)
+    return better
 
 
-def gridworld(args: Args, device) -> Problem:
-    """--transitions steps of a uniform policy on the grid; states are seen as 16 random numbers each."""
-    P, r = grid_model(args.grid)
-    S, rng = len(P), np.random.default_rng(args.seed)
-    uniform = np.full((S, 4), 0.25)
-    features = rng.normal(size=(S, 16)).astype(np.float32)
-    s, rows = 0, []
-    for _ in range(args.transitions):
-        a = rng.integers(4)
-        t = rng.choice(S, p=P[s, a])
-        rows.append((s, a, -0.1 + 1.1 * (t == S - 1), t == S - 1, t))
-        s = t if t != S - 1 else int(rng.integers(S - 1))
-    state, act, rew, done, after = (np.array(x) for x in zip(*rows))
-    one_hot = np.eye(4, dtype=np.float32)
-    c = {"obs": features[state], "act": one_hot[act], "next": features[after], "rew": rew}
-    c["done"] = done.astype(np.float32)
-    keep = np.arange(len(state)) <= np.flatnonzero(done)[-1] if done.any() else np.zeros(len(state), bool)
-    if not keep.any():
-        fail(f"--transitions {args.transitions}: no episode reached the goal, take more or a smaller --grid")
-    scale = np.abs(rew[keep]).max()
-    fresh = lambda s, m, g: F.one_hot(torch.randint(4, (len(s), m), generator=g, device=device), 4).float()
-    every = lambda s, m, g: torch.eye(4, device=device).expand(len(s), 4, 4)
-    problem = from_columns(c, done > 0, keep, np.zeros_like(keep), fresh, every, args, device)
-    beta, best = evaluate_policy(P, r, uniform, args.gamma) / scale, optimal_q(P, r, args.gamma) / scale
-    at = lambda Q: torch.from_numpy(Q[state, act][keep].astype(np.float32)).to(device)
-    truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), at(beta)) | {"q": at(best)}
-
-    def greedy_return(Q):
-        policy = np.eye(4)[Q.argmax(1)]
-        return float((policy * evaluate_policy(P, r, policy, args.gamma)).sum(1)[: S - 1].mean())
-
-    seen = torch.from_numpy(features).to(device) - torch.from_numpy(features[state][keep].mean(0)).to(device)
-    seen = seen / (torch.from_numpy(features[state][keep].std(0)).to(device) + 1e-3)
-    all_pairs = (seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
-    return problem._replace(truth=truth, greedy_return=greedy_return, all_pairs=all_pairs)
+# -------------------------------------------------------------------------------------- measuring
+def relative_error(found, true):
+    return (found - true).pow(2).mean() / true.var().clamp(min=1e-12)
 
 
-# ------------------------------------------------------------------- networks: all members as one batch
-class Members(nn.Module):
-    """n Q-networks of one shape, weights stacked (n, in, out): one batched product a layer serves all.
-
-    Members of a seed start from the same weights. unit, layer, dropout (n, 1, 1) say who has which.
-    """
-
-    def __init__(self, inputs: int, members: list, args: Args):
-        super().__init__()
-        sizes = [inputs] + [args.width] * args.depth + [1]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
-            draws = {}
-            for seed in sorted({m.seed for m in members}):
-                g = torch.Generator().manual_seed(1_000 * seed + i)
-                u = torch.rand(fan_in + 1, fan_out, generator=g) * 2 - 1
-                draws[seed] = u * fan_in**-0.5  # nn.Linear's scale
-            stacked = torch.stack([draws[m.seed] for m in members])
-            self.weights.append(nn.Parameter(stacked[:, :-1].clone()))
-            self.biases.append(nn.Parameter(stacked[:, -1:].clone()))
-        for name in ("unit", "layer", "dropout"):
-            values = [(m.value or 1.0) if m.cure == name else 0.0 for m in members]
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
-        self.switches = {name: bool((getattr(self, name) > 0).any()) for name in ("unit", "layer", "dropout")}
-
-    def features(self, x, who=slice(None), hidden: bool = False, record: list | None = None):
-        """phi, (k, B, width), of inputs (k, B, in) for these k members; `hidden`: of all hidden layers.
-        `record` receives each layer's input and sum, (k, B, in) and (k, B, width)."""
-        out = []
-        for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            a, x = x, torch.baddbmm(b[who], x, W[who])
-            if record is not None:
-                record.append((a, x))
-            if self.switches["layer"]:
-                x = torch.where(self.layer[who] > 0, F.layer_norm(x, x.shape[-1:]), x)
-            x = F.relu(x)
-            if self.switches["dropout"] and self.training:
-                p = self.dropout[who]
-                x = x * (torch.rand_like(x) >= p) / (1 - p)
-            out.append(x)
-        if self.switches["unit"]:
-            x = torch.where(self.unit[who] > 0, F.normalize(x, dim=-1), x)
-        return (*out[:-1], x) if hidden else x
-
-    def q(self, phi, who=slice(None)):
-        """(k, B)"""
-        return torch.baddbmm(self.biases[-1][who], phi, self.weights[-1][who])[..., 0]
-
-    def forward(self, x, who=slice(None)):
-        return self.q(self.features(x, who), who)
+@torch.no_grad()
+def diagnose(learner) -> list[dict]:
+    """For each member, on at most 2,048 rows, in eval mode: the shared diagnostics; the regulariser
+    R with the features, and on 256 rows with the gradients of all weights in their place; mean Q;
+    and its error: q_error to the truth where that is known, else return_error to the returns that
+    followed, which a network can learn by heart, and return_error_holdout to those of episodes that
+    it was not trained on (not for q, which is after another policy's)."""
+    p, net, gamma, n = learner.problem, learner.net, learner.args.gamma, len(learner.members)
+    device = p.rew.device
+    rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(device)
+    draw = torch.Generator(device).manual_seed(0)
+    fresh, choices = (f(p.next_obs[rows], 10, draw) for f in (p.fresh, p.choices))
+    net.eval()
+    y, next_act = backup(learner, Batch(*(x.expand(n, *x.shape) for x in (rows, fresh, choices))))
+    x = pairs(p.obs[rows], p.act[rows]).expand(n, -1, -1)
+    x_next = pairs(p.next_obs[rows].expand(n, -1, -1), next_act)
+    hidden, phi_next, bootstraps = net.hidden(x), net.features(x_next), 1 - p.done[rows]
+    q, phi = net.q(hidden[-1]), hidden[-1]
+    full, full_next = gradient_dots(net, x[:, :256], x_next[:, :256])
+    q_held = net(pairs(*p.held[:2]).expand(n, -1, -1)) if p.held else None
+    greedy = p.greedy_returns(net) if p.greedy_returns else None
+    net.train()
+    found = []
+    for i, m in enumerate(learner.members):
+        reg_sl, reg_sl_full = (phi[i] ** 2).sum(-1).mean(), full[i].mean()
+        dot = ((phi[i] * phi_next[i]).sum(-1) * bootstraps).mean()
+        numbers = spectrum(phi[i].nan_to_num(0, 0, 0))  # svdvals raises on NaN, which Q shows, too
+        numbers |= alignment(phi[i], phi_next[i], bootstraps)
+        numbers |= {
+            "dormant": dormant([h[i] for h in hidden]),
+            "q_mean": q[i].mean(),
+            "td_error": relative_error(q[i], y[i]),
+            "reg_sl": reg_sl,
+            "reg_td": reg_sl - gamma * dot,
+            "reg_sl_full": reg_sl_full,
+            "reg_td_full": reg_sl_full - gamma * (full_next[i] * bootstraps[:256]).mean(),
+        }
+        if p.truth:
+            true = p.truth[m.target][rows]
+            numbers |= {"truth": true.mean(), "q_error": relative_error(q[i], true)}
+            numbers["greedy_return"] = greedy[i]
+        elif m.target != "q":
+            true = p.mc[rows]
+            numbers |= {"truth": true.mean(), "return_error": relative_error(q[i], true)}
+            if p.held:
+                numbers["return_error_holdout"] = relative_error(q_held[i], p.held[2])
+        found.append({name: float(x) for name, x in numbers.items()})
+    return found
 
 
 def gradient_dots(net: Members, x, x_next):
-    """grad Q(x).grad Q(x) and grad Q(x).grad Q(x'), gradients by all weights and biases: (n, B) each.
+    """grad Q(x).grad Q(x) and grad Q(x).grad Q(x'), by all weights and biases; (n, B) each.
 
-    A layer s = W a + b has grad_W Q = g a^T and grad_b Q = g, g = dQ/ds. Two such have the dot product
-    (a.a' + 1)(g.g'), so none is ever formed. In the last layer g = 1: there it is phi.phi' + 1.
-    """
+    A layer s = W a + b has grad_W Q = g a^T and grad_b Q = g, g = dQ/ds. Two such have the dot
+    product (a.a' + 1)(g.g'), so none is ever formed. In the last layer g = 1."""
     passes = []
     for inputs in (x, x_next):
-        record = []
+        sums = []
         with torch.enable_grad():
-            phi = net.features(inputs, record=record)
-            gradients = torch.autograd.grad(net.q(phi).sum(), [s for _, s in record])
-        layers = [(a, g) for (a, _), g in zip(record, gradients)]
-        passes.append([*layers, (phi, torch.ones_like(phi[..., :1]))])
-    dots = lambda one, other: sum(
-        ((a * b).sum(-1) + 1) * (g * h).sum(-1) for (a, g), (b, h) in zip(one, other)
-    )
+            hidden = net.hidden(inputs, sums=sums)
+            gradients = torch.autograd.grad(net.q(hidden[-1]).sum(), sums)
+        ones = torch.ones_like(inputs[..., :1])
+        passes.append(list(zip([inputs, *hidden], [*gradients, ones])))
+
+    def dots(one, other):
+        return sum(((a * b).sum(-1) + 1) * (g * h).sum(-1) for (a, g), (b, h) in zip(one, other))
+
     return dots(passes[0], passes[0]).detach(), dots(*passes).detach()
 
 
-class Member(NamedTuple):
-    target: str
-    cure: str
-    value: float
-    label: str  # the cure as it was written
-    seed: int
-
-
-def all_members(args: Args) -> list[Member]:
-    kinds = [(t, "none") for t in args.targets] + [(args.cure_target, c) for c in args.cures]
-    seeds = range(args.seed, args.seed + args.seeds)
-    return [Member(t, *parse(c), c, s) for t, c in kinds for s in seeds]
-
-
-def adam_scale(step: int) -> float:
-    """Adam's correction for moments that started at 0, `step` steps ago. One Adam serves all members and
-    counts the run's steps; a refitted member's steps are rescaled to its own age."""
-    return (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
-
-
-class Learner(nn.Module):
-    """All members, their target networks, and one optimiser for all (Adam acts on each number by itself)."""
-
-    def __init__(self, problem: Problem, args: Args, device):
-        super().__init__()
-        self.args, self.problem, self.members = args, problem, all_members(args)
-        self.net = Members(problem.obs.shape[1] + problem.act.shape[1], self.members, args)
-        self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.to(device)
-        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, fused=True)
-        taus = [m.value if m.cure == "tau" else 0.0 if m.cure == "refit" else args.tau for m in self.members]
-        self.register_buffer("taus", torch.tensor(taus, device=device)[:, None, None])
-        self.draw = {m.seed: torch.Generator(device).manual_seed(m.seed) for m in self.members}
-        self.seeds = torch.tensor([m.seed - args.seed for m in self.members], device=device)
-
-    def chosen(self, **wanted) -> list[int]:
-        """Positions of the members with these attributes."""
-        return [i for i, m in enumerate(self.members) if all(getattr(m, k) == v for k, v in wanted.items())]
-
-    def batch(self):
-        """Rows (n, B) and ten fresh and ten candidate actions (n, B, 10, act) for the target: those of a
-        member's seed, so that members differ in nothing but their target and cure."""
-        p, args, out = self.problem, self.args, []
-        for g in self.draw.values():
-            rows = torch.randint(len(p.rew), (args.batch_size,), generator=g, device=p.rew.device)
-            fresh, choices = (f(p.next_obs[rows], 10, g) for f in (p.fresh, p.choices))
-            out.append((rows, fresh, choices))
-        return [torch.stack(x)[self.seeds] for x in zip(*out)]
-
-    def next_actions(self, rows, fresh, choices, kind: str, who: list):
-        """The a' of a target, (k, B, m, act)."""
-        if kind in ("td", "moving"):
-            return fresh[who][:, :, :1]
-        if kind in ("td10", "q"):
-            return (fresh if kind == "td10" else choices)[who]
-        assert kind in ("sarsa", "mc", "oracle"), kind  # the last two for DR3 and the diagnostics
-        return self.problem.next_act[rows[who]][:, :, None]
-
-    @torch.no_grad()
-    def targets(self, rows, fresh, choices):
-        """y (n, B), and the action of each target, (n, B, act); of td10 the first of its ten."""
-        p, y = self.problem, torch.empty(rows.shape, device=rows.device)
-        target_act = torch.empty(*rows.shape, p.act.shape[1], device=rows.device)
-        for kind in self.args.targets:
-            who = self.chosen(target=kind)
-            act = self.next_actions(rows, fresh, choices, kind, who)  # (k, B, m, act)
-            target_act[who] = act[:, :, 0]
-            if kind in ("mc", "oracle"):
-                y[who] = (p.mc if kind == "mc" else p.truth["oracle"])[rows[who]]
-                continue
-            sources = who
-            if kind == "moving":  # the next seed's td; its own seed's would make it td over again
-                sources = self.chosen(target="td", cure="none")
-                sources = sources[1:] + sources[:1]
-            k, B, m, _ = act.shape
-            obs = p.next_obs[rows[who]][:, :, None].expand(-1, -1, m, -1)
-            q = self.target(torch.cat([obs, act], -1).flatten(1, 2), sources).view(k, B, m)
-            if kind == "q":
-                target_act[who] = act.take_along_dim(q.argmax(-1)[..., None, None], 2)[:, :, 0]
-            value = q.amax(-1) if kind == "q" else q.mean(-1)
-            rows_of = rows[who]
-            y[who] = p.rew[rows_of] + self.args.gamma * (1 - p.done[rows_of]) * value
-        return y, target_act
-
-    def loss(self, rows, fresh, choices):
-        """Mean squared error of each member, (n,), and its regulariser, (n,), already weighted."""
-        p, net = self.problem, self.net
-        y, next_act = self.targets(rows, fresh, choices)
-        phi = net.features(torch.cat([p.obs[rows], p.act[rows]], -1))
-        error = ((net.q(phi) - y) ** 2).mean(1)
-        penalty = torch.zeros_like(error)
-        for cure in {m.cure for m in self.members} & {"dr3", "dr3abs", "dr3stop", "sl", "rank", "l2"}:
-            who = self.chosen(cure=cure)
-            weight = torch.tensor([self.members[i].value for i in who], device=error.device)
-            if cure.startswith("dr3"):
-                x = torch.cat([p.next_obs[rows[who]], next_act[who]], -1)
-                phi_next = net.features(x, who)
-                phi_next = phi_next.detach() if cure == "dr3stop" else phi_next
-                dot = (phi[who] * phi_next).sum(-1) * (1 - p.done[rows[who]])
-                value = (dot.abs() if cure == "dr3abs" else dot).mean(1)
-            elif cure == "sl":
-                value = (phi[who] ** 2).sum(-1).mean(1)
-            elif cure == "rank":  # squared singular values (arXiv 2010.14498), from the smaller Gram matrix
-                Phi = phi[who] if phi.shape[1] > phi.shape[2] else phi[who].mT
-                eigenvalues = torch.linalg.eigvalsh((Phi.mT @ Phi).nan_to_num(0, 0, 0))  # it raises on NaN
-                value = eigenvalues[:, -1] - eigenvalues[:, 0]
-            elif cure == "l2":
-                value = sum((W[who] ** 2).sum((1, 2)) for W in net.weights)
-            penalty = penalty.index_add(0, torch.tensor(who, device=error.device), weight * value)
-        return error, penalty
-
-    def update(self, step: int) -> dict:
-        """One step of every member; `step` counts from 1."""
-        error, penalty = self.loss(*self.batch())
-        self.optim.zero_grad()
-        (error + penalty).sum().backward()
-        refits = self.chosen(cure="refit")
-        before = [p[refits].detach() for p in self.net.parameters()]
-        self.optim.step()
-        with torch.no_grad():
-            for p, p_target in zip(self.net.parameters(), self.target.parameters()):
-                p_target.lerp_(p, self.taus)
-            for j, i in enumerate(refits):
-                k = int(self.members[i].value)
-                age = (step - 1) % k + 1  # Adam counts from this network's first step, not the run's
-                share = adam_scale(age) / adam_scale(step)
-                for p, old in zip(self.net.parameters(), before):
-                    p[i] = old[j] + share * (p[i] - old[j])
-                if age == k:
-                    self.refit(i)
-        return {"loss": error.detach()}
-
-    def refit(self, i: int):
-        """Fitted Q-iteration: the target becomes what was fitted, fitting starts from the first weights."""
-        initial = Members(self.net.weights[0].shape[1], [self.members[i]], self.args).to(self.taus.device)
-        for p, p_target, start in zip(self.net.parameters(), self.target.parameters(), initial.parameters()):
-            p_target[i] = p[i]
-            p[i] = start[0]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optim.state[p][moment][i] = 0
-
-    def checkpoint(self) -> dict:
-        draws = {seed: g.get_state() for seed, g in self.draw.items()}
-        return {"networks": self.state_dict(), "optim": self.optim.state_dict(), "draws": draws}
-
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        load_optimizer(self.optim, saved["optim"])
-        for seed, g in self.draw.items():
-            if len(saved["draws"][seed]) != len(g.get_state()):
-                fail(f"--resume: that run was not on {self.taus.device.type}, its random numbers differ")
-            g.set_state(saved["draws"][seed])
-
-
-# ------------------------------------------------------------------------------------------ measuring
-def diagnose(learner: Learner, args: Args, step: int) -> list[dict]:
-    """For each member, on at most 2,048 rows, in fp32 and eval mode: the shared diagnostics, the regulariser
-    with the features and (on 256 rows) with the gradients of all weights in place of phi, mean Q, and its
-    error: q_error to the truth where that is known; else return_error to the single returns that followed
-    the trained rows, which a network can learn by heart, and return_error_holdout to those of episodes that
-    it was not trained on (not for q, which is after another policy's)."""
-    p, net = learner.problem, learner.net
-    rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(p.rew.device)
-    rows, g = rows.expand(len(learner.members), -1), torch.Generator(p.rew.device).manual_seed(0)
-    drawn = (f(p.next_obs[rows[0]], 10, g) for f in (p.fresh, p.choices))
-    fresh, choices = (x.expand(len(rows), -1, -1, -1) for x in drawn)
-    error = lambda found, true: (found - true).pow(2).mean() / true.var().clamp(min=1e-12)
-    out = []
-    net.eval()
-    with strict_fp32():
-        y, next_act = learner.targets(rows, fresh, choices)
-        x, x_next = torch.cat([p.obs[rows], p.act[rows]], -1), torch.cat([p.next_obs[rows], next_act], -1)
-        hidden, phi_next = net.features(x, hidden=True), net.features(x_next)
-        q, bootstraps = net.q(hidden[-1]), 1 - p.done[rows[0]]
-        check_finite(step, {"Q": q, "phi": hidden[-1], "phi'": phi_next, "the target": y})  # svdvals raises
-        full_own, full_next = gradient_dots(net, x[:, :256], x_next[:, :256])
-        pairs = p.all_pairs and torch.cat(p.all_pairs, -1).expand(len(rows), -1, -1)
-        q_table = net(pairs) if pairs is not None else None
-        if p.held:
-            q_held = net(torch.cat(p.held[:2], -1).expand(len(rows), -1, -1))
-        for i, m in enumerate(learner.members):
-            phi = hidden[-1][i]
-            one = spectrum(phi) | alignment(phi, phi_next[i], bootstraps) | {"q_mean": q[i].mean()}
-            one["dormant"] = dormant([h[i] for h in hidden])
-            one["td_error"] = error(q[i], y[i])
-            one["reg_sl"] = (phi**2).sum(-1).mean()
-            dot = (phi * phi_next[i]).sum(-1) * bootstraps
-            one["reg_td"] = one["reg_sl"] - args.gamma * dot.mean()
-            one["reg_sl_full"] = full_own[i].mean()
-            one["reg_td_full"] = one["reg_sl_full"] - args.gamma * (full_next[i] * bootstraps[:256]).mean()
-            known = (p.truth[m.target] if p.truth else p.mc)[rows[0]]
-            if p.truth:
-                one |= {"truth": known.mean(), "q_error": error(q[i], known)}
-            elif m.target != "q":
-                one |= {"truth": known.mean(), "return_error": error(q[i], known)}
-                if p.held:
-                    one["return_error_holdout"] = error(q_held[i], p.held[2])
-            if q_table is not None:
-                one["greedy_return"] = p.greedy_return(q_table[i].view(-1, 4).double().cpu().numpy())
-            out.append({k: float(v) for k, v in one.items()})
-    net.train()
-    return out
-
-
-def collect_results(learner: Learner, steps: list, history: list, args: Args) -> dict:
-    """results[target][cure][metric]: `quarter`, `half`, `final`, means over seeds; half the width of their
-    95 % intervals; and the seeds' own values."""
+def collect_results(learner, history: dict, num_updates: int) -> dict:
+    """results[target][cure][metric]: `quarter`, `half`, `final`, means over seeds; half the width
+    of their 95 % intervals; and the seeds' own values. history: step -> what diagnose() found."""
     results = {}
-    at = {"quarter": args.num_updates / 4, "half": args.num_updates / 2, "final": args.num_updates}
-    moments = {k: history[int(np.argmin([abs(s - v) for s in steps]))] for k, v in at.items()}
+    at = {"quarter": num_updates / 4, "half": num_updates / 2, "final": num_updates}
+    nearest = {name: min(history, key=lambda step: abs(step - x)) for name, x in at.items()}  # noqa
     for m in learner.members:
         mine = learner.chosen(target=m.target, label=m.label)
-        for metric in history[-1][mine[0]]:
-            entry = results.setdefault(m.target, {}).setdefault(m.label, {}).setdefault(metric, {})
-            for k, moment in moments.items():
-                values = np.array([moment[i][metric] for i in mine])
-                entry[k], entry[k + "_interval"] = float(values.mean()), interval(values)
-                entry[k + "_seeds"] = values.tolist()
+        entries = {}
+        for metric in history[nearest["final"]][mine[0]]:
+            entry = {}
+            for name, step in nearest.items():
+                values = np.array([history[step][i][metric] for i in mine])
+                entry[name], entry[name + "_interval"] = values.mean(), interval(values)
+                entry[name + "_seeds"] = values.tolist()
+            entries[metric] = entry
+        results.setdefault(m.target, {})[m.label] = entries
     return results
 
 
-T_QUANTILE = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 2 to 10 values
+T_QUANTILE = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, n = 2 to 10
 
 
 def interval(values) -> float:
@@ -733,623 +807,425 @@ def interval(values) -> float:
     if n < 2:
         return 0.0
     t = T_QUANTILE[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)
-    return float(t * values.std(ddof=1) / n**0.5)
+    return t * values.std(ddof=1) / n**0.5
 
 
-# ----------------------------------------------------------------------------------- what it all says
-def claims(results: dict) -> dict:
-    """The papers' claims, checked on this run: name -> (word, a sentence of mean numbers).
-
-    Each is decided seed by seed, against the member of the same weights and batches: `supported` if it holds
-    in all seeds, `not supported` if in none, else `undecided`. A rank falls if it ends 15 % below that of
-    sarsa (without sarsa: of mc); it does not for mc and oracle if at most 5 % is lost after the first
-    quarter, for moving if it ends less than 15 % below sarsa's. A dot product rises if it ends above twice
-    sarsa's and gains more than 10 % in the second half; while Q has settled, if it gains that where mean Q
-    moves by less than 10 %. DR3 must bring the dot product to sarsa's, at least 10 % down, and move mean Q by
-    less than 10 %; a rescue is a rank 5 % above that without DR3 and within 15 % of sarsa's; a larger or
-    lower error is one by 10 %, on held-out episodes where the truth is unknown.
-    """
-    out, base = {}, next((t for t in ("sarsa", "mc") if t in results), None)
-    error = "q_error" if any("q_error" in r["none"] for r in results.values()) else "return_error_holdout"
-    judged = [target for target in results if error in results[target]["none"]]
-
-    def get(target, metric, when="final", cure="none"):
-        return np.array(results[target][cure][metric][when + "_seeds"])
-
-    def gain(target, metric, since="half"):
-        before = get(target, metric, since)
-        return (get(target, metric) - before) / np.abs(before).clip(1e-30)
-
-    def say(name: str, holds, *parts: str):
-        word = "supported" if holds.all() else "undecided" if holds.any() else "not supported"
-        out[name] = (f"{word} ({holds.sum()} of {len(holds)} seeds)", ", ".join(parts))
-
-    if base and "td" in results:
-        td, other = get("td", "srank"), get(base, "srank")
-        ranks = f"srank ends at {td.mean():.0f} for td and {other.mean():.0f} for {base}"
-        say("with bootstrapping on unseen actions the rank falls", td < 0.85 * other, ranks)
-        ratio, rise = (
-            get("td", "feature_dot") / get(base, "feature_dot").clip(1e-30),
-            gain("td", "feature_dot"),
-        )
-        dots = f"in the second half td's dot product changes by {rise.mean():+.0%} (a rise: +10%)"
-        twice = f"it ends at {ratio.mean():.1f} times that of {base} (a rise: 2)"
-        steady = f"which changes by {gain(base, 'feature_dot').mean():+.0%}"
-        name = "with bootstrapping on unseen actions the dot products rise"
-        say(name, (ratio > 2) & (rise > 0.1), dots, twice, steady)
-        moved = gain("td", "q_mean")
-        settled = f"its mean Q by {moved.mean():+.0%} (settled: 10%)"
-        say("the dot products rise while Q has settled", (np.abs(moved) < 0.1) & (rise > 0.1), dots, settled)
-        if {"td", base} <= {*judged}:
-            worse = get("td", error) / get(base, error).clip(1e-30)
-            times = f"td's {error} is {worse.mean():.2f} times that of {base}"
-            say("the lower rank comes with a larger error", (worse > 1.1) & (td < 0.85 * other), ranks, times)
-    for target in ("oracle", "mc"):
-        if target in results:
-            kept = gain(target, "srank", "quarter")
-            text = f"its srank changes by {kept.mean():+.0%} after the first quarter"
-            say(f"with {target} targets the rank does not fall", kept > -0.05, text)
-    if "moving" in results and base:
-        moving, other = get("moving", "srank"), get(base, "srank")
-        text = f"srank ends at {moving.mean():.0f} with td's target, {other.mean():.0f} for {base}"
-        say("a moving target alone does not lower the rank", moving > 0.85 * other, text)
-    for target, cure in [(t, c) for t in results for c in results[t] if c.startswith("dr3")]:
-        dot, was = get(target, "feature_dot", "final", cure), get(target, "feature_dot")
-        q, q_was = get(target, "q_mean", "final", cure), get(target, "q_mean")
-        moved = (q - q_was) / np.abs(q_was).clip(1e-30)
-        goal = np.minimum(get(base, "feature_dot") if base else was, 0.9 * was)
-        texts = f"dot product {was.mean():.3g} -> {dot.mean():.3g}", f"mean Q changes by {moved.mean():+.0%}"
-        name = f"{cure} on {target} lowers the dot products and leaves Q alone"
-        say(name, (dot <= goal) & (np.abs(moved) < 0.1), *texts)
-        rank, rank_was = get(target, "srank", "final", cure), get(target, "srank")
-        text = f"srank {rank_was.mean():.0f} -> {rank.mean():.0f}"
-        if base:
-            other = get(base, "srank")
-            holds = (rank > 1.05 * rank_was) & (rank > 0.85 * other)
-            say(f"{cure} on {target} rescues the rank", holds, text, f"{other.mean():.0f} for {base}")
-        if target in judged:
-            e, e_was = get(target, error, "final", cure), get(target, error)
-            text = f"{error} {e_was.mean():.3g} -> {e.mean():.3g}"
-            say(f"{cure} on {target} lowers the error", e < 0.9 * e_was, text)
-    return out
-
-
-PANELS = {
-    "feature_dot": "dot product of phi and phi'",
-    "feature_cos": "cosine of phi and phi'",
-    "srank": "srank of phi",
-    "reg_td": "regulariser R(phi) with bootstrapping",
-    "q_mean": "mean Q (dotted: truth)",
-    "q_error": "error to truth / its variance",
-    "return_error_holdout": "error to held-out returns / their variance",
-    "td_error": "TD error / target's variance",
-    "dormant": "share of dormant units",
-}
-COLOURS = {"mc": "#0072B2", "oracle": "#56B4E9", "sarsa": "#009E73", "td": "#D55E00"}  # by target
-COLOURS |= {"td10": "#E69F00", "q": "#CC79A7", "moving": "#000000"}
-DASHES = ["-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3))]  # by cure
-
-
-def draw(learner: Learner, steps: list, history: list, path: Path):
-    """The panels, a line for each target and cure: mean over seeds, band of its 95 % interval."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no figure")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {k: v for k, v in PANELS.items() if any(k in one for one in history[-1])}
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True)
-    kinds = list(dict.fromkeys((m.target, m.label) for m in learner.members))
-    dashes = dict(zip(dict.fromkeys(label for _, label in kinds), DASHES * 9))
-    for axis, (metric, title) in zip(axes.flat, panels.items()):
-        for target, label in kinds:
-            colour, mine = COLOURS.get(target, "grey"), learner.chosen(target=target, label=label)
-            if metric not in history[-1][mine[0]]:
-                continue
-            values = np.array([[moment[i][metric] for i in mine] for moment in history])
-            mean, half = values.mean(1), np.array([interval(v) for v in values])
-            text = target if label == "none" else f"{target} {label}"
-            axis.plot(steps, mean, linestyle=dashes[label], color=colour, label=text)
-            axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15)
-            if metric == "q_mean" and "truth" in history[-1][mine[0]]:
-                axis.axhline(history[-1][mine[0]]["truth"], color="grey", linestyle=":", linewidth=1)
-        axis.set_title(title, fontsize=10)
-        if metric in ("q_error", "td_error"):
-            axis.set_yscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("updates")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def table(results: dict) -> str:
-    names = "feature_dot feature_cos srank dormant reg_td q_mean q_error return_error return_error_holdout"
-    names += " td_error greedy_return"
-    found = [metrics for cures in results.values() for metrics in cures.values()]
-    names = [n for n in names.split() if any(n in metrics for metrics in found)]
-    lines = ["target cure".ljust(22) + "".join(n.rjust(21) for n in names)]
-    for target, cures in results.items():
-        for cure, metrics in cures.items():
-            cells = [metrics.get(n) for n in names]
-            several = bool(cells[0]) and len(cells[0]["final_seeds"]) > 1
-            half = lambda c: f" +- {c['final_interval']:.2g}" * several  # noqa: B023
-            text = [f"{c['final']:.3g}{half(c)}" if c else "" for c in cells]
-            lines.append(f"{target} {cure}".ljust(22) + "".join(x.rjust(21) for x in text))
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------- training
-def memory(problem: Problem, args: Args) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of ten next
-    actions, in an update or on the 2,048 rows of a measurement."""
-    inputs = problem.obs.shape[1] + problem.act.shape[1]
+# --------------------------------------------------------------------------------------- training
+def memory(args: Args, inputs: int) -> int:
+    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of
+    ten next actions, in an update or on the 2,048 rows of a measurement."""
     n = (len(args.targets) + len(args.cures)) * args.seeds
     weights = args.width * (inputs + args.width * (args.depth - 1))
-    return 4 * n * (5 * weights + 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth))
+    activations = 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth)
+    return 4 * n * (5 * weights + activations)
 
 
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
-    args = args if args.problem == "continuous" else replace(args, env_id=args.problem)
-    device, saved = set_up(args), find_checkpoint(args)
-    if saved and (past := finished(saved, "num_updates", args.num_updates)):
-        return past
-    make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}[args.problem]
-    problem = make(args, device)
-    reserve(memory(problem, args), "networks and one update, roughly", device)
-    learner, step, steps, history, info = Learner(problem, args, device), 0, [], [], {}
-    tensors = [*problem[:7], *(problem.held or ())]
-    digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in tensors)).hexdigest()
-    if saved and saved["info"].get("data_sha256") != digest:
-        fail(f"--resume {args.resume}: that run was trained on other data")
-    if saved:
-        learner.restore(saved["learner"])
-        step, steps, history = saved["step"], saved["steps"], saved["history"]
-        restore_random_state(saved["random"])
-    counts = {"transitions": len(problem.rew), "members": len(learner.members)}
-    run = Run(args, counts | {"data_sha256": digest}, saved)
-    print(f"{len(problem.rew):,} transitions, {len(learner.members)} networks")
+    if args.problem != "continuous":
+        args = replace(args, env_id=args.problem)  # names the run's folder
+    if args.gamma is None and args.problem != "dataset":
+        args = replace(args, gamma=0.99)
+    device = set_up(args)
+    with Run(args, args.num_updates) as run:
+        make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}
+        problem = make[args.problem](args, device)
+        inputs = problem.obs.shape[1] + problem.act.shape[1]
+        reserve(memory(args, inputs), "networks and one update, roughly", device)
+        learner = Learner(problem, args, device)
+        step, history = 0, {}  # of measurements, by their steps
+        columns = [x for x in (*problem, *(problem.held or ())) if isinstance(x, torch.Tensor)]
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in columns)).hexdigest()
+        if run.saved:
+            if run.saved["info"]["data_sha256"] != digest:
+                fail(f"--resume {args.resume}: that run was trained on other data")
+            step, history = run.saved["step"], run.saved["history"]
+            run.restore(learner, {"adam": learner.optim})
+            learner.restore_draws(run.saved["draws"])
+        info = {"transitions": len(problem.rew), "members": len(learner.members)}
+        run.open(**info, data_sha256=digest)
+        say(f"{len(problem.rew):,} transitions, {len(learner.members)} networks")
 
-    def check_members():
-        losses = zip(learner.members, info.get("loss", ()))
-        named = {f"the loss of {m.target} {m.label}, seed {m.seed},": x for m, x in losses}
-        check_finite(step, named | dict(learner.net.named_parameters()))
+        def save():
+            draws = [draw.get_state() for draw in learner.draws]
+            run.save(step, learner, {"adam": learner.optim}, history=history, draws=draws)
 
-    def save():
-        check_members()
-        state = {"learner": learner.checkpoint(), "step": step, "steps": steps, "history": history}
-        run.save("checkpoint.pt", state | {"random": random_state()})
-
-    every = lambda n: n > 0 and step % n == 0
-    moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)  # of the claims
-    progress = Progress("training", args.num_updates, step)
-    with StopSignal() as stop:
-        while step < args.num_updates and not stop.signum:
+        moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)
+        while step < args.num_updates and not run.signum:
             step += 1
-            info = learner.update(step)
-            if every(args.diagnostics_frequency) or step in moments:
-                check_members()
-                with progress.paused():
-                    steps, history = [*steps, step], [*history, diagnose(learner, args, step)]
-                    for m, one in zip(learner.members, history[-1]):
-                        tag = f"diagnostics/{m.target}/{m.label}/{m.seed}/"
-                        run.scalars({tag + k: v for k, v in one.items()}, step)
-                    run.scalars({"charts/updates_per_second": progress.rate(step)}, step)
-            if every(args.checkpoint_frequency) and step < args.num_updates:
+            error = learner.update(step)
+            measures = every(args.diagnostics_frequency, step - 1, step) or step in moments
+            if measures or every(args.log_frequency, step - 1, step):
+                for m, x in zip(learner.members, error):
+                    run.log(step, {f"losses/{m.target}/{m.label}/{m.seed}": x})
+                run.log(step, {"charts/updates_per_second": run.rate(step)})
+                run.show(step, loss=error.mean())
+            if measures:
+                with run.paused():
+                    history[step] = diagnose(learner)
+                for m, numbers in zip(learner.members, history[step]):
+                    tag = f"diagnostics/{m.target}/{m.label}/{m.seed}/"
+                    run.log(step, {tag + name: x for name, x in numbers.items()})
+            if every(args.checkpoint_frequency, step - 1, step):
                 save()
-            progress.show(step, {"loss": info["loss"].mean()})
         save()
-        if stop.signum:
-            run.stopped(stop.signum)
-    rate, results = progress.rate(step), collect_results(learner, steps, history, args)
-    verdicts = claims(results)
-    paragraph = "\n".join(f"- {name}: {word}. {text}" for name, (word, text) in verdicts.items())
-    print(table(results) + "\n\n" + paragraph)
-    summary = {"num_updates": step, "updates_per_second": rate, "results": results}
-    summary = run.finish(summary | {"claims": {k: list(v) for k, v in verdicts.items()}})
-    draw(learner, steps, history, run.dir / "figure.png")
+        run.stop_if_asked()
+        results = collect_results(learner, history, args.num_updates)
+        summary = {"num_updates": step, "updates_per_second": run.rate(step), "results": results}
+        summary = run.finish(summary)
+    report(run.dir)
     return summary
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
-def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+def report(folder: Path):
+    """Claims, table and figure by tools/report.py, where that is installed beside this script."""
+    tool, figure = Path(__file__).parent / "tools" / "report.py", folder / "figure.png"
+    if tool.exists():
+        subprocess.run([sys.executable, str(tool), str(folder), "--figure", str(figure)])
+    else:
+        command = shlex.join(["python", "tools/report.py", str(folder), "--figure", str(figure)])
+        say(f"measured; what that says of the claims, as text and figure:\n  {command}")
 
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
+
+# === shared: diagnostics (canonical copy: sac.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
     s = torch.linalg.svdvals(phi.float()).double()
 
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
 
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
 
 
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
     means = [h.abs().mean(0) for h in activations]
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
-
-
-@contextmanager
-def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(text), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(
+            f"{path} could not be written, what was there is intact", OSError, RuntimeError
+        ):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError("of another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
+        if self.saved:
+            self.compare(asdict(args), self.saved["args"])
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
         args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
+            if not self.saved:
+                try:
+                    self.dir.mkdir(parents=True)
+                except FileExistsError:  # a sweep starts many in one second
+                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                    self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            self.lock()
+            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
+            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
+            if end == 0:
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = self.start_wandb() if args.track else None
+        first = self.saved["step"] + 1 if self.saved else None
+        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.saved = None  # its replay may be large
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
+    def lock(self):
+        """Refuse a second process on one folder; the lock ends with its process."""
+        try:
+            import fcntl
+
+            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{self.dir}: another process is running it")
+        except (ImportError, OSError) as e:  # Windows; a file system without locks
+            say(f"{self.dir} is not locked ({e}): let only one process run it")
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def start_wandb(self):
+        args, run_id = self.args, self.saved["wandb"] if self.saved else None
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
+        with failing("--track: pip install wandb, wandb login", Exception):
+            import wandb
+
+            self.callback(wandb.finish)  # another train() in this process is another run
+            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
+            return wandb.init(sync_tensorboard=True, **where)
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
                 value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        try:
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
-        os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
+        with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
 
-    def close(self):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

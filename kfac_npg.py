@@ -31,8 +31,8 @@ no layer: their Fisher matrix is 2 I exactly.
   delta, l    --max-kl, --damping          scalars
   d^T F d     quadratic()                  scalar
 
-K-FAC; TRPO; the exact Fisher matrix; the plain gradient, an advantage actor-critic; K-FAC's
-direction beside the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJoCo:
+K-FAC; TRPO; the exact F; the plain gradient, an advantage actor-critic; K-FAC's direction beside
+the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJoCo:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
   python kfac_npg.py --solver exact --width 16
@@ -41,10 +41,9 @@ direction beside the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 
   python kfac_npg.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 1 \
       --num-steps 2048 --normalize-obs --normalize-reward
 
-While it trains, `eval/episodic_return` should rise and `diagnostics/kl` stay near --max-kl (a
-step's may be 7 % off at 0.01). `kl_kfac`, what the factors alone say, can be several times smaller:
-they leave out what the layers do together. Known limits: vector observations, MLPs. Left out on
-purpose: convolutions (KFC), momentum, EKFAC, several epochs on a batch (ppo.py).
+While it trains, `eval/episodic_return` should rise and `diagnostics/kl` stay near --max-kl. What
+the factors alone say, `kl_kfac`, can be several times smaller: they leave out what the layers do
+together. Left out on purpose: pixels (KFC), momentum, EKFAC, several epochs on a batch (ppo.py).
 """
 
 import ctypes
@@ -129,29 +128,23 @@ FIXED = "env_id seed num_envs normalize_obs normalize_reward width depth log_std
 
 def check(args: Args):
     """Refuse what no run could use, before anything starts."""
-    check_numbers(args, "seed eval_frequency checkpoint_frequency ent_coef", 0, 1e12)
-    check_numbers(args, "damping critic_damping", 0, 1e12)
+    check_numbers(args, "seed eval_frequency checkpoint_frequency", 0, 1e12)
+    check_numbers(args, "ent_coef damping critic_damping", 0, 1e12)
     check_numbers(args, "max_kl learning_rate", 1e-12, 1e12)
     check_numbers(args, "total_timesteps log_frequency", 1, 1e12)
-    check_numbers(args, "num_envs num_steps width critic_updates cg_steps", 1, 1e6)
+    check_numbers(args, "num_envs width critic_updates cg_steps", 1, 1e6)
+    check_numbers(args, "num_steps", 2, 1e6)  # one advantage alone has no standard deviation
     check_numbers(args, "threads eval_episodes", 0, 1e4)
     check_numbers(args, "gamma stats_decay", 0, 0.99999)
     check_numbers(args, "gae_lambda", 0, 1)
     check_numbers(args, "depth", 0, 64)
     check_numbers(args, "log_std_init", -20, 20)
-    ignored = {
-        "kfac": "learning_rate cg_steps",
-        "cg": "learning_rate",
-        "exact": "learning_rate cg_steps",
-        "none": "max_kl line_search damping cg_steps",
-    }
-    for name in ignored[args.solver].split():
-        if getattr(args, name) != getattr(Args, name):
-            fail(f"--{name.replace('_', '-')} has no effect with --solver {args.solver}")
+    if args.solver != "none" and args.learning_rate != Args.learning_rate:
+        fail(f"--learning-rate has no effect with --solver {args.solver}: --max-kl sets the step")
+    if args.solver == "none" and (args.line_search or args.max_kl != Args.max_kl):
+        fail("--solver none has no --max-kl and no --line-search: --learning-rate sets the step")
     if args.solver == "exact" and args.damping == 0:
         fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")
-    if args.num_envs * args.num_steps < 2:
-        fail("--num-steps 1 with --num-envs 1: one advantage alone has no standard deviation")
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -242,15 +235,15 @@ def metric(agent: Agent, head, t):
     return p * (t - (p * t).sum(-1, keepdim=True))
 
 
-def tangent(net: nn.Module, obs, d: list):
+def tangent(net: nn.Module, obs, d: list) -> tuple:
     """net(obs) and J d, its derivative along d by forward-mode differentiation; each (B, outputs).
     What d holds beyond the network's parameters, a log_std, is left out."""
     params = dict(net.named_parameters())
-
-    def call(p):
-        return torch.func.functional_call(net, p, (obs,))
-
-    return torch.func.jvp(call, (params,), (dict(zip(params, d)),))
+    return torch.func.jvp(
+        lambda p: torch.func.functional_call(net, p, (obs,)),
+        (params,),
+        (dict(zip(params, d)),),
+    )
 
 
 @torch.no_grad()
@@ -262,26 +255,23 @@ def quadratic(agent: Agent, obs, d: list):
 
 
 @torch.no_grad()
-def fisher_product(agent: Agent, obs, d: list) -> list:
-    """F d: forward through the network, the metric at its head, and back."""
+def fisher_product(agent: Agent, obs, d: list, damping: float = 0.0) -> list:
+    """(F + l I) d: forward through the network, the metric at its head, and back."""
     head, t = tangent(agent.actor, obs, d)
     weight = metric(agent, head, t) / len(obs)
     with torch.enable_grad():
         weighted = (agent.actor(obs) * weight).sum()
-    back = torch.autograd.grad(weighted, list(agent.actor.parameters()))
-    return [*back] + ([] if agent.discrete else [2 * d[-1]])
+    Fd = [*torch.autograd.grad(weighted, list(agent.actor.parameters()))]
+    Fd += [] if agent.discrete else [2 * d[-1]]
+    return [x + damping * y for x, y in zip(Fd, d)]
 
 
 @torch.no_grad()
 def dense_fisher(agent: Agent, obs):
     """F (n, n) from the Jacobian of each state's head. For small networks."""
-
-    def call(p, x):
-        return torch.func.functional_call(agent.actor, p, (x,))
-
-    params = dict(agent.actor.named_parameters())
-    jacobian = torch.func.vmap(torch.func.jacrev(call), (None, 0))(params, obs)
-    J = torch.cat([j.flatten(2) for j in jacobian.values()], 2)  # (B, outputs, n)
+    jacobian = torch.func.jacrev(lambda p, x: torch.func.functional_call(agent.actor, p, (x,)))
+    parts = torch.func.vmap(jacobian, (None, 0))(dict(agent.actor.named_parameters()), obs)
+    J = torch.cat([j.flatten(2) for j in parts.values()], 2)  # (B, outputs, n)
     MJ = metric(agent, agent.actor(obs)[:, None], J.transpose(1, 2))  # (B, n, outputs)
     fisher = torch.einsum("boi,bjo->ij", J, MJ) / len(obs)
     if agent.discrete:
@@ -331,27 +321,31 @@ class KFAC(nn.Module):
     def __init__(self, net: nn.Module, damping: float, decay: float):
         super().__init__()
         self.layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
-        covered = [id(p) for m in self.layers for p in m.parameters()]
-        if covered != [id(p) for p in net.parameters()]:
+        covered = [p for m in self.layers for p in m.parameters()]
+        if list(map(id, covered)) != list(map(id, net.parameters())):
             raise ValueError("K-FAC: expected nn.Linear layers, and no parameters but theirs")
-        self.least_damping, self.decay = damping, decay
+        self.least_damping = self.damping = damping
+        self.decay = decay
         for i, m in enumerate(self.layers):
-            inputs = m.in_features + (m.bias is not None)
-            for name, n in ((f"A{i}", inputs), (f"S{i}", m.out_features)):
-                self.register_buffer(name, m.weight.new_zeros(n, n))
-                # Cholesky factor of the damped one
-                self.register_buffer("L" + name, torch.eye(n).to(m.weight))
-        self.register_buffer("damping", torch.tensor(damping, dtype=torch.float64))
+            inputs, outputs = m.in_features + (m.bias is not None), m.out_features
+            self.register_buffer(f"A{i}", m.weight.new_zeros(inputs, inputs))
+            self.register_buffer(f"S{i}", m.weight.new_zeros(outputs, outputs))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def factors(self) -> list:
+        """(A, S) of each layer."""
+        return [(getattr(self, f"A{i}"), getattr(self, f"S{i}")) for i in range(len(self.layers))]
 
     def record(self, net: nn.Module, x):
         """net(x), with a note of each layer's A on the way, and of where its s is in the graph:
         s itself may be overwritten by an activation in place."""
         self.notes = []
         hooks = [m.register_forward_hook(self.note) for m in self.layers]
-        out = net(x)
-        for hook in hooks:
-            hook.remove()
+        try:
+            out = net(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if [layer for layer, _, _ in self.notes] != self.layers:
             raise ValueError("K-FAC: expected each layer once, in the order of net.modules()")
         return out
@@ -365,8 +359,8 @@ class KFAC(nn.Module):
 
     @torch.no_grad()
     def update(self, scalar):
-        """Merge the recorded pass's factors, the k-th with weight max(1 / k, 1 - decay), and
-        factorise. Frees the graph: take other gradients before.
+        """Merge the recorded pass's factors, the k-th with weight max(1 / k, 1 - decay). Frees the
+        graph: take other gradients before.
 
         e = grad_s of each row's own term of `scalar`, a sum over rows, not a mean. For a policy it
         is the sum of log pi of sampled actions; for a squared error of one output, as V, v.sum();
@@ -374,38 +368,34 @@ class KFAC(nn.Module):
         self.count += 1
         weight = 1 - min(1 - 1 / int(self.count), self.decay)
         slopes = torch.autograd.grad(scalar, [edge for _, _, edge in self.notes])
-        for i, ((_, A, _), e) in enumerate(zip(self.notes, slopes)):
-            self.get_buffer(f"A{i}").lerp_(A, weight)
-            self.get_buffer(f"S{i}").lerp_(e.T @ e / len(e), weight)
-        self.damping.fill_(self.least_damping)
-        self.factorise()
+        for (A, S), (_, new_A, _), e in zip(self.factors(), self.notes, slopes):
+            A.lerp_(new_A, weight)
+            S.lerp_(e.T @ e / len(e), weight)
+        self.notes = []
+        self.damping = self.least_damping
+        self.roots = self.factorise()
 
-    def factors(self, damped: bool = False) -> list:
-        """(A, S) of each layer, or the Cholesky factors of the damped ones."""
-        kind = "L" if damped else ""
-        pairs = [(f"{kind}A{i}", f"{kind}S{i}") for i in range(len(self.layers))]
-        return [(self.get_buffer(A), self.get_buffer(S)) for A, S in pairs]
-
-    def factorise(self):
-        """Cholesky of A + w sqrt(l) I and S + sqrt(l) / w I, w^2 = (tr A / dim A) / (tr S / dim S).
-        Where rounding has left one that is not positive definite, l is raised tenfold until the
-        next update. A factor that is not finite makes every direction NaN."""
-        for (A, S), (LA, LS) in zip(self.factors(), self.factors(damped=True)):
-            mean_A = (A.trace() / len(A)).clamp(min=1e-30)
-            mean_S = (S.trace() / len(S)).clamp(min=1e-30)
+    def factorise(self) -> list:
+        """Cholesky factors of A + w sqrt(l) I and S + sqrt(l) / w I of each layer, where
+        w^2 = (tr A / dim A) / (tr S / dim S). If one is not positive definite in floating point, l
+        is raised tenfold until the next update; if one is not finite, its directions are NaN."""
+        roots = []
+        for A, S in self.factors():
+            mean_A, mean_S = ((x.trace() / len(x)).clamp(min=1e-30) for x in (A, S))
             w = (mean_A / mean_S).sqrt().clamp(1e-6, 1e6)
-            for x, L, scale in ((A, LA, w), (S, LS, 1 / w)):
+            roots.append([])
+            for x, scale in ((A, w), (S, 1 / w)):
                 eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
-                root, bad = torch.linalg.cholesky_ex(x + scale * self.damping.sqrt() * eye)
+                root, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
                 if bad and x.isfinite().all():
-                    self.damping.copy_((10 * self.damping).clamp(min=1e-8))
-                    warnings.warn(f"K-FAC: not positive definite, damping {self.damping:g}")
+                    self.damping = max(10 * self.damping, 1e-8)
+                    warnings.warn(f"K-FAC: damping raised to {self.damping:g}", stacklevel=2)
                     return self.factorise()
-                L.copy_(root + 0 * x.sum())
+                roots[-1].append(root + 0 * x.sum())
+        return roots
 
     def joined(self, tensors: list) -> list:
-        """[W b] of each layer from a list like the parameters; what the list holds beyond them is
-        left out."""
+        """[W b] of each layer from a list like the parameters; what follows them is left out."""
         tensors, out = iter(tensors), []
         for m in self.layers:
             W = next(tensors)
@@ -416,9 +406,8 @@ class KFAC(nn.Module):
     def solve(self, gradients: list) -> list:
         """S^-1 G A^-1 of each layer's G = [G_W G_b], in a list like the parameters."""
         out = []
-        for m, G, (LA, LS) in zip(self.layers, self.joined(gradients), self.factors(damped=True)):
-            d = torch.cholesky_solve(G, LS)
-            d = torch.cholesky_solve(d.T, LA).T
+        for m, G, (LA, LS) in zip(self.layers, self.joined(gradients), self.roots):
+            d = torch.cholesky_solve(torch.cholesky_solve(G, LS).T, LA).T
             out += [d] if m.bias is None else [d[:, :-1], d[:, -1]]
         return out
 
@@ -426,12 +415,11 @@ class KFAC(nn.Module):
     def quadratic(self, d: list):
         """d^T (S (x) A) d, the sum over layers of tr(D^T S D A): what the factors, undamped, say of
         d^T F d."""
-        parts = [(D * (S @ D @ A)).sum() for D, (A, S) in zip(self.joined(d), self.factors())]
-        return sum(parts)
+        return sum((D * (S @ D @ A)).sum() for D, (A, S) in zip(self.joined(d), self.factors()))
 
     def condition(self) -> float:
         """The largest condition number of a damped factor."""
-        values = [torch.linalg.svdvals(L) for pair in self.factors(damped=True) for L in pair]
+        values = [torch.linalg.svdvals(root) for pair in self.factorise() for root in pair]
         return max(float((s[0] / s[-1]) ** 2) for s in values)
 
 
@@ -477,15 +465,16 @@ class Learner(nn.Module):
         head = self.agent.policy(self.standardised(obs))
         return self.agent.sample(head) if explore else self.agent.mode(head)
 
-    def update(self, rollout, diagnosing: bool = False) -> dict:
-        """One policy step, then --critic-updates value steps, each on the whole rollout."""
+    def update(self, rollout, diagnosing: bool = False) -> tuple[dict, dict]:
+        """One policy step, then --critic-updates value steps, each on the whole rollout: losses,
+        and what to watch."""
         batch = self.batch_of(rollout)
-        info = self.policy_step(batch, diagnosing)
+        losses, numbers = self.policy_step(batch, diagnosing)
         for _ in range(self.args.critic_updates):
-            info["value_loss"] = self.critic_step(batch)
+            losses["value_loss"] = self.critic_step(batch)
         unexplained = (batch.target - rollout.value.flatten()).var()
-        info["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
-        return info
+        losses["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
+        return losses, numbers
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
@@ -497,7 +486,7 @@ class Learner(nn.Module):
         obs = rollout.states[: target.numel()]
         return Batch(obs, *(x.flatten(0, 1) for x in columns))
 
-    def policy_step(self, batch: Batch, diagnosing: bool = False) -> dict:
+    def policy_step(self, batch: Batch, diagnosing: bool = False) -> tuple[dict, dict]:
         """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g; with --solver none Adam on g."""
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
         objective = surrogate(agent, batch, args)
@@ -505,8 +494,8 @@ class Learner(nn.Module):
         objective, old = objective.detach(), [p.detach().clone() for p in params]
         with torch.no_grad():
             head = agent.actor(batch.obs)
-            info = {"policy_loss": -objective, "entropy": agent.entropy(head).mean()}
-        info["grad_norm"] = flat(g).norm()
+            losses = {"policy_loss": -objective, "entropy": agent.entropy(head).mean()}
+        numbers = {"grad_norm": flat(g).norm()}
 
         @torch.no_grad()
         def moved() -> tuple:
@@ -518,54 +507,50 @@ class Learner(nn.Module):
             for p, x in zip(params, g):
                 p.grad = -x  # Adam minimises
             self.optim["policy"].step()
-            return info | {"kl": moved()[0]}
+            return losses, numbers | {"kl": moved()[0]}
         d = self.natural(batch, g)
         if diagnosing and args.solver == "kfac":
-            info |= self.curvature(batch, g, d)
+            numbers |= self.curvature(batch, g, d)
         dFd = quadratic(agent, batch.obs, d)
         full = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
-        # the full step lands just above or below max_kl: one step back is common; at last 0
+        # the full step lands just above or below max_kl, so that one back is common; the last is 0
         scales = [full * 0.8**k for k in range(15)] + [0 * full]
-        for backtracks, scale in enumerate(scales if args.line_search else scales[:1]):
+        for backtracks in range(len(scales) if args.line_search else 1):
+            scale = scales[backtracks]
             with torch.no_grad():
                 for p, p_old, x in zip(params, old, d):
                     p.copy_(p_old + scale * x)
             kl, gain = moved()
             if kl <= args.max_kl and gain > 0:
                 break
-        info |= {"step_scale": scale, "backtracks": backtracks, "kl": kl, "gain": gain}
-        info["kl_predicted"] = 0.5 * scale**2 * dFd
-        info["gain_predicted"] = scale * flat(g) @ flat(d)
+        numbers |= {"step_scale": scale, "backtracks": backtracks, "kl": kl, "gain": gain}
+        numbers["kl_predicted"] = 0.5 * scale**2 * dFd
+        numbers["gain_predicted"] = scale * flat(g) @ flat(d)
         if args.solver == "kfac":
-            own = self.policy_factors.quadratic(d)
-            own = own + (0 if agent.discrete else 2 * (d[-1] ** 2).sum())
-            info["kl_kfac"] = 0.5 * scale**2 * own
-            info["damping"] = self.policy_factors.damping.clone()
-        return info
+            log_std_part = 0 if agent.discrete else 2 * (d[-1] ** 2).sum()
+            own = self.policy_factors.quadratic(d) + log_std_part
+            numbers |= {"kl_kfac": 0.5 * scale**2 * own, "damping": self.policy_factors.damping}
+        return losses, numbers
 
     def natural(self, batch: Batch, g: list) -> list:
         """d = (F + l I)^-1 g by the solver asked for."""
-        args, agent = self.args, self.agent
-
-        def damped_product(d: list) -> list:
-            pairs = zip(fisher_product(agent, batch.obs, d), d)
-            return [x + args.damping * y for x, y in pairs]
-
+        args, agent, factors = self.args, self.agent, self.policy_factors
         if args.solver == "cg":
-            return conjugate_gradients(damped_product, g, args.cg_steps)
+            return conjugate_gradients(
+                lambda d: fisher_product(agent, batch.obs, d, args.damping), g, args.cg_steps
+            )
         if args.solver == "exact":
             return self.exact(batch, g)
-        head = self.policy_factors.record(agent.actor, batch.obs)
-        # actions of the policy itself, drawn anew: weighted by the advantages of those taken, as is
-        # often done, it would not be the Fisher matrix
-        self.policy_factors.update(agent.log_prob(head, agent.sample(head.detach())).sum())
-        log_std_part = [] if agent.discrete else [g[-1] / (2 + args.damping)]
-        return self.policy_factors.solve(g) + log_std_part
+        head = factors.record(agent.actor, batch.obs)
+        # Actions of the policy itself, drawn anew: weighted by the advantages of those taken, as is
+        # often done, it would not be the Fisher matrix.
+        factors.update(agent.log_prob(head, agent.sample(head.detach())).sum())
+        return factors.solve(g) + ([] if agent.discrete else [g[-1] / (2 + args.damping)])
 
     def exact(self, batch: Batch, g: list) -> list:
-        fisher = dense_fisher(self.agent, batch.obs)
-        eye = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
-        return unflat(torch.linalg.solve(fisher + self.args.damping * eye, flat(g)), g)
+        damped = dense_fisher(self.agent, batch.obs)
+        damped.diagonal().add_(self.args.damping)
+        return unflat(torch.linalg.solve(damped, flat(g)), g)
 
     def critic_step(self, batch: Batch):
         """One step on (V - target)^2 / 2. Along K-FAC's direction d, V moves by J d; the best
@@ -591,19 +576,15 @@ class Learner(nn.Module):
         damping, also the cosine of d, and of g itself, with the exact natural gradient at the same
         l, in the Fisher inner product <x, y> = x^T F y. (Split over the factors l adds cross terms:
         below 1 even where S (x) A is F.)"""
+        agent, obs = self.agent, batch.obs
         out = {"policy_condition": self.policy_factors.condition()}
         out["critic_condition"] = self.critic_factors.condition()
-        if len(flat(g)) > 2000 or self.args.damping == 0:  # F alone is singular for a softmax
-            return out
-
-        def times_F(x: list):
-            return flat(fisher_product(self.agent, batch.obs, x))
-
-        best = self.exact(batch, g)
-        best_norm = flat(best) @ times_F(best)
-        for name, x in (("kfac", d), ("gradient", g)):
-            norms = (flat(x) @ times_F(x) * best_norm).clamp(min=1e-30).sqrt()
-            out[f"fisher_cosine_{name}"] = flat(x) @ times_F(best) / norms
+        if len(flat(g)) <= 2000 and self.args.damping > 0:  # F alone is singular for a softmax
+            best = self.exact(batch, g)
+            F_best = flat(fisher_product(agent, obs, best))
+            for name, x in (("kfac", d), ("gradient", g)):
+                norms = quadratic(agent, obs, x) * quadratic(agent, obs, best)
+                out["fisher_cosine_" + name] = flat(x) @ F_best / norms.clamp(min=1e-30).sqrt()
         return out
 
 
@@ -618,15 +599,7 @@ def train(args: Args) -> dict:
         obs_space, act_space = check_spaces(envs, args.env_id)
         learner = Learner(obs_space, act_space, args, device)
         batch_size = args.num_envs * args.num_steps
-        row = obs_space.shape[0] + 4 * args.width * args.depth
-        reserve(16 * batch_size * row, "rollout and update, roughly", device)
-        if (
-            args.solver == "exact"
-        ):  # Jacobians and their products with the metric; F and its factors
-            n = len(flat(learner.agent.policy_parameters()))
-            outputs = learner.agent.actor[-1].out_features
-            size = 4 * (2 * batch_size * outputs * n + 4 * n**2)
-            reserve(size, "exact Fisher matrix, roughly", device)
+        reserve(update_bytes(learner, batch_size), "rollout and update, roughly", device)
         collector = Collector(envs, args)
         step, last_return, returns = 0, math.nan, np.zeros(0)
         if run.saved:
@@ -644,7 +617,7 @@ def train(args: Args) -> dict:
             rollout, ended = collector.collect(learner)
             before, step = step, step + batch_size
             evaluating = every(args.eval_frequency, before, step) or step >= args.total_timesteps
-            info = learner.update(rollout, diagnosing=evaluating)
+            losses, numbers = learner.update(rollout, diagnosing=evaluating)
             if args.normalize_obs:  # afterwards: the policy that played is the one updated
                 learner.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
 
@@ -653,14 +626,16 @@ def train(args: Args) -> dict:
                 run.log(step, {"charts/episodic_return": last_return})
                 run.log(step, {"charts/episodic_length": length})
             if every(args.log_frequency, before, step) or evaluating:
-                run.log(step, {tag(name): x for name, x in info.items()})
+                run.log(step, {"losses/" + name: x for name, x in losses.items()})
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
                 run.log(step, {"charts/SPS": run.rate(step)})
-                run.show(step, KL=info["kl"], last_return=last_return)
+                done = min(step, args.total_timesteps)
+                run.show(done, KL=numbers["kl"], last_return=last_return)
             if evaluating:
                 with run.paused():
                     returns = evaluate(learner, eval_envs, args)
                     numbers = diagnose(learner, rollout)
-                run.log(step, {tag(name): x for name, x in numbers.items()})
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
                 if eval_envs:
                     run.log(step, {"eval/episodic_return": returns.mean()})
             if every(args.checkpoint_frequency, before, step):
@@ -684,9 +659,14 @@ def check_spaces(envs, env_id: str) -> tuple:
     return obs, act
 
 
-def tag(name: str) -> str:
-    losses = ("policy_loss", "value_loss", "entropy", "explained_variance")
-    return ("losses/" if name in losses else "diagnostics/") + name
+def update_bytes(learner, rows: int) -> int:
+    """What a rollout of so many rows and its update take at the most, roughly."""
+    args, actor = learner.args, learner.agent.actor
+    size = 16 * rows * (actor[0].in_features + 4 * args.width * args.depth)
+    if args.solver == "exact":  # Jacobians, their products with the metric; F and its factors
+        n = len(flat(learner.agent.policy_parameters()))
+        size += 4 * (2 * rows * actor[-1].out_features * n + 4 * n**2)
+    return size
 
 
 # === shared: rollouts (canonical copy: ppo.py) ===

@@ -159,12 +159,12 @@ def layer_init(layer, gain: float = 2**0.5):
     return layer
 
 
-def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
-    """Hidden layers with tanh; `gain` is the last layer's, small for a policy that shall start
-    near uniform."""
-    sizes = [fan_in] + [args.width] * args.depth
+def mlp(fan_in: int, hidden: list[int], fan_out: int, gain: float) -> nn.Sequential:
+    """Hidden layers with tanh; the last layer's gain is small for a policy, which then starts near
+    uniform."""
+    sizes = [fan_in, *hidden]
     layers = []
-    for i, o in zip(sizes, sizes[1:]):
+    for i, o in zip(sizes, hidden):
         layers += [layer_init(nn.Linear(i, o)), nn.Tanh()]
     return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], fan_out), gain))
 
@@ -172,7 +172,7 @@ def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
 class Agent(nn.Module):
     """Policy and value. `head` is what the policy's last layer says: logits (B, actions) of a
     categorical, or the mean (B, d) of a Gaussian [C1] of independent dimensions [C3] whose log_std
-    is a parameter [C2]; a Box is [-1, 1] here."""
+    is a parameter [C2]. A Box of actions is [-1, 1] here."""
 
     def __init__(self, obs_space, act_space, args: Args):
         super().__init__()
@@ -191,21 +191,21 @@ class Agent(nn.Module):
                 layer_init(nn.Linear(64 * 7 * 7, 512)),
                 nn.ReLU(),
             )
-            self.actor = layer_init(nn.Linear(512, outputs), 0.01)
-            self.critic = layer_init(nn.Linear(512, 1), 1.0)
-            self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+            fan_in, hidden = 512, []
         else:  # [13] [C4] separate networks
-            self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
-            self.critic = mlp(obs_space.shape[0], 1, 1.0, args)
+            self.encoder = nn.Identity()
+            fan_in, hidden = obs_space.shape[0], [args.width] * args.depth
+        self.actor = mlp(fan_in, hidden, outputs, 0.01)
+        self.critic = mlp(fan_in, hidden, 1, 1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+        self.to(memory_format=torch.channels_last)  # convolutions: twice as fast on a CPU
 
     def encode(self, obs):
         """What policy and value read: vectors as they are, frames through the network; (B, D)."""
-        if not self.image:
-            return obs
-        x = obs.contiguous(memory_format=torch.channels_last)
-        return self.encoder(x.float().div_(255))  # [A9] to [0, 1]
+        if self.image:  # [A9] to [0, 1]
+            obs = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        return self.encoder(obs)
 
     def forward(self, obs):
         """head (B, outputs) and V(s) (B,)."""
@@ -218,10 +218,8 @@ class Agent(nn.Module):
 
     def features(self, obs) -> dict:
         """What the last layers of policy and value read, (B, D) each, for the diagnostics."""
-        if self.image:
-            phi = self.encode(obs)
-            return {"policy": phi, "value": phi}
-        return {"policy": self.actor[:-1](obs), "value": self.critic[:-1](obs)}
+        x = self.encode(obs)
+        return {"policy": self.actor[:-1](x), "value": self.critic[:-1](x)}
 
     def sample(self, head):
         if self.discrete:
@@ -332,10 +330,9 @@ class Learner(nn.Module):
                 nn.utils.clip_grad_norm_(self.agent.parameters(), args.max_grad_norm)  # [11]
                 self.optim["agent"].step()
                 infos.append(info)
-            last_epoch = infos[-args.num_minibatches :]
-            if args.target_kl is not None:
-                if sum(x["approx_kl"] for x in last_epoch) / len(last_epoch) > args.target_kl:
-                    break
+            kl = sum(x["approx_kl"] for x in infos[-args.num_minibatches :]) / args.num_minibatches
+            if args.target_kl is not None and kl > args.target_kl:
+                break
         if args.normalize_obs:
             self.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
         means = {name: torch.stack([x[name] for x in infos]).mean() for name in infos[0]}
@@ -420,13 +417,14 @@ def check_spaces(envs, args: Args, device):
     """Refuse what the networks cannot read or write, and rollouts beyond the memory."""
     obs, act = envs.single_observation_space, envs.single_action_space
     discrete = isinstance(act, gym.spaces.Discrete)
-    if isinstance(obs, gym.spaces.Box) and len(obs.shape) != 1 and not isinstance(envs, Atari):
+    vectors = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    if not vectors and not isinstance(envs, Atari):
         fail(f"--env-id {args.env_id}: observations are {obs}, expected vectors, or ALE/...")
     if not discrete:
         check_boxes(envs, args.env_id)
     elif args.log_std_init != Args.log_std_init:
         fail("--log-std-init has no effect with discrete actions")
-    row = math.prod(obs.shape) * (1 if isinstance(envs, Atari) else 4) + 64
+    row = math.prod(obs.shape) * (4 if vectors else 1) + 64
     size = 3 * args.num_envs * (args.num_steps + 1) * row  # as steps, as states, shuffled
     reserve(size, "rollout, roughly", device)
 

@@ -327,7 +327,8 @@ def train(args: Args) -> dict:
             over, last_obs = terminated | truncated, next_obs.copy()
             if over.any():  # there next_obs is the next episode's first
                 last_obs[over] = np.stack(infos["final_obs"][over])
-            replay.add(obs, act, rew, last_obs, terminated, truncated & ~terminated)
+            cut = truncated & ~terminated
+            replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, cut)
             obs, before, step = next_obs, step, step + args.num_envs
             while updates < int(args.utd * (step - args.learning_starts) + 1e-9):  # 1e-9: rounding
                 updates += 1
@@ -496,15 +497,15 @@ class Replay:
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, *columns):
-        """Append a transition of each environment; the oldest make room."""
-        rows = torch.arange(self.added, self.added + len(columns[0]), device=self.device)
-        self.added += len(rows)
+        """Append a transition of each environment (numpy arrays); the oldest make room."""
+        n = len(columns[0])
+        rows = torch.arange(self.added, self.added + n, device=self.device) % self.capacity
+        self.added += n
         for (name, column), x in zip(self.columns.items(), columns, strict=True):
-            x = torch.as_tensor(x, dtype=torch.float32)
-            if not x.isfinite().all():
+            if not np.isfinite(x).all():
                 what = {"rew": "a reward", "next_obs": "an observation"}.get(name, name)
                 fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
-            column[rows % self.capacity] = x.to(self.device)
+            column[rows] = torch.as_tensor(x, dtype=torch.float32, device=self.device)
         self.size.fill_(min(self.added, self.capacity))
 
     def batch(self, rows) -> Batch:

@@ -1,13 +1,14 @@
-"""Draws the figures of README.md and benchmarks/README.md from benchmarks/raw, and prints their tables.
+"""Draws the figures of README.md, docs/ and benchmarks/README.md from benchmarks/raw, and prints their
+tables.
 
   python benchmarks/figures.py                 # all whose numbers are there
   python benchmarks/figures.py online triad
 
-The numbers come from `report.py runs/* --curves benchmarks/raw/NAME.csv` after the script that is named
-beside each figure below, and from the peers' scripts. A curve is the mean over seeds, its band runs from the
-lowest to the highest seed. In tables: interquartile mean over seeds [95 % bootstrap interval, arXiv
-2108.13264; with fewer than five seeds the lowest and the highest, since that bootstrap of three covers the
-truth in three cases of four only], then the seeds themselves.
+The numbers come from `report.py runs/* --curves benchmarks/raw/NAME.csv` after the script that is
+named beside each figure below, and from the peers' scripts. A curve is the mean over seeds, its
+band runs from the lowest to the highest seed. In tables: interquartile mean over seeds [95 %
+bootstrap interval, arXiv 2108.13264; with fewer than five seeds the lowest and the highest, since
+that bootstrap of three covers the truth in three cases of four only], then the seeds themselves.
 """
 
 import csv
@@ -30,14 +31,16 @@ LINES = ["-", "--", "-.", ":"]
 
 
 def iqm(values) -> float:
-    """Mean of the middle half: a quarter of the values is cut at each end, edge values count in part."""
+    """Mean of the middle half: a quarter of the values is cut at each end, edges count in part."""
     x, n = np.sort(np.asarray(values, float)), len(values)
-    weight = np.clip(np.minimum(np.arange(1, n + 1), 0.75 * n) - np.maximum(np.arange(n), 0.25 * n), 0, 1)
+    weight = np.clip(
+        np.minimum(np.arange(1, n + 1), 0.75 * n) - np.maximum(np.arange(n), 0.25 * n), 0, 1
+    )
     return float((x * weight).sum() / weight.sum())
 
 
 def bootstrap(strata: list[list[float]], repeats: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the iqm of all values, each stratum (environment) resampled within itself."""
+    """95 % interval of the iqm of all values, each stratum (environment) resampled by itself."""
     draw = np.random.default_rng(0)
     samples = np.concatenate([draw.choice(s, (repeats, len(s))) for s in strata], axis=1)
     return tuple(float(q) for q in np.quantile([iqm(s) for s in samples], (0.025, 0.975)))
@@ -50,7 +53,9 @@ def read(name: str) -> list[dict]:
     if name != "sb3.csv":
         return rows
     rows = [r | {"exp_name": f"SB3 {r['algo']}"} for r in rows]
-    rates = [r | {"tag": "charts/SPS", "value": float(r["step"]) / float(r["seconds"])} for r in rows]
+    rates = [
+        r | {"tag": "charts/SPS", "value": float(r["step"]) / float(r["seconds"])} for r in rows
+    ]
     return [r | {"tag": RETURN, "value": r["return_mean"]} for r in rows] + rates
 
 
@@ -64,7 +69,7 @@ def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:
 
 
 def plot(axis, rows, env: str, names: dict, tag: str = RETURN, scale=None):
-    """A line with its band for each of `names` (exp_name -> label); scale(name): units of x a step."""
+    """A line with its band for each of `names` (exp_name: label); scale(name): units of x a step."""
     for i, (name, label) in enumerate(names.items()):
         points = curves(rows, env, name, tag)
         n = max((len(v) for v in points.values()), default=0)
@@ -90,7 +95,9 @@ def table(rows, env: str, names: dict, at: int | None = None, tag: str = RETURN)
         values = list(points[at or max(points)].values())
         low, high = bootstrap([values]) if len(values) >= 5 else (min(values), max(values))
         seeds = ", ".join(f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values)
-        middle, low, high = (f"{v:,.1f}" if abs(v) >= 1 else f"{v:.3g}" for v in (iqm(values), low, high))
+        middle, low, high = (
+            f"{v:,.1f}" if abs(v) >= 1 else f"{v:.3g}" for v in (iqm(values), low, high)
+        )
         lines.append(f"| {env} | {label} | {middle} [{low}, {high}] | {seeds} |")
     return "\n".join(lines)
 
@@ -103,14 +110,17 @@ def save(figure, name: str):
 
 def online():
     """online.sh"""
-    rows = [r for path in sorted((HERE / "raw").glob("online*.csv")) for r in read(path.name)] + read(
-        "sb3.csv"
-    )
+    rows = [
+        r for path in sorted((HERE / "raw").glob("online*.csv")) for r in read(path.name)
+    ] + read("sb3.csv")
     found = {(r["env_id"], r["exp_name"].removesuffix("_online")) for r in rows}
     pairs = sorted((env, algo) for env, algo in found if algo in ("sac", "td3"))
     figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.5), squeeze=False)
     for axis, (env, algo) in zip(axes.flat, pairs):
-        names = {f"{algo}_online": f"{algo}.py", f"SB3 {algo}": f"Stable-Baselines3's {algo.upper()}"}
+        names = {
+            f"{algo}_online": f"{algo}.py",
+            f"SB3 {algo}": f"Stable-Baselines3's {algo.upper()}",
+        }
         plot(axis, rows, env, names)
         axis.set(title=env, xlabel="environment steps", ylabel="return")
         axis.legend(fontsize=8, frameon=False)
@@ -138,7 +148,7 @@ def updates_per_step():
 
 
 def datasets():
-    """datasets.sh: return by kind of data and method; return, Q and held-out TD error by amount of data."""
+    """datasets.sh: return by kind of data and method; return, Q, held-out TD error by its amount."""
     with open(HERE / "raw" / "datasets.csv") as f:
         rows = list(csv.DictReader(f))
     of = defaultdict(list)
@@ -156,9 +166,13 @@ def datasets():
         for j, (name, label) in enumerate(methods.items()):
             values = number(f"{kind}_{name}", "final_return_mean")
             x = i + 0.25 * (j - 1)
-            axes[0].bar(x, statistics.mean(values), 0.22, color=COLOURS[j], label=label if i == 0 else None)
+            axes[0].bar(
+                x, statistics.mean(values), 0.22, color=COLOURS[j], label=label if i == 0 else None
+            )
             axes[0].plot([x] * len(values), values, "k.", markersize=3)
-            cells.append(f"{statistics.mean(values):,.0f} ({', '.join(f'{v:,.0f}' for v in values)})")
+            cells.append(
+                f"{statistics.mean(values):,.0f} ({', '.join(f'{v:,.0f}' for v in values)})"
+            )
         print(f"| {kind} | {mean:,.0f} | " + " | ".join(cells) + " |")
     axes[0].set_xticks(range(4), [kind.replace("_", "\n") for kind in kinds])
     axes[0].set(ylabel="return", title=rows[0]["env_id"])
@@ -193,15 +207,19 @@ def datasets():
 
 
 def triad():
-    """triad.sh: when a run's Q first passes its bound, how far its features have grown by then, and what left
+    """triad.sh: when a run's Q first passes its bound, how far its features have grown by then,
+    and what left
     the range of the runs that stay before that."""
     rows, env, utds, shares = read("triad.csv"), "Hopper-v5", (1, 4, 16), {}
-    print("| target network | updates a step | Q beyond its bound | first seen at step | growth of |phi| |")
+    print(
+        "| target network | updates a step | Q beyond its bound | first seen at step | growth of norm |"
+    )
     for target in ("target", "no_target"):
         for utd in utds:
             name = f"{target}_utd{utd}"
             q, bound, norm = (
-                curves(rows, env, name, f"diagnostics/{k}") for k in ("q_max", "q_bound", "feature_norm")
+                curves(rows, env, name, f"diagnostics/{k}")
+                for k in ("q_max", "q_bound", "feature_norm")
             )
             seeds = sorted({seed for v in q.values() for seed in v})
             first = {s: next((t for t in sorted(q) if q[t][s] > bound[t][s]), None) for s in seeds}
@@ -218,7 +236,8 @@ def triad():
         low, high = (f(v for of in known for v in of.values()) for f in (min, max))
         other = curves(rows, env, "no_target_utd1", f"diagnostics/{key}")
         first = {
-            s: [t for t in sorted(other) if not low <= other[t][s] <= high][:1] for s in other[min(other)]
+            s: [t for t in sorted(other) if not low <= other[t][s] <= high][:1]
+            for s in other[min(other)]
         }
         print(f"| {key} from {low:.3g} to {high:.3g} | {first} |")
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.5))
@@ -230,7 +249,9 @@ def triad():
     axes[0].set_xticks(range(3), utds)
     axes[0].set_ylim(0, 130)
     axes[0].legend(fontsize=8, frameon=False, loc="upper left")
-    names = {f"{t}_utd{u}": f"{t.replace('_', ' ')}, {u}" for t in ("target", "no_target") for u in utds}
+    names = {
+        f"{t}_utd{u}": f"{t.replace('_', ' ')}, {u}" for t in ("target", "no_target") for u in utds
+    }
     plot(axes[1], rows, env, names, "diagnostics/q_max")
     axes[1].set(yscale="symlog", xlabel="environment steps", ylabel="largest Q")
     axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -242,9 +263,17 @@ def policy_gradients():
     rows = read("policy_gradients.csv") + read("sb3.csv")
     alone = [r for r in rows if r["seed"] == "0"]  # run for their rates
     rows = [r for r in rows if r["seed"] != "0"]
-    last = {e: max(int(r["step"]) for r in rows if r["env_id"] == e) for e in {r["env_id"] for r in rows}}
-    unit = {e: max(1000, round(last[e] / 20, -3)) for e in last}  # rollouts end at slightly other steps
-    rows = [r | {"step": int(unit[r["env_id"]] * round(int(r["step"]) / unit[r["env_id"]]))} for r in rows]
+    last = {
+        e: max(int(r["step"]) for r in rows if r["env_id"] == e)
+        for e in {r["env_id"] for r in rows}
+    }
+    unit = {
+        e: max(1000, round(last[e] / 20, -3)) for e in last
+    }  # rollouts end at slightly other steps
+    rows = [
+        r | {"step": int(unit[r["env_id"]] * round(int(r["step"]) / unit[r["env_id"]]))}
+        for r in rows
+    ]
     names = {"ppo": "ppo.py", "npg_kfac": "K-FAC", "npg_trpo": "TRPO", "npg_none": "plain gradient"}
     names |= {"SB3 ppo": "SB3's PPO"}
     envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})
@@ -260,14 +289,18 @@ def policy_gradients():
         above.set(title=env, xlabel="environment steps", ylabel="return")
         below.set(xlabel="seconds of one thread", ylabel="return")
         print(table(rows, env, names))
-    max(axes[0], key=lambda axis: len(axis.lines)).legend(fontsize=8, frameon=False)  # SB3: on MuJoCo only
+    max(axes[0], key=lambda axis: len(axis.lines)).legend(
+        fontsize=8, frameon=False
+    )  # SB3: on MuJoCo only
     save(figure, "policy_gradients")
 
 
 def gae_lambda():
     """gae_lambda.sh"""
     rows = read("gae_lambda.csv")
-    rows = [r | {"step": round(int(r["step"]), -4)} for r in rows]  # rollouts end at slightly other steps
+    rows = [
+        r | {"step": round(int(r["step"]), -4)} for r in rows
+    ]  # rollouts end at slightly other steps
     names = {f"lambda_{x}": f"lambda = {x}" for x in ("0", "0.5", "0.9", "0.95", "1")}
     envs = list(dict.fromkeys(r["env_id"] for r in rows))
     figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.5), squeeze=False)
@@ -288,10 +321,15 @@ def gae_bias():
     print("| lambda | " + " | ".join(f"bias, spread after {int(s):,} steps" for s in steps) + " |")
     for axis, step in zip(axes, steps):
         for i, key in enumerate(("bias", "spread")):
-            values = [[float(r[key]) for r in rows if (r["step"], r["lambda"]) == (step, x)] for x in lambdas]
+            values = [
+                [float(r[key]) for r in rows if (r["step"], r["lambda"]) == (step, x)]
+                for x in lambdas
+            ]
             style = {"color": COLOURS[i], "linestyle": LINES[i]}
             axis.plot(lambdas, [statistics.mean(v) for v in values], marker="o", label=key, **style)
-            axis.fill_between(lambdas, *([f(v) for v in values] for f in (min, max)), alpha=0.15, **style)
+            axis.fill_between(
+                lambdas, *([f(v) for v in values] for f in (min, max)), alpha=0.15, **style
+            )
         axis.set(title=f"CartPole-v1, {int(step):,} steps", xlabel="lambda", yscale="log")
     axes[0].set(ylabel="of the target A + V, rms over states")
     axes[0].legend(fontsize=8, frameon=False)
@@ -336,7 +374,12 @@ def kfac_cost():
         style = {"color": COLOURS[i], "linestyle": LINES[i], "marker": "o"}
         axis.plot(medians.keys(), medians.values(), label=solver, **style)
         print(f"| {solver} | " + " | ".join(f"{w}: {v:.3g} ms" for w, v in medians.items()) + " |")
-    axis.set(xscale="log", yscale="log", xlabel="width of the two hidden layers", ylabel="ms a policy update")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="width of the two hidden layers",
+        ylabel="ms a policy update",
+    )
     axis.set_xticks(sorted(by_width), [str(w) for w in sorted(by_width)])
     axis.legend(fontsize=8, frameon=False)
     save(figure, "kfac_cost")
@@ -344,8 +387,14 @@ def kfac_cost():
 
 def atari_heads():
     """atari_heads.sh"""
-    rows, panels = read("atari_heads.csv"), {RETURN: "return", "diagnostics/srank": "srank of phi(s)"}
-    panels |= {"diagnostics/feature_dot": "phi(s) . phi(s')", "diagnostics/td_error": "TD error / variance"}
+    rows, panels = (
+        read("atari_heads.csv"),
+        {RETURN: "return", "diagnostics/srank": "srank of phi(s)"},
+    )
+    panels |= {
+        "diagnostics/feature_dot": "phi(s) . phi(s')",
+        "diagnostics/td_error": "TD error / variance",
+    }
     names = {f"{h}_alpha{a}": f"{h}, alpha {a}" for h in ("dqn", "c51", "qr") for a in ("0.1", "0")}
     names |= {"c51_alpha0.1_dr3": "c51, 0.1, DR3", "c51_alpha0.1_unit": "c51, 0.1, unit norm"}
     env = rows[0]["env_id"]
@@ -385,7 +434,9 @@ def main():
             FIGURES[name]()
         except FileNotFoundError as e:
             if sys.argv[1:]:
-                sys.exit(f"{e.filename} is missing: {FIGURES[name].__doc__.splitlines()[0]} makes it")
+                sys.exit(
+                    f"{e.filename} is missing: {FIGURES[name].__doc__.splitlines()[0]} makes it"
+                )
             print(f"  {e.filename} is missing")
 
 

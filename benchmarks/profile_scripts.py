@@ -1,14 +1,15 @@
 """What each script costs: rate, share of the matmul limit, peak memory, its largest costs.
 
-  python benchmarks/profile_scripts.py                 # all; their rows of benchmarks/raw/profile.csv
+  python benchmarks/profile_scripts.py    # all; their rows of benchmarks/raw/profile.csv
   python benchmarks/profile_scripts.py sac td3 --top 5
 
-Each script trains three times for a short while, in a process of its own: plainly, for the rate and the peak
-memory (resident, PyTorch's own 300 MiB or so included); with its floating-point operations counted, those of
-matrix products and convolutions; and under torch's profiler. The share of the limit is the plain run's
-operations a second over those of a product of 2,048 x 2,048 matrices just before it. Shares of costs are of
-the processor time of operators; `outside` is the share of the profiled wall time that no operator accounts
-for: Python, the environments, files. The profiler itself slows Python by a third or so.
+Each script trains three times for a short while, in a process of its own: plainly, for the rate
+and the peak memory (resident, PyTorch's own 300 MiB or so included); with its floating-point
+operations counted, those of matrix products and convolutions; and under torch's profiler. The
+share of the limit is the plain run's operations a second over those of a product of 2,048 x 2,048
+matrices just before it. Shares of costs are of the processor time of operators; `outside` is the
+share of the profiled wall time that no operator accounts for: Python, the environments, files.
+The profiler itself slows Python by a third or so.
 """
 
 import argparse
@@ -32,11 +33,20 @@ sys.path.insert(0, str(HERE.parent))
 QUIET = dict(eval_episodes=0, checkpoint_frequency=0, diagnostics_frequency=0, cuda=False)
 ONLINE = QUIET | dict(env_id="HalfCheetah-v5", total_timesteps=1_000)
 ROLLOUT = ONLINE | dict(total_timesteps=4_096, num_envs=1, num_steps=2_048)
-RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own; what the rate counts
+RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own
     "cql_continuous": QUIET
-    | dict(critic_depth=3, policy_depth=3, cql_samples=10, num_updates=60, bc_steps=0, collect_steps=1_100),
+    | dict(
+        critic_depth=3,
+        policy_depth=3,
+        cql_samples=10,
+        num_updates=60,
+        bc_steps=0,
+        collect_steps=1_100,
+    ),
     "cql_atari": QUIET | dict(num_updates=60, collect_steps=2_000),
-    "dr3_analysis": dict(cuda=False, num_updates=120, checkpoint_frequency=0, diagnostics_frequency=0),
+    "dr3_analysis": dict(
+        cuda=False, num_updates=120, checkpoint_frequency=0, diagnostics_frequency=0
+    ),
     "sac": ONLINE | dict(learning_starts=1),
     "td3": ONLINE | dict(learning_starts=1),
     "ppo": ROLLOUT | dict(total_timesteps=2_048, num_minibatches=32, update_epochs=10),
@@ -65,10 +75,17 @@ def measure(script: str, top: int) -> dict:
     begin = time.perf_counter()
     summary = train(seed=1)
     rate = next(v for k, v in summary.items() if k.endswith("_per_second"))
-    row = {"script": script, "unit": counted, "per_second": rate, "seconds": time.perf_counter() - begin}
+    row = {
+        "script": script,
+        "unit": counted,
+        "per_second": rate,
+        "seconds": time.perf_counter() - begin,
+    }
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with FlopCounterMode(display=False) as flops:
-        done = train(seed=1, run_dir="counted").get("global_step", settings[counted])  # rollouts end later
+        done = train(seed=1, run_dir="counted").get(
+            "global_step", settings[counted]
+        )  # rollouts end later
     row["mflop_each"] = flops.get_total_flops() / done / 1e6
     row["limit_gflops"] = limit / 1e9
     row["share_of_limit"] = rate * row["mflop_each"] * 1e6 / limit
@@ -79,7 +96,9 @@ def measure(script: str, top: int) -> dict:
     found = [(e.key, e.self_cpu_time_total / 1e6) for e in seen.key_averages()]
     found = sorted((x for x in found if not x[0].startswith("Optimizer.")), key=lambda x: -x[1])
     total = sum(t for _, t in found)
-    row["costs"] = ", ".join(f"{name.removeprefix('aten::')} {t / total:.0%}" for name, t in found[:top])
+    row["costs"] = ", ".join(
+        f"{name.removeprefix('aten::')} {t / total:.0%}" for name, t in found[:top]
+    )
     return row | {"outside": max(0.0, 1 - total / wall)}
 
 
@@ -89,7 +108,9 @@ def main():
     )
     parser.add_argument("scripts", nargs="*", default=list(RUNS))
     parser.add_argument("--top", type=int, default=3)
-    parser.add_argument("--here", action="store_true", help="measure the one script in this process")
+    parser.add_argument(
+        "--here", action="store_true", help="measure the one script in this process"
+    )
     options = parser.parse_args()
     if options.here:
         print(json.dumps(measure(options.scripts[0], options.top)))
@@ -108,7 +129,9 @@ def main():
                 "--top",
                 str(options.top),
             ]
-            done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ)
+            done = subprocess.run(
+                line, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ
+            )
         done.check_returncode()
         found = json.loads(done.stdout.splitlines()[-1])
         rows[script] = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}

@@ -1,14 +1,15 @@
 """Updates of the scripts beside a peer's: the same weights, minibatches and noise, in float64.
 
-  sb3/bin/pip install tyro && sb3/bin/python benchmarks/same_update.py sac td3 ppo      # Stable-Baselines3
-  peer/bin/pip install tyro tensorboard && peer/bin/python benchmarks/same_update.py cql atari  # d3rlpy
+  sb3/bin/python benchmarks/same_update.py sac td3 ppo    # pip install tyro tensorboard there
+  peer/bin/python benchmarks/same_update.py cql atari     # likewise
 
-Both do --updates updates on the same random minibatches (HalfCheetah's shapes) through their own training
-code; ppo: on rollouts of 256 random steps in which episodes end, the advantages computed by each; atari:
-discrete CQL on vectors. Printed after each: the distance between our weights and theirs, relative to the
-distance that ours have moved. Status 1 if one is above the tolerance of its comparison: rounding, where all
-of both codes can be made to use float64. The last update's numbers go to benchmarks/raw/same_update_*.csv.
-Not compared: initial weights, replay and its sampling, environments, time limits.
+Both do --updates updates on the same random minibatches (HalfCheetah's shapes) through their own
+training code; ppo: on rollouts of 256 random steps in which episodes end, the advantages computed
+by each; atari: discrete CQL on vectors. Printed after each: the distance between our weights and
+theirs, relative to the distance that ours have moved. Status 1 if one is above the tolerance of
+its comparison: rounding, where all of both codes can be made to use float64. The last update's
+numbers go to benchmarks/raw/same_update_*.csv. Not compared: initial weights, replay and its
+sampling, environments, time limits.
 """
 
 import argparse
@@ -37,7 +38,11 @@ class Shapes(gym.Env):
 
 def random_batches(n: int, Batch):
     for _ in range(n):
-        columns = {"obs": torch.randn(B, OBS), "act": torch.rand(B, ACT) * 2 - 1, "rew": torch.randn(B)}
+        columns = {
+            "obs": torch.randn(B, OBS),
+            "act": torch.rand(B, ACT) * 2 - 1,
+            "rew": torch.randn(B),
+        }
         columns |= {"next_obs": torch.randn(B, OBS), "done": (torch.rand(B) < 0.1).float()}
         columns |= {"next_act": torch.rand(B, ACT) * 2 - 1}  # SARSA's
         yield Batch(**{k: columns[k] for k in Batch._fields})
@@ -58,7 +63,9 @@ class drawn:
         distribution._standard_normal = lambda shape, **k: normal().reshape(shape)
         torch.randn, torch.rand = lambda *a, **k: normal(), lambda *a, **k: uniform()
         torch.Tensor.normal_ = lambda x, mean=0.0, std=1.0, **k: x.copy_(mean + std * normal())
-        torch.Tensor.uniform_ = lambda x, low=0.0, high=1.0, **k: x.copy_(low + (high - low) * uniform())
+        torch.Tensor.uniform_ = lambda x, low=0.0, high=1.0, **k: x.copy_(
+            low + (high - low) * uniform()
+        )
 
     def __exit__(self, error, *_):
         import torch.distributions.normal as distribution
@@ -68,7 +75,7 @@ class drawn:
         assert error or not (self.normal or self.uniform), "some noise was not drawn"
 
 
-# --------------------------------------------------------- weights, as a list of tensors in the peers' order
+# ------------------------------------------- weights, as a list of tensors in the peers' order
 def of_linears(net) -> list:
     layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
     return [p for m in layers for p in (m.weight, m.bias)]
@@ -100,7 +107,9 @@ def compare(title: str, pairs: dict, batches, update, tolerance: float):
     for i, batch in enumerate(batches):
         update(i, batch)
         moved = {k: float((flat(ours()) - start[k]).norm()) for k, (ours, _) in pairs.items()}
-        apart = {k: float((flat(ours()) - flat(theirs())).norm()) for k, (ours, theirs) in pairs.items()}
+        apart = {
+            k: float((flat(ours()) - flat(theirs())).norm()) for k, (ours, theirs) in pairs.items()
+        }
         share = {
             k: apart[k] / moved[k] if moved[k] else apart[k] for k in pairs
         }  # a delayed one stands still
@@ -124,7 +133,9 @@ def sac(updates: int, alpha: float | None):
         policy_kwargs=dict(net_arch=[WIDTH, WIDTH]), ent_coef="auto" if alpha is None else alpha,
     )  # fmt: skip
     peer._logger = SimpleNamespace(record=lambda *a, **k: None)
-    peer.actor.action_dist.epsilon = 0.0  # its guard in log(1 - a^2 + 1e-6); sac.py's form needs none
+    peer.actor.action_dist.epsilon = (
+        0.0  # its guard in log(1 - a^2 + 1e-6); sac.py's form needs none
+    )
     pairs = {
         "critic": (lambda: of_stacked(ours.critic), lambda: of_linears(peer.critic)),
         "target": (lambda: of_stacked(ours.target), lambda: of_linears(peer.critic_target)),
@@ -136,7 +147,7 @@ def sac(updates: int, alpha: float | None):
     def update(i, batch):
         noise = torch.randn(2, B, ACT)  # for a' and a; the peer draws them in the other order
         with drawn(noise):
-            ours.update(batch, policy=True)
+            ours.update(batch, with_policy=True)
         with drawn(noise.flip(0)):
             sb3_update(peer, batch)
 
@@ -162,13 +173,16 @@ def td3(updates: int):
         "critic": (lambda: of_stacked(ours.critic), lambda: of_linears(peer.critic)),
         "target": (lambda: of_stacked(ours.target), lambda: of_linears(peer.critic_target)),
         "actor": (lambda: of_linears(ours.actor), lambda: of_linears(peer.actor)),
-        "target actor": (lambda: of_linears(ours.target_actor), lambda: of_linears(peer.actor_target)),
+        "target actor": (
+            lambda: of_linears(ours.target_actor),
+            lambda: of_linears(peer.actor_target),
+        ),
     }
 
     def update(i, batch):
         noise = torch.randn(1, B, ACT)
         with drawn(noise):
-            ours.update(batch, policy=(i + 1) % args.policy_frequency == 0)
+            ours.update(batch, with_policy=(i + 1) % args.policy_frequency == 0)
         with drawn(noise):
             sb3_update(peer, batch)
 
@@ -177,7 +191,8 @@ def td3(updates: int):
 
 
 def ppo(updates: int):
-    """One minibatch an epoch, the whole rollout, since both shuffle. Their vf_coef multiplies the squared
+    """One minibatch an epoch, the whole rollout, since both shuffle. Their vf_coef multiplies the
+    squared
     error, ours half of it."""
     import ppo as module
     import stable_baselines3 as sb3
@@ -198,7 +213,11 @@ def ppo(updates: int):
     pairs = {
         "actor": (
             lambda: [*of_linears(ours.agent.actor), ours.agent.log_std],
-            lambda: [*of_linears(net.mlp_extractor.policy_net), *of_linears(net.action_net), net.log_std],
+            lambda: [
+                *of_linears(net.mlp_extractor.policy_net),
+                *of_linears(net.action_net),
+                net.log_std,
+            ],
         ),
         "critic": (
             lambda: of_linears(ours.agent.critic),
@@ -209,7 +228,9 @@ def ppo(updates: int):
     def rollouts():
         for _ in range(updates):
             obs, act, rew = torch.randn(B + 1, 1, OBS), torch.randn(B, 1, ACT), torch.randn(B, 1)
-            over = (torch.rand(B, 1) < 0.05).float()  # each end a terminal one, no rows spent on resets
+            over = (
+                torch.rand(B, 1) < 0.05
+            ).float()  # each end a terminal one, no rows spent on resets
             with torch.no_grad():
                 head, value = module.in_chunks(ours.agent, obs)
                 logp = ours.agent.log_prob(head[:-1, 0], act[:, 0])[:, None]
@@ -225,7 +246,9 @@ def ppo(updates: int):
         peer.train()
         ours.update(r)
 
-    compare("ppo.py and Stable-Baselines3", pairs, rollouts(), update, tolerance=1e-5)  # its buffer is fp32
+    compare(
+        "ppo.py and Stable-Baselines3", pairs, rollouts(), update, tolerance=1e-5
+    )  # its buffer is fp32
 
 
 def sb3_update(peer, batch):
@@ -238,13 +261,15 @@ def sb3_update(peer, batch):
 
 
 def cql(updates: int):
-    """CQL(H), the authors' estimator, a fixed temperature (d3rlpy tunes it before the policy's step)."""
+    """CQL(H), the authors' estimator, a fixed temperature (d3rlpy tunes it before the policy)."""
     import cql_continuous as module
     from d3rlpy.algos import CQLConfig
     from d3rlpy.models.encoders import VectorEncoderFactory
     from d3rlpy.torch_utility import TorchMiniBatch
 
-    args = module.Args(backup="mean", alpha=0.2, cql_proposals="three-sets", critic_depth=2, policy_depth=2)
+    args = module.Args(
+        backup="mean", alpha=0.2, cql_proposals="three-sets", critic_depth=2, policy_depth=2
+    )
     ours, n = our_learner(module, args), args.cql_samples
     encoder = VectorEncoderFactory([WIDTH, WIDTH])
     peer = CQLConfig(
@@ -276,11 +301,14 @@ def cql(updates: int):
 
     title = "cql_continuous.py, --backup mean, alpha 0.2, and d3rlpy"
     batches = random_batches(updates, module.Batch)
-    compare(title, pairs, batches, update, tolerance=1e-6)  # its temperature and weight are fp32 parameters
+    compare(
+        title, pairs, batches, update, tolerance=1e-6
+    )  # its temperature and weight are fp32 parameters
 
 
 def atari(updates: int):
-    """Double Q-learning with 200 quantiles and the conservative term, on vectors; targets copied every third
+    """Double Q-learning with 200 quantiles and the conservative term, on vectors; targets copied
+    every third
     time."""
     import cql_atari as module
     import d3rlpy
@@ -317,7 +345,9 @@ def atari(updates: int):
         for _ in range(updates):
             discount = args.gamma * (torch.rand(B) > 0.1)
             act = torch.randint(ACT, (B,))
-            yield module.Batch(torch.randn(B, OBS), act, torch.randn(B), torch.randn(B, OBS), discount)
+            yield module.Batch(
+                torch.randn(B, OBS), act, torch.randn(B), torch.randn(B, OBS), discount
+            )
 
     compare("cql_atari.py, 200 quantiles, and d3rlpy", pairs, batches(), update, tolerance=1e-10)
 
@@ -337,7 +367,9 @@ def main():
             {"td3": td3, "ppo": ppo, "cql": cql, "atari": atari}[name](args.updates)
     out = Path(__file__).resolve().parent / "raw" / f"same_update_{'_'.join(args.scripts)}.csv"
     with open(out, "w", newline="") as f:
-        csv.writer(f).writerows(["comparison network update relative_distance tolerance".split(), *ROWS])
+        csv.writer(f).writerows(
+            ["comparison network update relative_distance tolerance".split(), *ROWS]
+        )
     sys.exit(any(float(share) > tolerance for *_, share, tolerance in ROWS))
 
 

@@ -3,19 +3,21 @@
   python benchmarks/speed.py cql --peer-python peer/bin/python     # that environment: see peer_d3rlpy.py
   python benchmarks/speed.py online --peer-python sb3/bin/python   # see peer_sb3.py
   python benchmarks/speed.py ppo --peer-python sb3/bin/python \\
-      --cleanrl cleanrl/bin/python cleanrl/repo/cleanrl/ppo_continuous_action.py  # see peer_cleanrl.py
+      --cleanrl cleanrl/bin/python cleanrl/repo/cleanrl/ppo_continuous_action.py  # see
+      peer_cleanrl.py
   python benchmarks/speed.py atari --peer-python peer/bin/python
 
-cql: updates per second at HalfCheetah's shapes (17 observations, 6 actions), batch 256, three hidden layers
-of 256, three sets of 10 sampled actions, random data. The limit: the time of the matrix products that an
-update cannot do without, at its shapes: forward, weight gradient, input gradient.
-online: steps per second of the whole loop of sac.py and td3.py on HalfCheetah-v5, environment included, one
-environment, one update a step, two hidden layers of 256, batch 256; the peer is Stable-Baselines3.
-ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10 epochs, two hidden layers of 64; beside
-CleanRL's also with observations and rewards normalised, as there.
-atari: updates per second of cql_atari.py and of d3rlpy's DiscreteCQL, the Nature network without padding,
-200 quantiles, batch 32, double Q, 1 step, random frames of 6 actions.
-One row a round is added to benchmarks/raw/speed_{cql,online,ppo,atari}.csv; `device` tells machines apart.
+cql: updates per second at HalfCheetah's shapes (17 observations, 6 actions), batch 256, three
+hidden layers of 256, three sets of 10 sampled actions, random data. The limit: the time of the
+matrix products that an update cannot do without, at its shapes: forward, weight gradient, input
+gradient. online: steps per second of the whole loop of sac.py and td3.py on HalfCheetah-v5,
+environment included, one environment, one update a step, two hidden layers of 256, batch 256; the
+peer is Stable-Baselines3. ppo: the same of ppo.py, 2,048 steps a rollout, 32 minibatches, 10
+epochs, two hidden layers of 64; beside CleanRL's also with observations and rewards normalised,
+as there. atari: updates per second of cql_atari.py and of d3rlpy's DiscreteCQL, the Nature
+network without padding, 200 quantiles, batch 32, double Q, 1 step, random frames of 6 actions.
+One row a round is added to benchmarks/raw/speed_{cql,online,ppo,atari}.csv; `device` tells
+machines apart.
 """
 
 import argparse

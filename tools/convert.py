@@ -5,20 +5,20 @@
   python tools/convert.py recording.npz recording.hdf5     # one array a column
   python tools/convert.py replay.hdf5 pendulum/sac-v0 --env Pendulum-v1    # D4RL layout to Minari
 
-TARGET is a file that ends in .hdf5, written in D4RL's layout, or the id of a Minari set, which the
-minari library makes. Columns are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-
-Baselines3 keeps actions in [-1, 1] and time-outs among its dones: actions go back to the
-environment's bounds, time-outs are told from terminals.
+TARGET is a file that ends in .hdf5, written in D4RL's layout, or the id of a Minari set. Columns
+are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-Baselines3 keeps actions in
+[-1, 1] and time-outs among its dones: here actions are within the environment's bounds again, and
+time-outs and terminals are two columns.
 
 Only this program unpickles, the training scripts never do; and it makes numpy arrays and plain
 containers only, so that no code of the file runs, and the library that wrote it is not needed.
 """
 
 import argparse
-import os
 import pickle
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -36,7 +36,7 @@ NAMES = {
 
 
 class Plain:
-    """Stands for every class and function in a pickle that is no numpy array's."""
+    """Stands for every class and function in a pickle that numpy's arrays do not need."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -48,10 +48,9 @@ class Plain:
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         known = {"numpy": ["_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"]}
-        known |= {"_codecs": ["encode"], "collections": ["OrderedDict"]}
-        if name in known.get(module.split(".")[0], ()):
-            return super().find_class(module, name)
-        return type(name, (Plain,), {})
+        known["_codecs"] = ["encode"]
+        is_known = name in known.get(module.split(".")[0], ())
+        return super().find_class(module, name) if is_known else Plain
 
 
 def renamed(columns) -> dict:
@@ -59,15 +58,15 @@ def renamed(columns) -> dict:
     found = {}
     for name, others in NAMES.items():
         for other in others.split():
-            if other in columns and name not in found:
-                found[name] = np.asarray(columns[other])
+            if other in columns:
+                found.setdefault(name, np.asarray(columns[other]))
     return found
 
 
 def read_sb3(buffer) -> dict:
     """A pickled ReplayBuffer: (T, environments, ...) arrays, a ring; the oldest row is at `pos`."""
-    rows = np.arange(buffer.buffer_size if buffer.full else buffer.pos)
-    rows = np.roll(rows, -buffer.pos if buffer.full else 0)
+    rows = np.arange(buffer.buffer_size)
+    rows = np.roll(rows, -buffer.pos) if buffer.full else rows[: buffer.pos]
     last = np.zeros((buffer.n_envs, len(rows)), bool)
     last[:, -1:] = True  # one environment after the other, each is cut where the recording ends
 
@@ -83,8 +82,6 @@ def read_sb3(buffer) -> dict:
     if hasattr(box, "low"):  # bounds of a Box
         c["actions"] = box.low + (c["actions"] + 1) / 2 * (box.high - box.low)
         c["actions"] = c["actions"].clip(box.low, box.high)
-    if not buffer.handle_timeout_termination:
-        print("the buffer does not tell time-outs from terminals: all its dones become terminals")
     dones, timeouts = column("dones") > 0, column("timeouts") > 0
     timeouts |= last.flatten() & ~dones
     return c | {"terminals": dones & ~timeouts, "timeouts": timeouts}
@@ -100,23 +97,23 @@ def read_episodes(episodes) -> dict:
         n, obs = len(c["actions"]), c["observations"]
         if len(obs) == n + 1:  # the last one, too
             c["observations"], c["next_observations"] = obs[:-1], obs[1:]
-        ended = np.any(c.pop("terminals", False)) or np.any(c.pop("dones", False))
+        over = {name: np.any(c.get(name, False)) for name in ("terminals", "timeouts", "dones")}
+        ended = over["terminals"] or (over["dones"] and not over["timeouts"])
         end = np.arange(n) == n - 1
         parts.append(c | {"terminals": end & ended, "timeouts": end & ~ended})
-    shared = [k for k in parts[0] if all(k in c for c in parts)]
-    return {k: np.concatenate([c[k] for c in parts]) for k in shared}
+    return {k: np.concatenate([c[k] for c in parts]) for k in parts[0].keys() - {"dones"}}
 
 
 def read(path: Path) -> dict:
     """The columns of a file, in D4RL's names."""
-    start = path.open("rb").read(8)
-    if start == b"\x89HDF\r\n\x1a\n":
+    if h5py.is_hdf5(path):
         with h5py.File(path) as f:
             return renamed({k: x[()] for k, x in f.items() if isinstance(x, h5py.Dataset)})
-    if start.startswith(b"PK"):
+    if zipfile.is_zipfile(path):
         with np.load(path, allow_pickle=False) as f:
             return renamed({k: f[k] for k in f.files})
-    content = Unpickler(path.open("rb"), encoding="latin1").load()
+    with path.open("rb") as f:
+        content = Unpickler(f, encoding="latin1").load()
     return read_sb3(content) if hasattr(content, "buffer_size") else read_episodes(content)
 
 
@@ -133,20 +130,10 @@ def completed(c: dict) -> dict:
     for name in {"dones", "terminals", "timeouts", "rewards"} & c.keys():
         c[name] = c[name].reshape(n, -1)[:, 0]  # (N, 1)
     dones = c.pop("dones", np.zeros(n)) > 0
-    if dones.any() and not {"terminals", "timeouts"} & c.keys():
-        print("dones become terminals: time-outs among them want a column timeouts of their own")
     timeouts = c.get("timeouts", np.zeros(n)) > 0
     terminals = c.get("terminals", dones & ~timeouts) > 0
     timeouts[-1] |= not terminals[-1]
     return c | {"terminals": terminals, "timeouts": timeouts}
-
-
-def write_hdf5(c: dict, path: Path):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with h5py.File(temporary, "w") as f:
-        for name, x in c.items():
-            f[name] = x.astype(np.float32) if x.dtype == np.float64 else x
-    os.replace(temporary, path)
 
 
 def write_minari(c: dict, name: str, env_id: str | None, source: str):
@@ -174,7 +161,7 @@ def write_minari(c: dict, name: str, env_id: str | None, source: str):
     about = {"env": env_id, "description": f"converted from {source}", "jpeg_encoding": False}
     if env_id is None:
         act, shape = c["actions"], c["observations"].shape[1:]
-        about["observation_space"] = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        about["observation_space"] = gym.spaces.Box(-np.inf, np.inf, shape, obs.dtype)
         about["action_space"] = gym.spaces.Box(act.min(0), act.max(0), dtype=act.dtype)
         print("no --env: the bounds of actions are those of the data")
     warnings.filterwarnings("ignore", module="minari")  # that nobody is named as author
@@ -188,19 +175,22 @@ def main():
     parser.add_argument("target", help="FILE.hdf5, or the id of a Minari set")
     parser.add_argument("--env", help="the environment that a Minari set names")
     options = parser.parse_args()
+    target = Path(options.target)
     try:
         c = completed(read(options.source))
-        if not options.target.endswith(".hdf5"):
-            write_minari(c, options.target, options.env, options.source.name)
-        elif Path(options.target).exists():
-            raise ValueError(f"{options.target} exists already")
+        if target.suffix == ".hdf5":
+            with h5py.File(target, "x") as f:  # refuses a file that exists
+                f.update(c)
         else:
-            write_hdf5(c, Path(options.target))
+            write_minari(c, options.target, options.env, options.source.name)
     except Exception as e:
-        expected = "expected HDF5, npz, or a pickle of a replay buffer or of a list of dicts"
-        sys.exit(f"error: {options.source}: {type(e).__name__} {e}"[:300] + f" ({expected})")
+        sys.exit(f"error: {options.source} to {target}: {type(e).__name__} {e}"[:500])
     n, terminals, timeouts = len(c["rewards"]), c["terminals"].sum(), c["timeouts"].sum()
-    print(f"{options.target}: {n:,} transitions, {terminals:,} terminals, {timeouts:,} time-outs")
+    print(f"{target}: {n:,} transitions, {terminals:,} terminals, {timeouts:,} time-outs")
+    if terminals and timeouts <= 1:
+        print(
+            "if episodes were cut by a time limit, the file does not tell: dones became terminals"
+        )
 
 
 if __name__ == "__main__":

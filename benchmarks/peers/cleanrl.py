@@ -1,13 +1,14 @@
 """The rate of CleanRL's ppo_continuous_action.py, run as it is in an environment of its own.
 
-  python -m venv cleanrl
-  cleanrl/bin/pip install torch==2.13.0 "numpy<2" "gymnasium[mujoco]==0.29.1" tyro tensorboard
-  git clone https://github.com/vwxyzjn/cleanrl cleanrl/repo  # measured at fe8d8a03
-  cleanrl/bin/python benchmarks/peer_cleanrl.py cleanrl/repo/cleanrl/ppo_continuous_action.py --steps 20480
+  python -m venv cleanrl cleanrl/bin/pip install torch==2.13.0 "numpy<2"
+  "gymnasium[mujoco]==0.29.1" tyro tensorboard git clone https://github.com/vwxyzjn/cleanrl
+  cleanrl/repo  # measured at fe8d8a03 cleanrl/bin/python benchmarks/peers/cleanrl.py
+  cleanrl/repo/cleanrl/ppo_continuous_action.py --steps 20480
 
-It needs gymnasium 0.29 (1.x wants an argument of TransformObservation that it does not give), whose
-HalfCheetah-v4 has the physics of v5. Printed: steps per second from its own "SPS" lines, the first rollout
-left out. It normalises observations and rewards: compare with ppo.py's --normalize-obs --normalize-reward.
+It needs gymnasium 0.29 (1.x wants an argument of TransformObservation that it does not give),
+whose HalfCheetah-v4 has the physics of v5. Printed: steps per second from its own "SPS" lines,
+the first rollout left out. It normalises observations and rewards: compare with ppo.py's
+--normalize-obs --normalize-reward.
 """
 
 import argparse

@@ -1,23 +1,27 @@
-"""d3rlpy's CQL on the same file at the same sizes: the peer of cql_continuous.py, in its own environment.
+"""d3rlpy's CQL on the same file at the same sizes: the peer of cql_continuous.py, in its own
+environment.
 
   python -m venv peer && peer/bin/pip install torch==2.13.0 d3rlpy==2.8.1 "gymnasium[mujoco]" h5py
-  peer/bin/python benchmarks/peer_d3rlpy.py train FILE.hdf5 Hopper-v5 --seed 1 --updates 10000 --out row.csv
-  peer/bin/python benchmarks/peer_d3rlpy.py speed --updates 60
-  peer/bin/python benchmarks/peer_d3rlpy.py speed-atari --updates 40
+  peer/bin/python benchmarks/peers/d3rlpy.py train FILE.hdf5 Hopper-v5 --seed 1 --out row.csv
+  peer/bin/python benchmarks/peers/d3rlpy.py speed --updates 60
+  peer/bin/python benchmarks/peers/d3rlpy.py speed-atari --updates 40
 
-`train` appends one line to a CSV: peer, env, seed, updates, mean and deviation of 10 returns, seconds.
+`train` appends one line to a CSV: peer, env, seed, updates, mean and deviation of 10 returns,
+seconds.
 """
 
 import argparse
 import csv
 import logging
+import sys
 import time
 from pathlib import Path
 
-import d3rlpy
-import gymnasium as gym
-import h5py
-import numpy as np
+sys.path.pop(0)  # this folder, where `import d3rlpy` would find this file
+import d3rlpy  # noqa: E402
+import gymnasium as gym  # noqa: E402
+import h5py  # noqa: E402
+import numpy as np  # noqa: E402
 
 
 def make_cql(width: int, depth: int, samples: int, batch_size: int):
@@ -50,7 +54,9 @@ def fit(algo, dataset, updates: int):
 
 def train(args):
     with h5py.File(args.file) as f:
-        columns = [f[k][()] for k in ("observations", "actions", "rewards", "terminals", "timeouts")]
+        columns = [
+            f[k][()] for k in ("observations", "actions", "rewards", "terminals", "timeouts")
+        ]
     obs, act, rew, terminal, timeout = columns
     timeout[-1] = not terminal[-1]  # the file's end
     dataset = d3rlpy.dataset.MDPDataset(
@@ -60,8 +66,10 @@ def train(args):
     algo, begin = make_cql(args.width, args.depth, args.samples, args.batch_size), time.time()
     fit(algo, dataset, args.updates)
     seconds, env, returns = time.time() - begin, gym.make(args.env), []
-    for i in range(10):  # the seeds that cql_continuous.py evaluates on
-        (x, _), done, total = env.reset(seed=1_000_000 + 1_000 * args.seed + i), False, 0.0
+    # the seeds that cql_continuous.py evaluates on, in the first episode of ten environments
+    for stream in np.random.SeedSequence([args.seed, 1]).generate_state(10, np.uint64).tolist():
+        seed = int(np.random.SeedSequence([stream, 0]).generate_state(1)[0])
+        (x, _), done, total = env.reset(seed=seed), False, 0.0
         while not done:
             x, r, terminated, truncated, _ = env.step(algo.predict(x[None].astype(np.float32))[0])
             total, done = total + float(r), terminated or truncated
@@ -77,8 +85,13 @@ def speed(args):
     """Updates per second on random data of HalfCheetah's shape, start-up left out."""
     n, rng = 20_000, np.random.default_rng(0)
     end = (np.arange(1, n + 1) % 1000 == 0).astype(np.float32)
-    obs, act = rng.normal(size=(n, 17)).astype(np.float32), rng.uniform(-0.9, 0.9, (n, 6)).astype(np.float32)
-    dataset = d3rlpy.dataset.MDPDataset(obs, act, rng.normal(size=n).astype(np.float32), end * 0, end)
+    obs, act = (
+        rng.normal(size=(n, 17)).astype(np.float32),
+        rng.uniform(-0.9, 0.9, (n, 6)).astype(np.float32),
+    )
+    dataset = d3rlpy.dataset.MDPDataset(
+        obs, act, rng.normal(size=n).astype(np.float32), end * 0, end
+    )
     algo = make_cql(256, args.depth, args.samples, 256)
     fit(algo, dataset, 5)
     begin = time.perf_counter()
@@ -87,7 +100,7 @@ def speed(args):
 
 
 def speed_atari(args):
-    """The same of its DiscreteCQL with 200 quantiles on random frames, stacked by its own picker."""
+    """The same of its DiscreteCQL with 200 quantiles on random frames, stacked by itself."""
     n, rng = 5_000, np.random.default_rng(0)
     end = (np.arange(1, n + 1) % 1000 == 0).astype(np.float32)
     dataset = d3rlpy.dataset.MDPDataset(

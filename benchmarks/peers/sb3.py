@@ -1,15 +1,16 @@
-"""Stable-Baselines3's SAC, TD3 and PPO at the sizes and settings of the scripts here, in its own environment.
+"""Stable-Baselines3's SAC, TD3 and PPO at the sizes and settings of the scripts here, in its own
+environment.
 
   python -m venv sb3
   sb3/bin/pip install torch==2.13.0 stable-baselines3==2.9.2 "gymnasium[mujoco,classic-control]"
-  sb3/bin/python benchmarks/peer_sb3.py sac train --env HalfCheetah-v5 --seed 1 --steps 100000 --out curve.csv
-  sb3/bin/python benchmarks/peer_sb3.py ppo train --env Hopper-v5 --steps 500000 --normalize
-  sb3/bin/python benchmarks/peer_sb3.py td3 speed --steps 3000
+  sb3/bin/python benchmarks/peers/sb3.py sac train --env HalfCheetah-v5 --seed 1 --out curve.csv
+  sb3/bin/python benchmarks/peers/sb3.py ppo train --env Hopper-v5 --steps 500000 --normalize
+  sb3/bin/python benchmarks/peers/sb3.py td3 speed --steps 3000
 
-`train` appends a line an evaluation (10 deterministic episodes in a second environment): peer, algorithm,
-env, seed, step, mean and deviation of the returns, seconds so far without evaluations; a run that the file
-holds already is refused. `speed` prints steps per second of the
-whole loop, the environment's steps included, after the random ones.
+`train` appends a line an evaluation (10 deterministic episodes in a second environment): peer,
+algorithm, env, seed, step, mean and deviation of the returns, seconds so far without evaluations;
+a run that the file holds already is refused. `speed` prints steps per second of the whole loop,
+the environment's steps included, after the random ones.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 def make(algo: str, env, seed: int, learning_starts: int):
     """Two hidden layers of 256 ReLU, batch 256, one update a step, learning rates 3e-4."""
-    common = dict(policy="MlpPolicy", env=env, seed=seed, learning_starts=learning_starts, device="cpu")
+    common = dict(
+        policy="MlpPolicy", env=env, seed=seed, learning_starts=learning_starts, device="cpu"
+    )
     common |= dict(policy_kwargs=dict(net_arch=[256, 256]), learning_rate=3e-4, batch_size=256)
     if algo == "ppo":  # its defaults: 2,048 steps, batches of 64, 10 epochs, 2 x 64; annealed
         return sb3.PPO("MlpPolicy", env, lambda left: 3e-4 * left, seed=seed, device="cpu")
@@ -38,8 +41,14 @@ def make(algo: str, env, seed: int, learning_starts: int):
     return sb3.TD3(**common, action_noise=NormalActionNoise(np.zeros(d), 0.1 * np.ones(d)))
 
 
+def first_seeds(seed: int, n: int) -> list[int]:
+    """Of the first episode in each of n evaluation environments of sac.py, td3.py and ppo.py."""
+    streams = np.random.SeedSequence([seed, 1]).generate_state(n, np.uint64).tolist()
+    return [int(np.random.SeedSequence([s, 0]).generate_state(1)[0]) for s in streams]
+
+
 class Evaluate(BaseCallback):
-    """Ten episodes from the seeds that sac.py and td3.py evaluate on."""
+    """Episodes from the seeds that the scripts evaluate on."""
 
     def __init__(self, args):
         super().__init__()
@@ -49,8 +58,8 @@ class Evaluate(BaseCallback):
         if self.num_timesteps % self.args.eval_frequency:
             return True
         returns, paused = [], time.time()
-        for i in range(self.args.eval_episodes):
-            obs, done, total = self.env.reset(seed=1_000_000 + 1_000 * self.args.seed + i)[0], False, 0.0
+        for seed in first_seeds(self.args.seed, self.args.eval_episodes):
+            obs, done, total = self.env.reset(seed=seed)[0], False, 0.0
             while not done:
                 if normalized := self.model.get_vec_normalize_env():
                     obs = normalized.normalize_obs(obs)
@@ -95,7 +104,9 @@ def main():
     parser.add_argument("--learning-starts", type=int, default=5_000)
     parser.add_argument("--eval-frequency", type=int, default=5_000)
     parser.add_argument("--eval-episodes", type=int, default=10)
-    parser.add_argument("--normalize", action="store_true", help="observations and rewards, by VecNormalize")
+    parser.add_argument(
+        "--normalize", action="store_true", help="observations and rewards, by VecNormalize"
+    )
     parser.add_argument("--out", default="benchmarks/raw/sb3.csv")
     args = parser.parse_args()
     env = gym.make(args.env)
@@ -109,7 +120,9 @@ def main():
         model = make(args.algo, env, args.seed, args.learning_starts)
         model.learn(args.steps, callback=Evaluate(args))
     else:
-        begin = 2048 if args.algo == "ppo" else 500  # after the first rollout; after the random steps
+        begin = (
+            2048 if args.algo == "ppo" else 500
+        )  # after the first rollout; after the random steps
         clock = Clock(begin + 1)
         make(args.algo, env, args.seed, 300).learn(args.steps + begin, callback=clock)
         print("steps per second", args.steps / (time.perf_counter() - clock.begin))

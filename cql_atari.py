@@ -1,88 +1,72 @@
-r"""Conservative Q-learning (CQL) for discrete actions, pixels or vectors: offline RL that explains itself.
+r"""Conservative Q-learning (CQL) for discrete actions: offline RL from pixels or vectors.
 
-Kumar, Zhou, Tucker, Levine, arXiv 2006.04779. Q-learning asks for the best action, also where the data D
-never tried it, and finds the most overestimated one. Over finitely many actions the log-sum-exp is exact:
+Kumar, Zhou, Tucker, Levine, arXiv 2006.04779. Q-learning asks for the best action, also where the
+data D never tried it, and finds the most overestimated one. Over finitely many actions the
+log-sum-exp is exact:
 
-  min_Q  alpha E_s[ log sum_a exp Q(s,a) - Q(s, a_data) ]  +  E_D[ TD error ]                      (Eq. 4)
+  min_Q  alpha E_s[ log sum_a exp Q(s,a) - Q(s, a_data) ]  +  E_D[ TD error ]               (Eq. 4)
 
-What alpha multiplies is a cross-entropy with Q as logits: behaviour cloning's loss beside Q-learning's. What
-a value is, and with it the TD error, is the head's matter; Q(s,a) above is its mean:
+What alpha multiplies is a cross-entropy with Q as logits: behaviour cloning's loss beside
+Q-learning's. What a value is, and with it the TD error, is the head's matter:
 
-  c51  51 atoms z in [v_min, v_max], cross-entropy to the projected R + gamma^m z'      arXiv 1707.06887
-  qr   200 quantiles, Huber quantile loss                                               arXiv 1710.10044
-  dqn  a number, Huber loss                                                             Nature 518:529
-  rem  200 numbers, Huber loss of a random convex mixture of them                       arXiv 1907.04543
+  c51  51 atoms z from v_min to v_max, cross-entropy to the projected R + gamma^m z'    1707.06887
+  qr   200 quantiles, Huber quantile loss                                               1710.10044
+  dqn  a number, Huber loss                                                          Nature 518:529
+  rem  200 numbers, Huber loss of a random convex mixture of them                       1907.04543
 
-  symbol           in the code                          shape
-  s, a             batch.obs .act                       (B, 4, 84, 84) uint8 or (B, d); (B,)
-  R                batch.rew                            (B,), r_0 + gamma r_1 + ..., at most n rewards
-  s'               batch.next_obs                       as s, m <= n steps later; unused where terminated
-  gamma^m          batch.discount                       (B,), 0 where the episode terminated
-  phi(s)           net.features(obs)                    (B, D), what the last linear layer reads
-  logits, atoms    net.heads[g](phi)                    (B, A, K), each game g has its own actions A
-  Q(s,a)           net.q(out)                           (B, A)
-  alpha            --cql-alpha                          authors, QR head: 4 at 1 % of DQN Replay, 1 at 10 %
+  symbol         in the code            shape
+  s, a           batch.obs .act         (B, 4, 84, 84) uint8 or (B, d); (B,)
+  R              batch.rew              (B,), r_0 + gamma r_1 + ..., at most n rewards
+  s'             batch.next_obs         as s, m <= n steps later; unused where terminated
+  gamma^m        batch.discount         (B,), 0 where the episode terminated
+  phi(s)         net.features(obs)      (B, D), what the last linear layer reads
+  logits, atoms  net.heads[g](phi)      (B, A, K), each game g has its own actions A
+  Q(s,a)         net.q(out)             (B, A), the mean over the head
+  alpha          --cql-alpha            authors, QR head: 4 at 1 % of DQN Replay, 1 at 10 %
 
-phi depends on the state alone, so that DR3 here is the mean of phi(s).phi(s') over the minibatch, terminal
-rows counted as 0 (the authors' Atari code takes its absolute value, the same after a ReLU, and keeps them);
-with one output an action, phi(s,a).phi(s',a') would be 0 where a' is not a (arXiv 2112.04716). --unit-norm
-divides phi by its norm (arXiv 2211.15144). With --n-step above 1 the rewards of the data's own actions count
-as if the greedy policy had taken them: faster, and biased.
-Several games share the encoder; each minibatch holds as many rows of one as of another.
+phi depends on the state alone, so that DR3 (arXiv 2112.04716) is the mean of phi(s).phi(s') here,
+terminal rows counted as 0. With --n-step above 1 the rewards of the data's own actions count as if
+the greedy policy had taken them: faster, and biased. Several games share the encoder; a minibatch
+holds as many rows of one as of another.
 
-Where to read: networks, q_loss and td_loss are the algorithm; Data stacks frames; train() is the loop. The
-readers of files and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
-
-Quick, on data that it makes itself; the same without conservatism:
+Quick, on random play that it records itself; 1 % of DQN Replay; two games; four processes:
   python cql_atari.py
-  python cql_atari.py --cql-alpha 0
-
-A serious run on 1 % of DQN Replay:
-  python cql_atari.py --env ALE/Breakout-v5 --dataset Breakout/1/replay_logs --fraction 0.01 --width 32 \
-      --cql-alpha 4 --n-step 1 --learning-rate 5e-5 --target-network-frequency 2_000 \
+  python cql_atari.py --env ALE/Breakout-v5 --dataset Breakout/1/replay_logs --fraction 0.01 \
+      --width 32 --cql-alpha 4 --n-step 1 --learning-rate 5e-5 --target-network-frequency 2_000 \
       --num-updates 6_250_000
-
-Two games; four processes; two machines (this line on each, with its own node_rank):
   python cql_atari.py --env ALE/Pong-v5 ALE/Breakout-v5 --encoder resnet
   torchrun --nproc_per_node=4 cql_atari.py --batch-size 128
-  torchrun --nnodes=2 --node_rank=0 --master_addr=host --nproc_per_node=8 cql_atari.py --batch-size 512
 
-While it trains, `diagnostics/q_data` should settle and not fall, `td_error` be small, `srank` not collapse.
-The run ends with a verdict, the numbers that it rests on, and the flag to try next. (The bare run's verdict
-is *underfitting*, in part for a reason that no network mends: 20 rewards of random play are noisy targets.)
+While it trains, `diagnostics/q_data` should settle and not fall, `td_error` be small, `srank` not
+collapse; --cql-alpha 0 shows what alpha is for. The run ends with a verdict and the flag to try.
+(The bare run's is underfitting: 20 rewards of random play are noisy targets.)
 
---dataset takes a folder written by an earlier run; a DQN Replay folder (`$store$_observation_ckpt.N.gz` ...,
-ROMs of 2019, rewards clipped); or a Minari id. --fraction 0.01 is 1 % of it: the first 10,000 rows of every
-checkpoint of a million (--subset prefix, as the authors' loader reads it), whole episodes drawn uniformly
-(uniform), or the oldest 1 % (first). Frames are kept once and stacked when sampled.
-With several processes the batch stays --batch-size: all draw the same rows, each works on its share, so
-that a run may resume with another number of them (under torchrun; only --dropout's masks depend on it).
-Evaluation: sticky actions (0.25), no no-ops, no fire on reset.
-
-Known limits: discrete actions; image environments other than ALE's must give (H, W) uint8 frames.
-Left out on purpose: prioritised replay, continuous control from pixels.
+Networks, losses and Learner.update are the algorithm, Data stacks frames, train() is the loop.
+Readers of files and the blocks marked "shared", which sibling scripts have too, can wait. Known
+limits: discrete actions; pixels of environments other than ALE's must be (H, W) uint8 frames. Left
+out on purpose: prioritised replay, continuous control from pixels.
 """
 
 import copy
 import ctypes
 import gzip
 import hashlib
-import importlib
+import io
 import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import shlex
 import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
-import timeit
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -100,141 +84,100 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seeds network, minibatches, collection and evaluation"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seeds network, minibatches, recording and evaluation
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    compile: bool = False  # run the loss through torch.compile
+    cudagraphs: bool = True  # on a GPU, in one process, --storage device: capture the whole update
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # one environment or several: ALE/Name-v5, or any with discrete actions and vectors or (H, W)
+    # frames to see, `module:Id` where a package has to be imported for it
     env_id: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--env"])] = ("ALE/SpaceInvaders-v5",)
-    """one environment or several: ALE/..., or any with discrete actions and vector or (H, W) observations"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
+    checkpoint_frequency: int = 1_000  # updates between checkpoints (0: only at the end)
+    eval_frequency: int = 2_000  # updates between evaluations (0: only at the end)
+    eval_episodes: int = 10  # episodes of each evaluation, side by side (0: no evaluation)
+    log_frequency: int = 100  # updates between logged losses
+    diagnostics_frequency: int = 500  # updates between diagnostics (0: none, hence no verdict)
+
+    # length and data
+    num_updates: int = 6_000  # gradient steps (12_500_000 in the authors' defaults)
+    batch_size: int = 32  # B, transitions in a minibatch of all games and processes together
+    # for each environment a DQN Replay folder, a Minari id or folder, or what this script has made
+    # under --data-dir; not given: random play is recorded
     dataset: tuple[str, ...] = ()
-    """a folder or Minari id for each environment; not given: collect --collect-steps rows and keep them"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 1_000
-    """updates between checkpoints (0: only at the end)"""
-    eval_frequency: int = 2_000
-    """updates between evaluations (0: only at the end)"""
-    eval_episodes: int = 10
-    """episodes of each evaluation, in parallel (0: no evaluation)"""
-    max_episode_steps: int = 27_000
-    """steps after which an episode of an ALE game is cut (authors: 27_000)"""
-    log_frequency: int = 100
-    """updates between logged losses and checks for non-finite numbers"""
-    diagnostics_frequency: int = 500
-    """updates between diagnostics (0: none, hence no verdict)"""
-    compile: bool = False
-    """run the loss through torch.compile"""
-    cudagraphs: bool = True
-    """on a GPU and in one process: capture the whole update in a CUDA graph"""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: the encoder inside the loss; tf32: matrix products and convolutions on a GPU"""
-
-    # --- length, size and data
-    num_updates: int = 6_000
-    """gradient steps (12_500_000 in the authors' defaults)"""
-    batch_size: int = 32
-    """B, transitions in a minibatch of all games and processes together"""
-    collect: Literal["random", "dqn"] = "random"
-    """who plays without --dataset: random actions, or the same network learning online without CQL"""
-    collect_steps: int = 40_000
-    """rows of the self-made set of each game"""
-    collect_repeat: float = 0.95
-    """chance that a random action is the last one once more: longer moves reach further"""
-    checkpoints: tuple[int, ...] = ()
-    """which checkpoints of a DQN Replay folder (default: all)"""
-    fraction: float = 1.0
-    """share of the dataset that is read"""
+    data_dir: str = "datasets"  # folder that keeps what is recorded or unpacked
+    collect_steps: int = 40_000  # rows of recorded play of each game
+    collect_repeat: float = 0.95  # chance that random play repeats its action: moves reach further
+    fraction: float = 1.0  # share of a DQN Replay folder that is read
+    # its first rows of every file (the authors' loader), whole episodes of all, or its oldest rows
     subset: Literal["prefix", "uniform", "first"] = "prefix"
-    """the first rows of every file; episodes drawn uniformly; the oldest rows"""
+    # where the frames lie: the device, main memory, or a file (larger than memory)
     storage: Literal["device", "memory", "mmap"] = "device"
-    """where the frames lie: the device, main memory, or a file (larger than memory)"""
-    holdout: float = 0.05
-    """share of episodes kept out of training, on which the TD error is measured (0 to compare with peers)"""
-    clip_rewards: bool = True
-    """train on the sign of the rewards"""
+    holdout: float = 0.05  # share of episodes kept out of training, for the TD error (peers: 0)
+    clip_rewards: bool = True  # train on the sign of the rewards
 
-    # --- Q-learning
-    head: Literal["c51", "qr", "dqn", "rem"] = "qr"
-    """what a value is (table above)"""
-    v_min: float = -10.0
-    """least atom of c51"""
-    v_max: float = 10.0
-    """largest atom of c51"""
-    gamma: float = 0.99
-    """discount factor"""
-    n_step: int = 20
-    """steps of reward before the bootstrap (authors: 1); 20 suits random play in long moves, 1 to 5 others"""
-    double: bool = True
-    """the online network chooses a', the target network values it (authors: off)"""
-    learning_rate: float = 1e-4
-    """learning rate of Adam, whose epsilon is 0.01 / 32 (authors: 5e-5)"""
-    target_network_frequency: int = 100
-    """updates between copies into the target network (authors: 2_000)"""
+    # Q-learning
+    head: Literal["c51", "qr", "dqn", "rem"] = "qr"  # what a value is (table above)
+    v_min: float = -10.0  # least atom of c51
+    v_max: float = 10.0  # largest atom of c51
+    gamma: float = 0.99  # discount factor
+    n_step: int = 20  # rewards before the bootstrap (authors: 1); 20 for random play, else 1 to 5
+    double: bool = True  # the network chooses a', its target values it (authors: off)
+    learning_rate: float = 1e-4  # of Adam, whose epsilon is 0.01 / 32 (authors: 5e-5)
+    target_network_frequency: int = 100  # updates between copies to the target (authors: 2_000)
 
-    # --- CQL and representation
-    cql_alpha: float = 0.1
-    """weight of the conservative term; 0: naive offline Q-learning; little for random play, more for few or
-    narrow data (authors, 1 % of DQN Replay: 4)"""
-    dr3_coef: float = 0.0
-    """weight of the mean dot product phi(s).phi(s') (authors: 0.1 with a DQN head)"""
-    unit_norm: bool = False
-    """divide the features phi by their norm"""
-    dropout: float = 0.0
-    """dropout rate on the features, off in the target network"""
+    # CQL and representation
+    cql_alpha: float = 0.1  # weight of the conservative term; more for few or narrow data; 0: naive
+    dr3_coef: float = 0.0  # weight of the mean of phi(s).phi(s') (authors: 0.1 with a DQN head)
+    unit_norm: bool = False  # divide the features phi by their norm (arXiv 2211.15144)
+    dropout: float = 0.0  # rate on the features, off in the target network
+    # auto: nature for frames, mlp for vectors; resnet: group norm and learned spatial embeddings
     encoder: Literal["auto", "nature", "resnet", "mlp"] = "auto"
-    """auto: nature for images, mlp for vectors; resnet: group norm and learned spatial embeddings"""
-    width: int = 16
-    """channels of the first layer (authors: 32); phi has 16 times as many entries"""
+    width: int = 16  # channels of the first layer (authors: 32); phi has 16 times as many entries
 
 
-LIMITS = {"gamma": (0, 0.99999), "holdout": (0, 0.9), "dropout": (0, 0.99), "collect_repeat": (0, 0.99)}
-LIMITS |= {"fraction": (1e-9, 1), "n_step": (1, 100), "learning_rate": (1e-12, 1e3)}
-LIMITS |= dict.fromkeys(["v_min", "v_max"], (-1e18, 1e18)) | {"seed": (0, 1e6), "collect_steps": (100, 1e12)}
-LIMITS |= {"width": (1, 4096), "max_episode_steps": (1, 1e9), "target_network_frequency": (1, 1e12)}
-LIMITS |= dict.fromkeys(["batch_size", "num_updates", "log_frequency"], (1, 1e12))
+# a resumed run must have these as before: its networks and its data would not fit
+FIXED = "env_id seed head v_min v_max encoder width holdout clip_rewards".split()
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    only_if(args, args.head == "c51", f"with --head {args.head}", "v_min", "v_max")
-    only_if(args, not args.dataset, "with --dataset", "collect", "collect_steps")
-    random = args.collect == "random" and not args.dataset
-    only_if(args, random, "unless random actions are collected", "collect_repeat")
-    only_if(args, args.dataset, "without --dataset", "checkpoints", "fraction")
-    only_if(args, args.fraction < 1, "with --fraction 1", "subset")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
-    ale = any(name.startswith("ALE/") for name in args.env_id)
-    only_if(args, ale, "without an ALE game", "max_episode_steps")
+    """Refuse what no run could use, before anything starts."""
+    check_numbers(args, "seed checkpoint_frequency eval_frequency diagnostics_frequency", 0, 1e12)
+    check_numbers(args, "log_frequency num_updates batch_size target_network_frequency", 1, 1e12)
+    check_numbers(args, "threads eval_episodes", 0, 1e4)
+    check_numbers(args, "cql_alpha dr3_coef", 0, 1e9)
+    check_numbers(args, "gamma dropout holdout collect_repeat", 0, 0.99999)
+    check_numbers(args, "collect_steps", 100, 1e12)
+    check_numbers(args, "n_step", 1, 100)
+    check_numbers(args, "width", 1, 4096)
+    check_numbers(args, "fraction learning_rate", 1e-12, 1)
+    check_numbers(args, "v_min v_max", -1e12, 1e12)
+    games, sets = len(args.env_id), len(args.dataset)
+    if games == 0 or len(set(args.env_id)) < games:
+        fail(
+            f"--env-id {' '.join(args.env_id)}: expected one environment or several different ones"
+        )
+    if sets not in (0, games):
+        fail(f"--dataset names {sets} sets, --env-id {games} environments")
+    if args.fraction < 1 and not sets:
+        fail("--fraction is a share of a DQN Replay --dataset")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} is not below --v-max {args.v_max}")
-    if args.dataset and len(args.dataset) != len(args.env_id):
-        fail(f"--dataset names {len(args.dataset)} sets, --env-id {len(args.env_id)} environments")
-    for name in args.env_id:
-        if name.startswith("ALE/") and not re.fullmatch(r"ALE/\w+-v5", name):
-            fail(f"--env-id {name}: expected ALE/ and a game's name and -v5, the one version here")
-    if len(set(args.env_id)) < len(args.env_id) or not args.env_id:
-        fail(f"--env-id {' '.join(args.env_id) or '(none)'}: expected one environment or several different")
-    parts = len(args.env_id) * processes()[1]
+    if args.head != "c51" and (args.v_min, args.v_max) != (Args.v_min, Args.v_max):
+        fail(f"--v-min and --v-max have no effect with --head {args.head}")
+    parts = games * processes()[1]
     if args.batch_size % parts:
         fail(f"--batch-size {args.batch_size} is not a multiple of {parts}, games x processes")
 
 
-# ------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------- networks
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with group norm (4 groups), added to a 1 x 1 projection of the input."""
+    """Two 3 x 3 convolutions with group norm, added to a 1 x 1 projection of their input."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int):
         super().__init__()
@@ -250,7 +193,7 @@ class Block(nn.Module):
 
 
 class SpatialEmbeddings(nn.Module):
-    """Where, not only what: each channel's map (H, W) against 5 learned maps, (B, C, H, W) -> (B, 5 C)."""
+    """Where, not only what: each channel's map against 5 learned ones, (B, C, H, W) to (B, 5 C)."""
 
     def __init__(self, shape):
         super().__init__()
@@ -265,55 +208,57 @@ class Network(nn.Module):
 
     def __init__(self, shape: tuple, actions: list[int], args: Args):
         super().__init__()
-        w, self.args, self.image = args.width, args, len(shape) == 3
-        D, kind = 16 * w, args.encoder if args.encoder != "auto" else ("nature" if self.image else "mlp")
-        if (kind == "mlp") == self.image:
-            fail(f"--encoder {kind} does not fit observations of shape {shape}")
-        if kind == "mlp":
+        w, D, self.args, self.image = args.width, 16 * args.width, args, len(shape) == 3
+        auto = "nature" if self.image else "mlp"
+        self.kind = auto if args.encoder == "auto" else args.encoder
+        if (self.kind == "mlp") == self.image:
+            fail(f"--encoder {self.kind} does not fit observations of shape {shape}")
+        layers = []
+        if self.kind == "mlp":
             layers = [nn.Linear(shape[0], D), nn.ReLU(), nn.Linear(D, D), nn.ReLU()]
-        elif kind == "nature":  # no padding: 84 x 84 ends as 7 x 7 (TensorFlow's `same` ends as 11 x 11)
-            sizes = ((shape[0], w, 8, 4), (w, 2 * w, 4, 2), (2 * w, 2 * w, 3, 1))
-            layers = [m for i, o, k, s in sizes for m in (nn.Conv2d(i, o, k, s), nn.ReLU())] + [nn.Flatten()]
+        elif self.kind == "nature":  # no padding: 84 x 84 ends as 7 x 7 (authors: padded, 11 x 11)
+            sizes = [(shape[0], w, 8, 4), (w, 2 * w, 4, 2), (2 * w, 2 * w, 3, 1)]
+            for fan_in, fan_out, kernel, stride in sizes:
+                layers += [nn.Conv2d(fan_in, fan_out, kernel, stride), nn.ReLU()]
+            layers.append(nn.Flatten())
         else:  # 84 -> 42, then 42, 21, 11, 6
-            if w % 4 or w < 8:  # torch 2.13 crashes in the backward pass on a CPU at width 4
+            if w % 4 or w < 8:  # PyTorch 2.13 crashes in the backward pass on a CPU at width 4
                 fail(f"--width {w}: --encoder resnet needs a multiple of 4, its groups, from 8 on")
-            layers, sizes = [nn.Conv2d(shape[0], w, 3, 2, 1), nn.ReLU()], (w, w, 2 * w, 4 * w, 4 * w)
+            layers, sizes = (
+                [nn.Conv2d(shape[0], w, 3, 2, 1), nn.ReLU()],
+                [w, w, 2 * w, 4 * w, 4 * w],
+            )
             for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
                 layers += [Block(fan_in, fan_out, 2 if i else 1), Block(fan_out, fan_out, 1)]
-        if kind != "mlp":
-            try:
-                with torch.no_grad():
-                    maps = nn.Sequential(*layers)(torch.zeros(1, *shape))
-            except RuntimeError:
-                fail(f"--encoder {kind}: frames of {shape[1:]} are too small")
-            if kind == "resnet":
-                layers += [SpatialEmbeddings(maps.shape[1:])]
+        if self.image:
+            with torch.no_grad(), failing(f"frames of {shape[1:]} are too small", RuntimeError):
+                maps = nn.Sequential(*layers)(torch.zeros(1, *shape))
+            if self.kind == "resnet":
+                layers.append(SpatialEmbeddings(maps.shape[1:]))
                 maps = layers[-1](maps)
             layers += [nn.Linear(maps.shape[1], D), nn.ReLU()]
         self.encoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.K = {"c51": 51, "qr": 200, "dqn": 1, "rem": 200}[args.head]
-        head = lambda A: nn.Sequential(nn.Linear(D, A * self.K), nn.Unflatten(1, (A, self.K)))
-        self.heads = nn.ModuleList(head(A) for A in actions)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, A * self.K), nn.Unflatten(1, (A, self.K))) for A in actions
+        )
         self.register_buffer("z", torch.linspace(args.v_min, args.v_max, 51))
-        if args.head == "c51":  # a peak at 0: from a uniform start Q takes hundreds of copies to settle
+        if args.head == "c51":  # a peak at 0: from a uniform start Q takes long to settle
             for head, A in zip(self.heads, actions):
                 head[0].bias.data -= (self.z.abs() / (self.z[1] - self.z[0])).repeat(A)
-        self.register_buffer("mean", torch.zeros(shape if not self.image else ()))
-        self.register_buffer("std", torch.ones(shape if not self.image else ()))
+        self.register_buffer("mean", torch.zeros(() if self.image else shape))
+        self.register_buffer("std", torch.ones(() if self.image else shape))
 
     def features(self, obs, record: list | None = None):
-        """phi(s), (B, D). `record` receives the activations of the layers before it, units last."""
+        """phi(s), (B, D). `record` receives each layer's activations, units last."""
         if self.image:
             x = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
         else:
-            x = (obs - self.mean) / self.std
-        half = self.args.precision == "bf16" and self.training and torch.is_grad_enabled()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            for layer in self.encoder:
-                x = layer(x)
-                if record is not None and isinstance(layer, nn.ReLU | Block):
-                    record.append(x.movedim(1, -1).flatten(0, -2))
-        x = x.float()
+            x = (obs.float() - self.mean) / self.std
+        for layer in self.encoder:
+            x = layer(x)
+            if record is not None and isinstance(layer, nn.ReLU | Block):
+                record.append(x.movedim(1, -1).flatten(0, -2))
         if self.args.unit_norm:
             x = F.normalize(x, dim=-1)
         return F.dropout(x, self.args.dropout, self.training)
@@ -325,7 +270,7 @@ class Network(nn.Module):
         return out.mean(-1) if mixture is None else (out * mixture).sum(-1)
 
 
-# -------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------- losses and the learner
 class Batch(NamedTuple):
     obs: torch.Tensor  # (B, 4, H, W) uint8 or (B, d)
     act: torch.Tensor  # (B,)
@@ -340,18 +285,18 @@ def pick(out, act):
 
 
 def project(z, p, rew, discount):
-    """Mass of R + gamma^m z, probabilities p (B, K), on the atoms z (K,): (B, K) (arXiv 1707.06887, Alg. 1).
+    """Mass of R + gamma^m z, probabilities p (B, K), on the atoms z (K,): (B, K).
 
-    An atom that lands between two neighbours is shared by nearness, one outside goes to the edge.
-    """
+    An atom that lands between two neighbours is shared by nearness, one outside goes to the edge
+    (arXiv 1707.06887, Algorithm 1)."""
     moved = (rew[:, None] + discount[:, None] * z).clamp(z[0], z[-1])
     share = (1 - (moved[:, :, None] - z).abs() / (z[1] - z[0])).clamp(min=0)  # (B, from, to)
     return (p[:, :, None] * share).sum(1)
 
 
 def quantile_huber(theta, y):
-    """Huber quantile loss (kappa 1) of theta (B, K) to samples y (B, M), a number a row: the sum over K of
-    the mean over M (arXiv 1710.10044)."""
+    """Huber quantile loss (kappa 1) of theta (B, K) to samples y (B, M), a number a row: the sum
+    over K of the mean over M (arXiv 1710.10044)."""
     theta, y = torch.broadcast_tensors(theta[:, :, None], y[:, None, :])  # (B, K, M)
     tau = (torch.arange(theta.shape[1], device=theta.device) + 0.5)[:, None] / theta.shape[1]
     weight = torch.where(y < theta, 1 - tau, tau)
@@ -359,21 +304,21 @@ def quantile_huber(theta, y):
 
 
 def greedy(net, g: int, phi_next, out_next, mixture, args: Args):
-    """a' (B,): the target network's choice in out_next (B, A, K); --double: the network's at phi_next."""
+    """a' (B,): the target network's choice in out_next (B, A, K); --double: the network's."""
     out = net.heads[g](phi_next) if args.double else out_next
     return net.q(out, mixture).argmax(-1)
 
 
 def td_loss(net, out, out_next, next_act, batch: Batch, mixture, args: Args):
-    """TD error of each row, (B,): out, out_next (B, A, K) of network and target network, next_act a' (B,).
-
-    mixture (K,) sums to 1: rem's random weights, None for the others."""
+    """TD error of each row, (B,): out, out_next (B, A, K) of network and target network, next_act
+    a' (B,); mixture (K,) sums to 1: rem's random weights, None for the others."""
     chosen, following = pick(out, batch.act), pick(out_next, next_act)
     if args.head == "c51":
         y = project(net.z, torch.softmax(following, -1), batch.rew, batch.discount)
         return -(y * torch.log_softmax(chosen, -1)).sum(-1)
     if mixture is not None:
-        chosen, following = ((x * mixture).sum(-1, keepdim=True) for x in (chosen, following))
+        chosen = (chosen * mixture).sum(-1, keepdim=True)
+        following = (following * mixture).sum(-1, keepdim=True)
     y = batch.rew[:, None] + batch.discount[:, None] * following
     if args.head == "qr":
         return quantile_huber(chosen, y)
@@ -387,12 +332,13 @@ def cql_term(q, act):
 
 def q_loss(net, target, batches: list[Batch], mixture, args: Args):
     """TD error + alpha x conservative term + c x DR3, mean over the rows of all games."""
-    obs, next_obs = (torch.cat([getattr(b, k) for b in batches]) for k in ("obs", "next_obs"))
-    sizes, phi = [len(b.act) for b in batches], net.features(obs)
+    sizes = [len(b.act) for b in batches]
+    next_obs = torch.cat([b.next_obs for b in batches])
+    phi = net.features(torch.cat([b.obs for b in batches]))
     with torch.no_grad():
         phi_target = target.features(next_obs).split(sizes)
-    if args.double or args.dr3_coef > 0:  # phi(s') of the online network: double Q's chooser, DR3's partner
-        with torch.set_grad_enabled(args.dr3_coef > 0):  # gradient through both sides
+    if args.double or args.dr3_coef > 0:  # DR3 has a gradient through both sides
+        with torch.set_grad_enabled(args.dr3_coef > 0):
             phi_next = net.features(next_obs)
     td, conservative, q_data = [], [], []
     for g, (batch, phi_g) in enumerate(zip(batches, phi.split(sizes))):
@@ -405,21 +351,15 @@ def q_loss(net, target, batches: list[Batch], mixture, args: Args):
         td.append(td_loss(net, out, out_next, next_act, batch, mixture, args))
         conservative.append(cql_term(q, batch.act))
         q_data.append(q.gather(1, batch.act[:, None])[:, 0])
-    td, conservative, q_data = (torch.cat(x).mean() for x in (td, conservative, q_data))
-    loss = td + args.cql_alpha * conservative
     info = {"td_loss": td, "cql_loss": conservative, "q_values": q_data}
+    info = {name: torch.cat(rows).mean() for name, rows in info.items()}
+    loss = info["td_loss"] + args.cql_alpha * info["cql_loss"]
     if args.dr3_coef > 0:
         bootstraps = (torch.cat([b.discount for b in batches]) > 0).float()
         info["dr3_loss"] = ((phi * phi_next).sum(-1) * bootstraps).mean()
         loss = loss + args.dr3_coef * info["dr3_loss"]
-    return loss, {k: v.detach() for k, v in (info | {"loss": loss}).items()}
-
-
-def memory(args: Args, net: Network, shape: tuple) -> int:
-    """Bytes: weights five times (target, gradient, two moments of Adam); activations with their gradients."""
-    weights = sum(p.numel() for p in net.parameters())
-    first = args.width * (shape[1] // 4 if net.image else 4) ** 2  # the largest layer
-    return 20 * weights + 4 * args.batch_size * (3 * math.prod(shape) + 8 * first)
+    info["loss"] = loss
+    return loss, {name: x.detach() for name, x in info.items()}
 
 
 class Learner(nn.Module):
@@ -431,22 +371,20 @@ class Learner(nn.Module):
         self.net = Network(shape, actions, args)
         self.target = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.to(device)
-        if args.compile:
-            torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
         self.loss = torch.compile(q_loss) if args.compile else q_loss
-        flags = {"fused": True, "capturable": device.type == "cuda"}
-        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, eps=0.01 / 32, **flags)
+        flags = {"eps": 0.01 / 32, "fused": True, "capturable": device.type == "cuda"}
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, **flags)
 
-    def update(self, batches: list[Batch], alone: bool = False) -> dict:
-        """One gradient step; unless `alone`, together with the other processes. The target network moves when
-        the caller asks: refresh_target()."""
-        mixture = torch.rand(self.net.K, device=self.device)  # by all heads: the measured runs' random stream
-        mixture = mixture / mixture.sum() if self.args.head == "rem" else None
+    def update(self, batches: list[Batch]) -> dict:
+        """One gradient step, of all processes together; the caller moves the target network."""
+        mixture = None
+        if self.args.head == "rem":  # another one each time
+            mixture = torch.rand(self.net.K, device=self.device)
+            mixture = mixture / mixture.sum()
         loss, info = self.loss(self.net, self.target, batches, mixture, self.args)
         self.optim.zero_grad()
         loss.backward()
-        if not alone:
-            average_gradients(self.net.parameters())
+        average_gradients(self.net.parameters())
         self.optim.step()
         return info
 
@@ -463,17 +401,11 @@ class Learner(nn.Module):
     @torch.no_grad()
     def q(self, obs, game: int):
         """Q(s,a) (B, A) without gradient, in chunks that bound the memory of activations."""
-        return torch.cat([self.net.q(self.net.heads[game](self.net.features(x))) for x in obs.split(256)])
-
-    def checkpoint(self) -> dict:
-        return {"networks": self.state_dict(), "optim": self.optim.state_dict()}
-
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        load_optimizer(self.optim, saved["optim"])
+        head = self.net.heads[game]
+        return torch.cat([self.net.q(head(self.net.features(x))) for x in obs.split(256)])
 
 
-# ------------------------------------------------------------------------------------ several processes
+# ------------------------------------------------------------------------------ several processes
 def processes() -> tuple[int, int]:
     """Rank and number of processes, as torchrun tells; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -488,7 +420,7 @@ def join(args: Args):
     if gpu:
         local = int(os.environ.get("LOCAL_RANK", rank))
         if local >= torch.cuda.device_count():
-            fail(f"more processes here than GPUs ({torch.cuda.device_count()}): start fewer, or --no-cuda")
+            fail(f"more processes here than GPUs ({torch.cuda.device_count()}): add --no-cuda")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     if rank:
@@ -500,40 +432,37 @@ def reduced(x, how):
     try:
         dist.all_reduce(x, how)
     except RuntimeError as e:
-        fail(f"another process is gone ({first_line(e)}); the last checkpoint is intact", 1)
+        fail(f"another process is gone ({e}); the last checkpoint is intact", 1)
     return x
 
 
 def average_gradients(parameters):
-    """The mean over processes: their shares are equal, so it is the gradient of the joined batch."""
-    if processes()[1] > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        joined = reduced(torch.cat([g.flatten() for g in gradients]), dist.ReduceOp.SUM) / processes()[1]
-        for g, x in zip(gradients, joined.split([g.numel() for g in gradients])):
-            g.copy_(x.view_as(g))
-
-
-AGREE = 10  # updates between the moments at which processes ask each other whether to stop
+    """The mean over processes: their shares are equal, so it is that of the joined batch."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters]
+        joined = reduced(torch.cat([g.flatten() for g in gradients]), dist.ReduceOp.SUM)
+        parts = (joined / processes()[1]).split([g.numel() for g in gradients])
+        for g, mean in zip(gradients, parts):
+            g.copy_(mean.view_as(g))
 
 
 def agree(value: int) -> int:
     """The largest of all processes' values; every one must call it at the same point."""
-    return value if processes()[1] == 1 else int(reduced(torch.tensor(value), dist.ReduceOp.MAX))
+    return int(reduced(torch.tensor(value), dist.ReduceOp.MAX)) if dist.is_initialized() else value
 
 
-# ----------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------- data
 STACK = 4  # frames that a network sees
 
 
 class Data:
     """Rows of one game: row i is (frame, action, reward) i; the frames lie where --storage says.
 
-    `real` rows are transitions; unless it is terminal, a row's next state is the row after it. An episode
-    that was cut, by time or by the end of a file, ends with a row that is not real and only holds its last
-    frame. `age` counts the frames of the same episode before a row, up to 3: beyond them a stack is zero.
-    `train` and `holdout` list real rows, split by episodes; `starts` the first rows of episodes;
-    `returns_to_go` is discounted, NaN where a cut hides more than 1 % of it.
-    """
+    `real` rows are transitions; unless it is terminal, a row's next state is the row after it. An
+    episode that was cut, by time or by the end of a file, ends with a row that is not real and only
+    holds its last frame. `age` counts the frames of the same episode before a row, up to 3: beyond
+    them a stack is zero. `train` and `holdout` list real rows, split by episodes; `starts` the
+    first rows of episodes; `returns_to_go` is NaN where a cut hides more than 1 % of it."""
 
     def __init__(self, frames, columns: dict, args: Args, device):
         """frames (rows, H, W) uint8 or (rows, d) float32; columns: numpy arrays (rows,)."""
@@ -541,9 +470,10 @@ class Data:
         self.mapped = frames._mmap if isinstance(frames, np.memmap) else None
         if self.mapped:
             self.mapped.madvise(mmap.MADV_RANDOM)  # else each of a batch's reads fetches 128 KiB
-        with warnings.catch_warnings(action="ignore"):  # "not writable": mapped frames are not to be
+        with warnings.catch_warnings(action="ignore"):  # "not writable": nor are they to be
             self.frames = torch.from_numpy(frames)
-        if args.storage == "device":
+        if args.storage == "device" and device.type != "cpu":
+            reserve(frames.nbytes, "frames", device)
             self.frames = self.frames.to(device)
         for name, array in columns.items():
             setattr(self, name, torch.from_numpy(array).to(device))
@@ -551,7 +481,8 @@ class Data:
         self.gammas = args.gamma ** torch.arange(args.n_step + 1, device=device)
 
     def stack(self, rows):
-        """Observations (B, 4, H, W), the latest frame last, of rows (B,); of vectors (B, d). One gather."""
+        """Observations of rows (B,): (B, 4, H, W), the latest frame last, in one gather; or
+        vectors (B, d)."""
         where = rows if self.back is None else (rows[:, None] - self.back).clamp(min=0)
         x = self.frames[where.to(self.frames.device)].to(self.device)
         self.stacks += 1
@@ -562,8 +493,8 @@ class Data:
         return x * (self.back <= self.age[rows][:, None])[..., None, None]
 
     def batch(self, rows) -> Batch:
-        """Transitions of n steps; an episode's end shortens them, and termination stops the bootstrap."""
-        rew, at, steps = torch.zeros(len(rows), device=self.device), rows, torch.zeros_like(rows)
+        """Transitions of n steps; an episode's end shortens them, a terminal one the bootstrap."""
+        at, steps, rew = rows, torch.zeros_like(rows), torch.zeros(len(rows), device=self.device)
         going, terminated = self.real[rows], torch.zeros_like(rows, dtype=torch.bool)
         for k in range(self.args.n_step):
             rew = rew + going * self.gammas[k] * self.rew[at]
@@ -575,784 +506,719 @@ class Data:
         return Batch(self.stack(rows), self.act[rows], rew, self.stack(at), discount)
 
     def sample(self, n: int, rank: int = 0, size: int = 1) -> Batch:
-        """This process's share of n rows that all draw alike, so that their number changes no result."""
+        """This process's share of n rows that all draw alike: their number changes no result."""
         rows = self.train[torch.randint(len(self.train), (n,), device=self.device)]
         return self.batch(rows[rank::size])
 
 
-# ---------------------------------------------------------------------- environments: collect, evaluate
-class Envs:
-    """n environments of one game, with stacks of our own that are zero before an episode's start."""
+# --------------------------------------------------------------- environments: playing, evaluating
+class Plain(gym.Wrapper):
+    """Infos are dropped, since packages put anything there; a reward is a number."""
 
-    def __init__(self, env_id: str, n: int, args: Args):
-        self.name, self.n = env_id, n
-        try:
+    def reset(self, **options):
+        return self.env.reset(**options)[0], {}
+
+    def step(self, action):
+        obs, rew, terminated, truncated, _ = self.env.step(action)
+        return obs, np.asarray(rew, dtype=np.float64).item(), terminated, truncated, {}
+
+
+class Envs:
+    """n environments of one game; where an episode ends the next starts in the same step. They show
+    stacks of the last four frames of an episode, zeros before its start, or vectors.
+
+    ALE's games: sticky actions (0.25), four frames a step, raw rewards, neither no-ops nor fire at
+    a reset, at most 27,000 steps. `stack` closes them."""
+
+    def __init__(self, env_id: str, n: int, stack: ExitStack):
+        self.name, self.n, self.game = env_id, n, None
+        how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        hint = "Atari: ALE/Name-v5; a package's own: package:Id"
+        with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
             if env_id.startswith("ALE/"):
-                options = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.25}
-                options |= {"max_num_frames_per_episode": 4 * args.max_episode_steps, "stack_num": 1}
-                need("ale_py")
-                vector = importlib.import_module("ale_py.vector_env").AtariVectorEnv
-                self.envs = vector(game_of(env_id), n, reward_clipping=False, **options)
-                self.frame_shape = (84, 84)
+                import ale_py
+                from ale_py.vector_env import AtariVectorEnv
+
+                gym.register_envs(ale_py)
+                self.game = gym.spec(env_id).kwargs["game"]
+                how |= {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.25}
+                self.envs = AtariVectorEnv(self.game, n, reward_clipping=False, **how)
             else:
-                self.envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-                self.frame_shape = self.envs.single_observation_space.shape
-        except Exception as e:  # registration, missing packages or ROMs, a namespace's own errors
-            fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
+                self.envs = gym.vector.SyncVectorEnv([self.make] * n, **how)
+        stack.callback(self.envs.close)
         space, obs = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
-        ndim = len(obs.shape) if isinstance(obs, gym.spaces.Box) else 0
-        frames = len(self.frame_shape or ()) == 2 and obs.dtype == np.uint8
-        if not ndim or not (frames or len(self.frame_shape) == 1):
-            fail(f"--env-id {env_id}: observations are {obs}, expected vectors or (H, W) uint8 frames")
-        if not env_id.startswith("ALE/") and self.envs.envs[0].spec.max_episode_steps is None:
-            fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
-        self.actions = int(space.n)
-        self.shape = (STACK, *self.frame_shape) if frames else self.frame_shape
+        stacks = obs.shape[0] == STACK and obs.dtype == np.uint8 and len(obs.shape) == 3
+        if len(obs.shape) != 1 and not stacks:
+            fail(f"--env-id {env_id}: shows {obs}, expected vectors or (H, W) frames of uint8")
+        if not self.game and self.envs.envs[0].spec.max_episode_steps is None:
+            say(f"{env_id} has no time limit: evaluations last until the policy ends its episodes")
+        self.shape, self.actions, self.frames = obs.shape, int(space.n), stacks
+        self.frame_shape = obs.shape[-2:]  # of a vector its own
+        self.dtype = np.uint8 if stacks else np.float32  # of what is kept
 
-    def reset(self, seed: int):
-        obs, _ = self.envs.reset(seed=seed)
-        self.over, self.begins = np.zeros(self.n, bool), np.ones(self.n, bool)
-        self.stacks = np.zeros((self.n, *self.shape), np.uint8 if len(self.shape) == 3 else np.float32)
-        return self.see(obs)
+    def make(self):
+        env = gym.make(self.name)
+        space = env.observation_space
+        if not isinstance(space, gym.spaces.Box):  # Dict, Discrete, ...
+            env = gym.wrappers.FlattenObservation(env)
+        elif len(space.shape) == 2:
+            env = gym.wrappers.FrameStackObservation(env, STACK, padding_type="zero")
+        return Plain(env)
 
-    def see(self, obs):
-        """The stacks with this observation as the latest frame."""
-        obs = obs.reshape(self.n, *self.frame_shape)
-        if len(self.shape) == 1:
-            return obs.astype(np.float32)
-        self.stacks[self.begins] = 0
-        self.stacks = np.concatenate([self.stacks[:, 1:], obs[:, None]], 1)
-        return self.stacks
-
-    def step(self, act):
-        """Stacks, rewards, terminated, truncated. The step after an end is a reset, its action ignored."""
-        obs, rew, terminated, truncated, _ = self.envs.step(act)
-        self.begins, self.over = self.over, terminated | truncated
-        return self.see(obs), rew, terminated, truncated
+    def reset(self, seed: int, evaluation: bool = False):
+        """First observations; seeds are shared with no other run's and no evaluation's."""
+        seeds = np.random.SeedSequence([seed, evaluation]).generate_state(self.n)
+        seeds = (seeds >> 1).astype(np.int64)  # ALE takes 31 bits
+        return self.envs.reset(seed=seeds if self.game else seeds.tolist())[0]
 
 
 @torch.no_grad()
 def evaluate(learner, envs: Envs, game: int, args: Args) -> tuple[np.ndarray, float]:
-    """One episode in each environment, epsilon-greedy with 0.001 (authors). Draws no torch random number.
-
-    Returns the raw returns (episodes,) and the mean overestimation: max_a Q(s0, a) less the discounted return
-    that followed, rewards as trained on."""
-    obs, draw = envs.reset(seed=1_000_000 + 1_000 * args.seed), np.random.default_rng(args.seed)
+    """One episode in each environment, epsilon-greedy with 0.001 (authors): raw returns (n,), and
+    the mean overestimation, max_a Q(s0, a) less the discounted return that followed, rewards as
+    trained on. Draws no torch random number."""
+    obs, draw = envs.reset(args.seed, evaluation=True), np.random.default_rng(args.seed)
     alive, returns, discounted = np.ones(envs.n, bool), np.zeros(envs.n), np.zeros(envs.n)
     discount, predicted = 1.0, None
     learner.net.eval()
     while alive.any():
-        q = learner.q(torch.from_numpy(obs).to(learner.device), game)
-        if predicted is None:
-            predicted = q.amax(1).cpu().numpy()
-        act = np.where(
-            draw.random(envs.n) < 0.001, draw.integers(envs.actions, size=envs.n), q.argmax(1).cpu().numpy()
-        )
-        obs, rew, terminated, truncated = envs.step(act)
+        q = learner.q(torch.as_tensor(obs, device=learner.device), game).cpu().numpy()
+        predicted = q.max(1) if predicted is None else predicted
+        anew = draw.random(envs.n) < 0.001
+        act = np.where(anew, draw.integers(envs.actions, size=envs.n), q.argmax(1))
+        obs, rew, terminated, truncated, _ = envs.envs.step(act)
         returns += alive * rew
         discounted += alive * discount * (np.sign(rew) if args.clip_rewards else rew)
-        alive &= ~(terminated | truncated)
+        alive &= ~(terminated | truncated)  # what follows the first episode does not count
         discount *= args.gamma
     learner.net.train()
     return returns, float((predicted - discounted).mean())
 
 
-PLAYERS = 8  # environments that collect side by side, each a stream of rows
-
-
-def collect(env_id: str, args: Args, device) -> Path:
-    """Rows of a random or of a learning player, kept under datasets/.
-
-    The learner is this script's own, without CQL and DR3: epsilon from 1 to 0.05 over the first half, an
-    update every 4 rows after the first 1,000."""
-    names = ["max_episode_steps", "collect_repeat"]
-    if args.collect == "dqn":
-        names += """head v_min v_max gamma n_step double learning_rate target_network_frequency encoder width
-        batch_size clip_rewards precision""".split()
-    key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()[:8]
-    name = f"{env_id.replace('/', '_')}_{args.collect}_{args.collect_steps}_seed{args.seed}_{key}"
-    folder = Path("datasets") / name
-    if folder.exists():
-        print(f"no --dataset: using {folder}, made by an earlier run")
+def record(env_id: str, args: Args, run) -> Path:
+    """Random play in long moves, kept under --data-dir: --collect-steps rows; after an episode's
+    last transition comes one that holds its last frame."""
+    name = f"{env_id}_random_{args.collect_steps}_{args.collect_repeat}_seed{args.seed}"
+    folder = Path(args.data_dir) / re.sub(r"[^\w.-]", "_", name)
+    if (folder / "columns.npz").exists():
+        say(f"no --dataset: using {folder}, made by an earlier run")
         return folder
-    what = f"{args.collect_steps:,} steps of {env_id} ({args.collect})"
-    print(f"no --dataset: collecting {what}, into {folder}")
-    envs, T = Envs(env_id, PLAYERS, args), math.ceil(args.collect_steps / PLAYERS)
-    rows, shape = PLAYERS * T, envs.frame_shape
-    kind = np.uint8 if len(shape) == 2 else np.float32
-    reserve(rows * math.prod(shape) * np.dtype(kind).itemsize, "replay", torch.device("cpu"))
-    frames, learning = np.zeros((rows, *shape), kind), args.collect == "dqn"
-    types = dict(act=np.int64, rew=np.float32, terminal=bool, real=bool, begins=bool, age=np.uint8)
-    raw = {k: np.zeros(rows, t) for k, t in types.items()}
-    online = replace(args, cql_alpha=0.0, dr3_coef=0.0, unit_norm=False, dropout=0.0, storage="memory")
-    if learning:
-        learner = Learner(envs.shape, [envs.actions], online, device)
-        replay = Data(frames, {k: v.copy() for k, v in raw.items()}, online, device)
-        usable, count, updates = torch.zeros(rows, dtype=torch.int64, device=device), 0, 0
-    obs, draw, act = envs.reset(args.seed), np.random.default_rng(args.seed), 0
-    age, running, ended = np.full(PLAYERS, -1), np.zeros(PLAYERS), [math.nan]
-    progress = Progress("collecting", rows)
-    with StopSignal() as stop:
-        for t in range(T):  # after an end: envs.over, the row holds the last frame, the action only resets
-            at, seen = np.arange(PLAYERS) * T + t, (t + 1) * PLAYERS
-            anew, chance = draw.integers(envs.actions, size=PLAYERS), draw.random(PLAYERS)
-            if learning:
-                explore = 1.0 if seen < 1_000 else max(0.05, 1 - 0.95 * seen / (rows / 2))
-                with torch.no_grad():
-                    best = learner.q(torch.from_numpy(obs).to(device), 0).argmax(1).cpu().numpy()
-                act = np.where(chance < explore, anew, best)
-            else:
-                act = np.where((chance < args.collect_repeat) & (t > 0), act, anew)
-            age = np.where(envs.begins, 0, np.minimum(age + 1, STACK - 1))
-            closed = envs.over  # whose row holds the last frame of an episode
-            row = {"act": act, "begins": envs.begins, "real": ~closed & (t < T - 1), "age": age}
-            frames[at] = obs[:, -1] if len(shape) == 2 else obs
-            obs, rew, terminated, truncated = envs.step(act)
-            row |= {"rew": rew, "terminal": terminated & row["real"]}
-            running += rew
-            for i in np.flatnonzero(terminated | truncated):
-                ended.append(running[i])
-                running[i] = 0.0
-            for k, v in row.items():
-                raw[k][at] = v
-            if learning:
-                row["rew"] = np.sign(rew) if args.clip_rewards else rew
-                for k, v in row.items():
-                    column = getattr(replay, k)
-                    column[torch.from_numpy(at).to(device)] = torch.from_numpy(np.asarray(v)).to(column)
-                complete = at[:0] if t < args.n_step else at - args.n_step  # their n steps lie behind us
-                complete = torch.from_numpy(complete[raw["real"][complete]])
-                usable[count : count + len(complete)] = complete.to(device)
-                count += len(complete)
-                replay.train = usable[:count]
-                for _ in range(PLAYERS // 4 if seen > 1_000 else 0):
-                    learner.update([replay.sample(args.batch_size)], alone=True)
-                    updates += 1
-                    if updates % args.target_network_frequency == 0:
-                        learner.refresh_target()
-            if stop.signum:
-                print("\nstopped while collecting: nothing is kept, the same command starts again")
-                raise SystemExit(128 + stop.signum)
-            progress.show(seen, {"return": np.nanmean(ended[-20:]) if len(ended) > 1 else math.nan})
-    begins = np.flatnonzero(raw["begins"])
-    last = np.append(begins[1:], rows) - 1
-    # pieces that the end of a stream did not cut; its last row may have closed an episode, too
-    raw["whole"] = (last % T < T - 1) | closed[last // T]
-    if learning:
-        returns, _ = evaluate(learner, Envs(env_id, 10, args), 0, args)
-        raw["made_by"] = {"collector_return_mean": float(returns.mean())}
-
-    def fill(out):
-        out[:] = frames
-
-    write_own(folder, raw | {"frames": (frames.shape, kind)}, fill)
+    with failing(f"--run-dir {args.run_dir}", OSError):  # said now, not after the work
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.run_dir).close()
+    say(f"no --dataset: recording {args.collect_steps:,} steps of random play of {env_id}")
+    rows, draw = args.collect_steps, np.random.default_rng(args.seed)
+    with ExitStack() as stack, new_set(folder) as make:
+        envs = Envs(env_id, 1, stack)
+        frames, columns = make((rows, *envs.frame_shape), envs.dtype)
+        obs = envs.reset(args.seed)
+        act = draw.integers(envs.actions, size=1)
+        at = first = 0  # the row, and the first one of its episode
+        while at < rows - 1:
+            if draw.random() >= args.collect_repeat:
+                act = draw.integers(envs.actions, size=1)
+            frames[at] = obs[0, -1] if envs.frames else obs[0]
+            obs, rew, terminated, truncated, infos = envs.envs.step(act)
+            over = bool(terminated[0] or truncated[0])
+            last = infos["final_obs"][0] if over else obs[0]
+            for what, x in (("reward", rew), ("observation", last)):
+                if not np.isfinite(x).all():
+                    fail(f"step {at} of {env_id}: the {what} is not finite, nothing is kept", 3)
+            row = {"act": act[0], "rew": rew[0], "terminal": terminated[0], "real": True}
+            for column, x in row.items():
+                columns[column][at] = x
+            columns["begins"][first] = True
+            columns["whole"][first] = over
+            at += 1
+            if over or at == rows - 1:
+                frames[at] = last[-1] if envs.frames else last
+                at += 1
+                first = at
+            if run.signum:
+                say("stopped while recording: nothing is kept, the same command starts again")
+                raise SystemExit(128 + run.signum)
     return folder
 
 
-# -------------------------------------------------------------------------- the numbers of one moment
-def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
-    """The numbers of one moment, on fixed probes of at most 2,048 transitions of all games, fp32, eval mode.
-
-    Means over games, but for q_max and the bounds. The TD error is that of Q(s,a), whatever the head, in
-    units of the target's variance; features are those of s, and of the s' that the backup looks at; v_s0
-    is at the data's first states."""
+# ------------------------------------------------------------------------------------ diagnostics
+def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, list]:
+    """What the networks of game g make of `rows`: numbers; features of s and s', and which rows
+    bootstrap; and of each 256 rows the mean activity of each layer's units. The TD error is that
+    of Q(s,a), whatever the head, in units of the target's variance."""
     net, target = learner.net, learner.target
-    moments, pieces, activity = [], [], []
+    q, y, features, activity = [], [], [], []
+    for part in rows.split(256):  # bounds the memory of activations
+        batch, record = data.batch(part), []
+        phi, phi_next = net.features(batch.obs, record), net.features(batch.next_obs)
+        out_next = target.heads[g](target.features(batch.next_obs))
+        next_act = greedy(net, g, phi_next, out_next, None, args)
+        value = target.q(out_next).gather(1, next_act[:, None])[:, 0]
+        q.append(net.q(net.heads[g](phi)))
+        y.append(batch.rew + batch.discount * value)
+        features.append((phi, phi_next, (batch.discount > 0).float()))
+        activity.append([h.abs().mean(0, keepdim=True) for h in record])
+    q, y = torch.cat(q), torch.cat(y)
+    q_data = q.gather(1, data.act[rows][:, None])[:, 0]
+    numbers = {
+        "q_data": q_data.mean(),
+        "q_pi": q.amax(1).mean(),
+        "q_rand": q.mean(),
+        "q_max": q.max(),
+        "cql_gap": (q.logsumexp(1) - math.log(q.shape[1]) - q_data).mean(),
+        "td_error": (q_data - y).pow(2).mean() / y.var(correction=0).clamp(min=1e-12),
+    }
+    to_go = data.returns_to_go[rows]
+    known = ~to_go.isnan()
+    if known.sum() >= 32:
+        numbers["q_minus_return"] = (q_data - to_go)[known].mean()
+        numbers["return_std"] = to_go[known].std()
+    return numbers, features, activity
+
+
+def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
+    """The numbers of one moment, in eval mode, on at most 2,048 transitions, always the same: means
+    over games, but for q_max and the bounds. v_s0 is at the data's first states."""
+    moments, features, activity = [], [], []
 
     def probe(rows):
         n = min(2048 // len(games), len(rows))
         chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
         return rows[torch.from_numpy(chosen).to(rows.device)]
 
-    def judge(g, data, rows, suffix=""):
-        """One game's TD error, and its Q against the data's returns; also Q, features, units' activity."""
-        q, y, found, active = [], [], [], []
-        for part in rows.split(256):  # bounds the memory of activations
-            record, batch = [], data.batch(part)
-            phi, phi_next = net.features(batch.obs, record), net.features(batch.next_obs)
-            out_next = target.heads[g](target.features(batch.next_obs))
-            next_act = greedy(net, g, phi_next, out_next, None, args)
-            y.append(batch.rew + batch.discount * target.q(out_next).gather(1, next_act[:, None])[:, 0])
-            q.append(net.q(net.heads[g](phi)))
-            active.append([h.abs().mean(0, keepdim=True) for h in record])
-            found.append((phi, phi_next, (batch.discount > 0).float()))
-        q, y = torch.cat(q), torch.cat(y)
-        q_data, to_go = q.gather(1, data.act[rows][:, None])[:, 0], data.returns_to_go[rows]
-        known = ~to_go.isnan()
-        out = {"td_error" + suffix: (q_data - y).pow(2).mean() / y.var()}
-        if known.sum() >= 32:
-            out["q_minus_return" + suffix] = (q_data - to_go)[known].mean()
-            out["return_std" + suffix] = to_go[known].std()
-        return out, q, q_data, found, active
-
-    net.eval()
+    learner.net.eval()
     with strict_fp32():
         for g, data in enumerate(games):
-            held = judge(g, data, probe(data.holdout), "_holdout")[0] if len(data.holdout) else {}
-            out, q, q_data, found, active = judge(g, data, probe(data.train))
-            pieces, activity = pieces + found, activity + active
-            out |= held | {"q_data": q_data.mean(), "q_pi": q.amax(1).mean(), "q_rand": q.mean()}
-            out |= {
-                "q_max": q.max(),
-                "v_s0": learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean(),
-            }
-            out["cql_gap"] = (torch.logsumexp(q, 1) - math.log(q.shape[1]) - q_data).mean()
-            low, high = data.info["reward_min"], data.info["reward_max"]
-            out["q_bound"] = high if high < 0 and data.info["terminals"] else high / (1 - args.gamma)
-            out["q_range"] = (high - low) / (1 - args.gamma)
-            # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up to 0.5;
-            # beyond that only the softmax holds them. c51's atoms end at v_max.
-            out["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
-            moments.append({k: float(v) for k, v in out.items()})
-        phi, phi_next, weight = (torch.cat(x) for x in zip(*pieces))
-        shared = spectrum(phi) | alignment(phi, phi_next, weight)
-        shared["dormant"] = dormant([torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)])
-    net.train()
-    out = {k: float(np.mean([m[k] for m in moments])) for k in moments[0] if all(k in m for m in moments)}
-    out |= {k: max(m[k] for m in moments) for k in ("q_max", "q_bound", "q_range", "q_lift")}
-    return out | {k: float(v) for k, v in shared.items()}
+            numbers, some, active = measure(learner, g, data, probe(data.train), args)
+            features, activity = features + some, activity + active
+            if len(data.holdout):
+                held, _, _ = measure(learner, g, data, probe(data.holdout), args)
+                known = ("td_error", "q_minus_return", "return_std")
+                numbers |= {f"{name}_holdout": held[name] for name in known if name in held}
+            numbers["v_s0"] = learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean()
+            low, high = data.reward_range
+            numbers["q_bound"] = high / (1 - args.gamma)
+            if high < 0 and data.terminals:
+                numbers["q_bound"] = high  # where every reward costs, ending at once is best
+            numbers["q_range"] = (high - low) / (1 - args.gamma)
+            # Huber's slope is 1: dqn and rem rest at Q - y <= alpha up to alpha 1, qr much lower up
+            # to 0.5; beyond that only the softmax holds them. c51's atoms end at v_max.
+            numbers["q_lift"] = args.cql_alpha / (1 - args.gamma**args.n_step)
+            moments.append({name: float(x) for name, x in numbers.items()})
+        phi, phi_next, bootstraps = (torch.cat(x) for x in zip(*features))
+        units = [torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)]
+        out = spectrum(phi) | alignment(phi, phi_next, bootstraps) | {"dormant": dormant(units)}
+    learner.net.train()
+    for name in set.intersection(*map(set, moments)):
+        join = max if name in ("q_max", "q_bound", "q_range", "q_lift") else np.mean
+        out[name] = join([m[name] for m in moments])
+    return {name: float(x) for name, x in out.items()}
 
 
 def advice(args: Args) -> dict:
-    """The flags that a verdict recommends; what is already on is not among them."""
+    """The flags that a verdict recommends: of those that this run would accept and has not got."""
     flags = {
-        "divergence": [f"--cql-alpha {max(1, 2 * args.cql_alpha):g}", "--unit-norm"],
-        "overfitting": ["--dropout 0.1", "a smaller --width"],
+        "divergence": [f"--cql-alpha {max(1, 2 * args.cql_alpha):g}"],
+        "overfitting": [] if args.dropout else ["--dropout 0.1"],
         "alpha too large": [f"--cql-alpha {args.cql_alpha / 2:g}"],
-        "underfitting": [f"--width {max(32, 2 * args.width)}", "--encoder resnet", "--dr3-coef 0.1"],
+        "underfitting": [f"--width {min(4096, max(32, 2 * args.width))}"],
     }
+    flags["divergence"] += [] if args.unit_norm else ["--unit-norm"]
+    flags["overfitting"] += ["a smaller --width"]
+    flags["underfitting"] += ["--encoder resnet"] if args.encoder == "nature" else []
+    flags["underfitting"] += [] if args.dr3_coef else ["--dr3-coef 0.1"]
     if args.n_step > 1:
-        flags["underfitting"] += [f"--n-step {args.n_step // 2}: the noise of so many rewards is part of it"]
-    on = {flag(k) for k in ("unit_norm", "dropout", "dr3_coef") if getattr(args, k)}
-    on |= {"--encoder"} if args.encoder == "resnet" else set()
-    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
+        noise = "the noise of so many rewards is part of it"
+        flags["underfitting"] += [f"--n-step {args.n_step // 2}: {noise}"]
+    return {name: " or ".join(parts) for name, parts in flags.items()}
 
 
-# ------------------------------------------------------------------------------------------- training
-def summary_of(kind: str, returns: list, args: Args) -> dict:
-    """Mean and deviation of the returns (means over games), and the score against a person where known."""
-    means = [float(x.mean()) for x in returns]
-    scores = [normalized_score(name, x) for name, x in zip(args.env_id, means)]
-    out = {f"{kind}_return_mean": float(np.mean(means))}
-    out[f"{kind}_return_std"] = float(np.mean([x.std() for x in returns]))
-    if kind == "final":
-        out["normalized_score"] = None if None in scores else float(np.mean(scores))
-    if len(means) > 1:
-        out[f"{kind}_games"] = dict(zip(args.env_id, means))
-    return out
+# --------------------------------------------------------------------------------------- training
+AGREE = 10  # updates between the moments at which processes ask each other whether to stop
 
 
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
+    device = set_up(args, distributed=True)
     join(args)
-    first = processes()[0] == 0
-    device, saved = set_up(args), find_checkpoint(args)
-    if saved and (past := finished(saved, "num_updates", args.num_updates)):
-        return past
-    envs = [Envs(name, max(1, args.eval_episodes), args) for name in args.env_id]
-    if len({e.shape for e in envs}) > 1:
-        fail(f"--env-id: observations differ in shape, {[e.shape for e in envs]}: no shared encoder fits")
-    makes = not args.dataset or args.storage == "mmap"
-    if makes and not first:
-        agree(0)  # the first process collects or unpacks, the others wait
-    paths = args.dataset or [str(collect(name, args, device)) for name in args.env_id]
-    games = [load(path, args, e, device) for path, e in zip(paths, envs)]
-    if makes and first:
-        agree(0)
-    digest = "+".join(data.info["dataset_sha256"] for data in games)
-    if saved and saved["info"]["dataset_sha256"] != digest:
-        fail(f"--resume {args.resume}: that run had other data: {saved['info']['dataset']}")
-    shape, actions = envs[0].shape, [e.actions for e in envs]
-    reserve(memory(args, Network(shape, actions, args), shape), "networks and one update, roughly", device)
-    torch.manual_seed(args.seed)  # again: collecting has drawn from it
-    learner = Learner(shape, actions, args, device)
-    if not learner.net.image:
-        learner.standardise(games)
-    step, history, returns, info = 0, [], [np.full(1, math.nan)] * len(games), {}
-    if saved:
-        learner.restore(saved["learner"])
-        step, history = saved["step"], saved["history"]
-        returns = [np.array(x) for x in saved["returns"]]
-        restore_random_state(saved["random"])
-    facts = {"dataset": " ".join(paths), "dataset_sha256": digest}
-    for key in ("dataset_return_mean", "collector_return_mean"):
-        values = [data.info[key] for data in games if key in data.info]
-        facts |= {key: float(np.mean(values))} if values else {}
-    run = Run(args, facts, saved) if first else None
-    share = args.batch_size // len(games)
-    graphs = args.cudagraphs and device.type == "cuda" and processes()[1] == 1
-    draw = lambda: [data.sample(share, *processes()) for data in games]
-    if args.storage == "device":
-        update = GraphedUpdate(lambda: learner.update(draw()), graphs)
-    else:  # a graph cannot fetch: it reads what is put into these tensors
-        rows = torch.zeros(share // processes()[1], dtype=torch.int64, device=device)
-        staged = [data.batch(data.train[rows]) for data in games]
-        replayed = GraphedUpdate(lambda: learner.update(staged), graphs)
+    rank, size = processes()
+    with Run(args, args.num_updates) as run:
+        n = max(1, args.eval_episodes) if rank == 0 else 1  # one, for its spaces
+        envs = [Envs(name, n, run) for name in args.env_id]
+        if len({e.shape for e in envs}) > 1:
+            fail(f"--env-id: no encoder fits observations of shapes {[e.shape for e in envs]}")
+        games, facts = load_games(args, envs, device, run)
+        learner = Learner(envs[0].shape, [e.actions for e in envs], args, device)
+        if not learner.net.image:
+            learner.standardise(games)
+        step, history, scores, last_return = 0, [], [], math.nan
+        if run.saved:
+            if run.saved["info"]["dataset_sha256"] != facts["dataset_sha256"]:
+                fail(f"--resume: that run had other data: {run.saved['info']['dataset']}")
+            step, history, scores = (run.saved[k] for k in ("step", "history", "scores"))
+            run.restore(learner, {"net": learner.optim})
+        if rank == 0:
+            run.open(**facts)
 
-        def update():
-            for old, new in zip(staged, draw()):
-                for x, y in zip(old, new):
-                    x.copy_(y)
-            return replayed()
+        def save(name: str = "checkpoint.pt"):
+            state = {"history": history, "scores": scores}
+            run.save(step, learner, {"net": learner.optim}, name, **state)
 
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "step": step, "history": history, "random": random_state()}
-        if first:
-            run.save("checkpoint.pt", state | {"returns": [x.tolist() for x in returns]})
+        def update() -> dict:
+            n = args.batch_size // len(games)
+            return learner.update([data.sample(n, rank, size) for data in games])
 
-    def score():
-        """Evaluate every game; the tags carry a game's name where there are several."""
-        found = [evaluate(learner, e, g, args) for g, e in enumerate(envs)]
-        tags = [f"/{name}" if len(envs) > 1 else "" for name in args.env_id]
-        for (game_returns, overestimation), tag, name in zip(found, tags, args.env_id):
-            mean = game_returns.mean()
-            scores = {"charts/episodic_return": mean, "eval/episodic_return": mean}
-            scores["charts/normalized_score"] = normalized_score(name, mean)
-            scores["diagnostics/overestimation"] = overestimation
-            run.scalars({k + tag: v for k, v in scores.items()}, step)
-        return [r for r, _ in found]
-
-    every = lambda n: n > 0 and step % n == 0
-    progress = Progress("training", args.num_updates, step)
-    with StopSignal() as stop:
-        signum = 0
-        while step < args.num_updates and not signum:
-            info = update()
-            step += 1
-            if every(args.target_network_frequency):
+        if args.cudagraphs and device.type == "cuda" and size == 1 and args.storage == "device":
+            update = GraphedUpdate(update)
+        stop = 0
+        while step < args.num_updates and not stop:
+            info, before, step = update(), step, step + 1
+            if every(args.target_network_frequency, before, step):
                 learner.refresh_target()
-            diagnosing = every(args.diagnostics_frequency)
-            scoring = args.eval_episodes and (every(args.eval_frequency) or step == args.num_updates)
-            if diagnosing or scoring or every(args.log_frequency):
-                check_finite(step, info | dict(learner.named_parameters()))
-            if first and every(args.log_frequency):
-                rate = progress.rate(step)
-                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
-                run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
-            with progress.paused(first and (diagnosing or scoring)):
-                if first and diagnosing:
+            if size == 1 or step % AGREE == 0:
+                stop = agree(run.signum)
+            if rank > 0:
+                continue
+
+            if every(args.log_frequency, before, step):
+                rate = run.rate(step)
+                run.log(step, {"losses/" + name: x for name, x in info.items()})
+                run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
+                run.show(step, loss=info["loss"], Q=info["q_values"], last_return=last_return)
+            if every(args.diagnostics_frequency, before, step):
+                with run.paused():
                     moment = diagnose(learner, games, args)
-                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                    history.append(moment | {"step": step})
-                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                        run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
-                if first and scoring:
-                    returns = score()
-            if every(args.checkpoint_frequency) and step < args.num_updates:
+                run.log(step, {"diagnostics/" + name: x for name, x in moment.items()})
+                history.append(moment | {"step": step})
+                if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                    save("selected.pt")
+            scoring = step == args.num_updates or every(args.eval_frequency, before, step)
+            if args.eval_episodes and scoring:
+                with run.paused():
+                    scores = score(learner, envs, args)
+                run.log(step, tags(scores, envs))
+                last_return = np.mean([x["returns"] for x in scores])
+            if every(args.checkpoint_frequency, before, step):
                 save()
-            mean = np.mean([x.mean() for x in returns])
-            progress.show(step, {"loss": info["loss"], "Q": info["q_values"], "return": mean})
-            if step % AGREE == 0 or processes()[1] == 1:
-                signum = agree(stop.signum)
+        if rank > 0:
+            raise SystemExit(128 + stop if stop else 0)
         save()
-        if not first:
-            raise SystemExit(128 + signum if signum else 0)
-        summary = facts | {"num_updates": step, "updates_per_second": progress.rate(step)}
-        if args.eval_episodes:
-            summary |= summary_of("final", returns, args)
-        if args.eval_episodes and step == args.num_updates and (run.dir / "selected.pt").is_file():
-            chosen = load_checkpoint(run.dir / "selected.pt")
+        run.signum = run.signum or stop
+        run.stop_if_asked()
+        summary = {"num_updates": step, "updates_per_second": run.rate(step)}
+        if scores:
+            summary |= summary_of("final", scores, envs)
+        if args.eval_episodes and (run.dir / "selected.pt").is_file():
+            chosen = load_checkpoint(run.dir, "selected.pt")
             learner.load_state_dict(chosen["networks"])
-            selected = [evaluate(learner, e, g, args)[0] for g, e in enumerate(envs)]
-            summary |= {"selected_step": chosen["step"]} | summary_of("selected", selected, args)
-        if signum:
-            run.stopped(signum)
-    name, sentence = verdict(history, args)
-    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
-    known = ((k, summary.get(f"{k}_return_mean")) for k in ("dataset", "selected", "final", "collector"))
-    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known if v is not None))
-    print(f"verdict: {name}. {sentence}")
-    return run.finish(summary)
+            summary |= summary_of("selected", score(learner, envs, args), envs)
+            summary["selected_step"] = chosen["step"]
+        known = replace(args, encoder=learner.net.kind)
+        name, sentence = verdict(history, known, max(data.rewarded for data in games))
+        sentence += evaluated(summary | facts)
+        say(f"verdict: {name}. {sentence}")
+        return run.finish(summary | {"verdict": name, "verdict_text": sentence})
 
 
-# ---------------------------------------------------------------------- files of data, Atari's scores
-def prepare(path, raw: dict, args: Args, actions: int, device) -> Data:
-    """Check, describe and split what a reader found: frames, act, rew, terminal, real, begins, whole, note.
-
-    `begins` marks the first row of each episode or piece of one, `whole` the pieces that are complete."""
-    frames, rew, terminal, real = (raw[k] for k in ("frames", "rew", "terminal", "real"))
-    rows = np.arange(len(real))
-    if not real.any():
-        fail(f"{path}: holds no transitions")
-    bad = np.flatnonzero(real & ((raw["act"] < 0) | (raw["act"] >= actions)))
-    if len(bad):
-        fail(f"{path}: row {bad[0]} has action {raw['act'][bad[0]]}, the environment has {actions}")
-    bad = np.flatnonzero(~np.isfinite(rew))
-    if len(bad):
-        fail(f"{path}: row {bad[0]} has reward {rew[bad[0]]}, expected finite numbers")
-    bad = np.flatnonzero(real & ~terminal & np.append(raw["begins"][1:], True))
-    if len(bad):
-        fail(f"{path}: row {bad[0]} has no next state, its episode ends there without being over")
-    if frames.dtype != np.uint8 and not np.isfinite(frames).all():
-        fail(f"{path}: the observation of row {np.argwhere(~np.isfinite(frames))[0][0]} is not finite")
-    age = rows - np.maximum.accumulate(np.where(raw["begins"], rows, 0))
-    episode = np.cumsum(raw["begins"]) - 1
-    # the real rows alone: each piece is contiguous among them
-    at = np.flatnonzero(real)
-    change = np.flatnonzero(np.diff(episode[at]))
-    first, last = np.append(0, change + 1), np.append(change, len(at) - 1)
-    returns = np.add.reduceat(rew[at], first, dtype=np.float64)
-    whole, ended = raw["whole"][episode[at[first]]], terminal[at[last]]
-    if args.clip_rewards:
-        np.sign(rew, out=rew)
-    lasts = np.repeat(last, last - first + 1)
-    left = lasts - np.arange(len(at)) + np.float32(1)
-    g = returns_to_go(rew[at], lasts.astype(np.int32), args.gamma)
-    g[~np.repeat(ended, last - first + 1) & (args.gamma**left > 0.01)] = np.nan
-    held = np.zeros(len(first), bool)
-    if args.holdout and len(first) > 1:
-        order = np.random.default_rng(args.seed).permutation(len(first))
-        held[order[: max(1, round(args.holdout * len(first)))]] = True
-    held_rows = np.repeat(held, last - first + 1)
-    if held_rows.all():
-        fail(f"{path}: nothing to train on, all {len(at)} transitions are held out")
-    digest = hashlib.sha256()
-    some = (frames[0], frames[len(frames) // 2], frames[-1])
-    for array in (raw["act"], rew, terminal, real, raw["begins"], *some):
-        digest.update(np.ascontiguousarray(array))
-    returns = returns[whole] if whole.any() else returns
-    of = f"the {whole.sum():,} whole ones" if whole.any() else "these pieces, none of them whole,"
-    mean = float(returns.mean())
-    to_go = np.full(len(real), np.nan, np.float32)
-    to_go[at] = g
-    columns = {"act": raw["act"].astype(np.int64), "rew": rew, "terminal": terminal, "real": real}
-    columns |= {"age": np.minimum(age, STACK - 1).astype(np.uint8), "returns_to_go": to_go}
-    columns |= {"train": at[~held_rows], "holdout": at[held_rows], "starts": at[first][age[at[first]] == 0]}
-    if not len(columns["starts"]):  # pieces of DQN Replay all begin with three frames of their past
-        columns["starts"] = at[first]
-    data = Data(frames, columns, args, device)
-    data.info = {"dataset": str(path), "dataset_sha256": digest.hexdigest(), "dataset_return_mean": mean}
-    data.info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max())}
-    data.info |= {"terminals": int(terminal[at].sum())} | raw.get("made_by", {})
-    print(
-        f"{path}: {len(at):,} transitions in {len(first):,} episodes, {ended.sum():,} ended by a terminal "
-        f"state{raw['note']}\n  returns of {of} {mean:.1f} mean, "
-        f"{returns.min():.1f} min, {returns.max():.1f} max\n"
-        f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out"
-    )
-    return data
+def score(learner, envs: list[Envs], args: Args) -> list[dict]:
+    """Of each game's evaluation the returns of its episodes, and the overestimation."""
+    found = [evaluate(learner, e, g, args) for g, e in enumerate(envs)]
+    return [{"returns": returns.tolist(), "overestimation": over} for returns, over in found]
 
 
-def read_own(folder: Path, args: Args, device) -> dict:
-    """What collect() and unpack() write: .npy files, mapped into memory or read."""
-    arrays, kinds = {}, {"observations": "uf", "actions": "iu", "rewards": "iuf"}
-    for name in ("observations", "actions", "rewards", "terminals", "real", "begins"):
-        path = folder / f"{name}.npy"
-        try:
-            x = arrays[name] = np.load(path, "r", allow_pickle=False)  # "c" fails beyond the memory's size
-            dims = {"u": 3, "f": 2}.get(x.dtype.kind) if name == "observations" else 1
-            if x.ndim != dims or x.dtype.kind not in kinds.get(name, "biu"):
-                raise ValueError(f"shape {x.shape} of {x.dtype}")
-        except Exception as e:  # np.load raises half a dozen kinds of it
-            fail(f"{path}: missing or damaged ({type(e).__name__}: {first_line(e)})")
-        if len(arrays[name]) != len(arrays["observations"]):
-            fail(f"{path}: {len(arrays[name])} rows, observations.npy has {len(arrays['observations'])}")
-    try:
-        made_by = json.loads((folder / "made_by.json").read_text())
-        whole = np.array(made_by["whole"], bool)
-        if len(whole) != arrays["begins"].sum() or not arrays["begins"][0]:
-            raise ValueError(f"{len(whole)} episodes, begins.npy has {arrays['begins'].sum()}")
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        fail(f"{folder / 'made_by.json'}: missing or damaged ({first_line(e)})")
-    frames = arrays["observations"]
-    if args.storage != "mmap":
-        reserve(frames.nbytes, "frames", device if args.storage == "device" else torch.device("cpu"))
-        frames = np.array(frames)
-    raw = {"frames": frames, "act": np.array(arrays["actions"])}
-    raw["rew"] = np.array(arrays["rewards"], np.float32)
-    names = {"terminal": "terminals", "real": "real", "begins": "begins"}
-    raw |= {k: np.array(arrays[name], bool) for k, name in names.items()}
-    return raw | {"whole": whole, "note": "", "made_by": made_by["info"]}
-
-
-def write_own(folder: Path, raw: dict, fill):
-    """The folder that read_own() reads, complete or not at all; fill(observations) writes the frames."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        shape, dtype = raw["frames"]
-        frames = np.lib.format.open_memmap(temporary / "observations.npy", "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk says so here; a mapped write would kill the process
-            with open(temporary / "observations.npy", "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, f.seek(0, os.SEEK_END))
-        fill(frames)
-        names = {"act": "actions", "rew": "rewards", "terminal": "terminals"}
-        names |= {"real": "real", "begins": "begins"}
-        for key, name in names.items():
-            np.save(temporary / f"{name}.npy", raw[key])
-        whole = raw["whole"].tolist()
-        (temporary / "made_by.json").write_text(json.dumps({"whole": whole, "info": raw.get("made_by", {})}))
-        os.replace(temporary, folder)
-    except OSError as e:
-        if not folder.is_dir():  # else another run has just made the same set
-            fail(f"{folder} could not be written ({e})")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def opened(path: Path):
-    """A .npy array inside a .gz file: its stream after the header, its shape and type."""
-    try:
-        with gzip.open(path) as f:
-            version = np.lib.format.read_magic(f)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, by_column, dtype = read[version](f)
-            if by_column or dtype.hasobject:
-                raise ValueError("not a plain array")
-            yield f, shape, dtype
-    except Exception as e:  # gzip, zlib and numpy's header raise a dozen kinds of it
-        fail(f"{path}: missing or damaged ({type(e).__name__}: {first_line(e)})")
-
-
-def fill_from(f, out):
-    """Bytes of a stream into rows `out`, without a copy of the whole."""
-    view = memoryview(out.reshape(-1).view(np.uint8))
-    while len(view):
-        n = f.readinto(view[: 1 << 24])
-        if not n:
-            raise EOFError("the file ends too early")
-        view = view[n:]
-
-
-def finish(f):
-    """The stream ends here; only now has gzip compared its checksum."""
-    if f.read(1):
-        raise ValueError("longer than its header says")
-
-
-def read_column(folder: Path, name: str, number: int, kinds: str):
-    path = folder / f"$store$_{name}_ckpt.{number}.gz"
-    with opened(path) as (f, shape, dtype):
-        if len(shape) != 1 or dtype.kind not in kinds:
-            raise ValueError(f"shape {shape} of {dtype}")
-        out = np.empty(shape, dtype)
-        fill_from(f, out)
-        finish(f)
+def tags(scores: list[dict], envs: list[Envs]) -> dict:
+    """What is logged of an evaluation; the game's name ends a tag where there are several."""
+    out = {}
+    for x, e in zip(scores, envs):
+        mean, name = np.mean(x["returns"]), f"/{e.name}" if len(envs) > 1 else ""
+        out |= {f"charts/episodic_return{name}": mean, f"eval/episodic_return{name}": mean}
+        out[f"diagnostics/overestimation{name}"] = x["overestimation"]
+        if e.game in HUMAN:
+            out[f"charts/normalized_score{name}"] = normalized_score(e.game, mean)
     return out
 
 
-def read_dqn_replay(folder: Path, args: Args, device) -> dict:
+def summary_of(kind: str, scores: list[dict], envs: list[Envs]) -> dict:
+    """Of the final or the selected policy: means over games."""
+    means = [float(np.mean(x["returns"])) for x in scores]
+    out = {f"{kind}_return_mean": float(np.mean(means))}
+    out[f"{kind}_return_std"] = float(np.mean([np.std(x["returns"]) for x in scores]))
+    if kind == "final":
+        out["overestimation"] = float(np.mean([x["overestimation"] for x in scores]))
+        out["normalized_score"] = None
+        if all(e.game in HUMAN for e in envs):
+            parts = [normalized_score(e.game, mean) for e, mean in zip(envs, means)]
+            out["normalized_score"] = float(np.mean(parts))
+    return out
+
+
+# ---------------------------------------------------------------------------------- files of data
+def load_games(args: Args, envs: list[Envs], device, run) -> tuple[list[Data], dict]:
+    """The data of each environment, and what is known of all. What has to be recorded or unpacked
+    first, the first process makes, and the others wait."""
+    rank, making = processes()[0], not args.dataset or args.storage == "mmap"
+    if making and rank > 0:
+        agree(0)
+    paths = args.dataset or [str(record(name, args, run)) for name in args.env_id]
+    games = [load(path, args, e, device) for path, e in zip(paths, envs)]
+    if making and rank == 0:
+        agree(0)
+    facts = {"dataset": " ".join(paths), "dataset_sha256": "+".join(x.sha256 for x in games)}
+    return games, facts | {"dataset_return_mean": float(np.mean([x.return_mean for x in games]))}
+
+
+def load(name: str, args: Args, envs: Envs, device) -> Data:
+    """A game's data from a folder of ours, a DQN Replay folder or a Minari set."""
+    path = Path(name)
+    replay, own = dqn_replay(path), (path / "columns.npz").exists()
+    read = read_dqn_replay if replay else read_minari
+    if args.fraction < 1 and (own or not replay):
+        fail(f"--fraction {args.fraction}: {name} is no DQN Replay folder")
+    if own:
+        frames, columns = read_own(path, args)
+    elif args.storage == "mmap":  # unpacked once
+        files = sorted((replay or path).glob("*"))
+        key = [str(path.resolve()), args.fraction, args.subset, args.seed]
+        key = repr(key + [p.stat().st_mtime_ns for p in files]).encode()
+        folder = Path(args.data_dir) / f"unpacked_{hashlib.sha256(key).hexdigest()[:16]}"
+        if not (folder / "columns.npz").exists():
+            with new_set(folder) as make:
+                read(replay or name, args, envs, make)
+        frames, columns = read_own(folder, args)
+    else:
+        frames, columns = read(replay or name, args, envs, in_memory)
+    if frames.shape[1:] != envs.frame_shape:
+        fail(f"{path}: shows {frames.shape[1:]}, {envs.name} {envs.frame_shape}")
+    return prepare(path, frames, columns, args, envs.actions, device)
+
+
+def prepare(path, frames, columns: dict, args: Args, actions: int, device) -> Data:
+    """Check, describe and split what a reader found."""
+    act, rew, terminal, real, begins, whole = (columns[name] for name in COLUMNS)
+    if not real.any():
+        fail(f"{path}: no transitions")
+    finite = np.isfinite(frames).all(1) if frames.ndim == 2 else np.ones(len(real), bool)
+    for bad, what in (
+        (real & ((act < 0) | (act >= actions)), f"the environment has {actions} actions"),
+        (~np.isfinite(rew), "rewards have to be finite"),
+        (~finite, "its observation is not finite"),
+        (real & ~terminal & np.append(begins[1:], True), "no next state, and the end is not there"),
+    ):
+        if bad.any():
+            i = int(bad.argmax())
+            fail(f"{path}: row {i} (action {act[i]}, reward {rew[i]}): {what}")
+    begin = np.maximum.accumulate(np.where(begins, np.arange(len(real)), 0))  # of a row's piece
+    age = np.minimum(np.arange(len(real)) - begin, STACK - 1).astype(np.uint8)
+    # of the real rows alone, where each piece is contiguous
+    at = np.flatnonzero(real)
+    first = np.flatnonzero(np.diff(begin[at], prepend=-1))
+    last = np.append(first[1:], len(at)) - 1
+    lengths, complete, ended = last - first + 1, whole[begin[at[first]]], terminal[at[last]]
+    returns = np.add.reduceat(rew[at], first, dtype=np.float64)
+    if args.clip_rewards:
+        rew = np.sign(rew)
+    lasts = np.repeat(last, lengths).astype(np.int32)
+    to_go = np.full(len(real), np.nan, np.float32)
+    to_go[at] = returns_to_go(rew[at], lasts, args.gamma)
+    hidden = args.gamma ** (lasts - np.arange(len(at)) + np.float32(1)) > 0.01
+    to_go[at[hidden & ~np.repeat(ended, lengths)]] = np.nan
+    held = np.zeros(len(first), bool)
+    if args.holdout and len(first) > 1:
+        n = min(max(1, round(args.holdout * len(first))), len(first) - 1)
+        held[np.random.default_rng(args.seed).permutation(len(first))[:n]] = True
+    held = np.repeat(held, lengths)
+    tensors = {"act": act, "rew": rew, "terminal": terminal, "real": real, "age": age}
+    tensors |= {"train": at[~held], "holdout": at[held], "starts": at[first]}
+    data = Data(frames, tensors | {"returns_to_go": to_go}, args, device)
+    digest = hashlib.sha256()
+    some = (frames[0], frames[len(frames) // 2], frames[-1])
+    for array in (act, rew, terminal, real, begins, *some):
+        digest.update(np.ascontiguousarray(array))
+    data.sha256, data.terminals = digest.hexdigest(), int(terminal[at].sum())
+    data.reward_range = float(rew[at].min()), float(rew[at].max())
+    values, counts = np.unique(rew[at], return_counts=True)
+    data.rewarded = 1 - counts.max() / len(at)
+    if values[counts.argmax()] != 0 and data.terminals:
+        data.rewarded = 1.0  # then an episode's length pays
+    of = f"the {complete.sum():,} whole ones" if complete.any() else "these pieces"
+    returns = returns[complete] if complete.any() else returns
+    data.return_mean = float(returns.mean())
+    say(f"{path}: {len(at):,} transitions, {held.sum():,} of them held out")
+    say(f"  {len(first):,} episodes, {ended.sum():,} ended by a terminal state; returns of {of}:")
+    say(f"  {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}")
+    if data.rewarded <= 0.001:
+        say(f"  only {data.rewarded:.2%} of the rewards differ from the others")
+    return data
+
+
+# of a set, for each row; `begins` marks first rows of episodes or of pieces of one, `whole` those
+# of complete ones
+COLUMNS = {"act": np.int64, "rew": np.float32, "terminal": bool, "real": bool, "begins": bool}
+COLUMNS |= {"whole": bool}
+
+
+def in_memory(shape: tuple, dtype) -> tuple:
+    """Frames and columns for a reader to fill."""
+    reserve(math.prod(shape) * np.dtype(dtype).itemsize, "frames", torch.device("cpu"))
+    return np.empty(shape, dtype), {k: np.zeros(shape[0], kind) for k, kind in COLUMNS.items()}
+
+
+@contextmanager
+def new_set(folder: Path):
+    """Yields what in_memory() is, for frames that lie in a file of the folder; the set is complete
+    when its columns.npz is there."""
+    columns = {}
+
+    def make(shape: tuple, dtype) -> tuple:
+        frames = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        say(f"{folder}: {frames.nbytes / 2**20:,.1f} MiB on disk")
+        if hasattr(os, "posix_fallocate"):  # else a full disk kills the process at some write
+            with open(temporary, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
+        columns.update({k: np.zeros(shape[0], kind) for k, kind in COLUMNS.items()})
+        return frames, columns
+
+    with failing(f"--data-dir {folder.parent}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with write_beside(folder / "frames.npy") as temporary:
+        yield make
+    with write_beside(folder / "columns.npz") as temporary, open(temporary, "wb") as f:
+        np.savez(f, **columns)
+
+
+def read_own(folder: Path, args: Args) -> tuple:
+    """What new_set() has made: frames, mapped into memory or read, and columns."""
+    with failing(f"{folder / 'frames.npy'}: missing or damaged", Exception):
+        frames = np.load(folder / "frames.npy", "r")
+    path = folder / "columns.npz"
+    with failing(f"{path}: missing or damaged", Exception), np.load(path) as f:
+        columns = {name: f[name].astype(kind, casting="safe") for name, kind in COLUMNS.items()}
+        if {x.shape for x in columns.values()} != {frames.shape[:1]} or not columns["begins"][0]:
+            raise ValueError(f"its rows do not fit {len(frames)} frames")
+    if args.storage != "mmap":
+        reserve(frames.nbytes, "frames", torch.device("cpu"))
+        frames = np.array(frames)
+    return frames, columns
+
+
+def dqn_replay(path: Path) -> Path | None:
+    """The folder of Dopamine's files: `path`, one within it, or if it does not exist the one that
+    it would lie in."""
+    start = path.parent if path.name == "replay_logs" and not path.exists() else path
+    found = sorted({p.parent for p in start.glob("**/$store$_*_ckpt.*.gz")})
+    if len(found) > 1:
+        fail(f"--dataset {path}: {len(found)} DQN Replay folders, name one of them: {found[0]} ...")
+    return found[0] if found else None
+
+
+def read_gz(path: Path, kinds: str):
+    """Numbers of a .npy file in a .gz file. A set, as Dopamine pickles it, is not unpickled: its
+    numbers, NumPy's or Python's, are picked out of the opcodes."""
+    with failing(f"{path}: missing or damaged", Exception), gzip.open(path) as f:
+        data = f.read()  # to the end, where gzip compares its checksum
+        if data[:6] == b"\x93NUMPY":
+            x = np.load(io.BytesIO(data))
+        else:
+            ops = [(op.name, arg) for op, arg, _ in pickletools.genops(data)]
+            x = [int.from_bytes(arg, "little") for name, arg in ops if name == "SHORT_BINBYTES"]
+            x = np.array(x or [arg for name, arg in ops if name.startswith("BININT")], np.int64)
+        if x.ndim > 1 or x.dtype.kind not in kinds:
+            raise ValueError(f"shape {x.shape} of {x.dtype}")
+    return x
+
+
+def read_checkpoint(folder: Path, number: int) -> dict:
+    """One of Dopamine's dumps, without its frames: columns, the rows after which an episode ends,
+    how many rows are filled and which is the oldest."""
+
+    def file(name: str) -> Path:
+        return folder / f"{name}_ckpt.{number}.gz"
+
+    x = {"frames": file("$store$_observation")}
+    for name, kinds in (("action", "iu"), ("reward", "iuf"), ("terminal", "biu")):
+        x[name] = read_gz(file(f"$store$_{name}"), kinds)
+    rows = count = len(x["terminal"])
+    ends = np.flatnonzero(x["terminal"]) + 1
+    if file("add_count").exists():
+        count = int(read_gz(file("add_count"), "iu"))
+    else:
+        say(f"{folder}: no add_count, files are taken to be written from row 0 on")
+    if file("episode_end_indices").exists():  # with those that a time-out ended
+        ends = np.union1d(ends, read_gz(file("episode_end_indices"), "iu") + 1)
+    if not len(x["action"]) == len(x["reward"]) == rows or count < 0:
+        fail(f"{folder}: columns of checkpoint {number} do not fit together")
+    oldest = count % rows if count > rows else 0
+    return x | {"ends": ends, "size": min(count, rows), "oldest": oldest}
+
+
+def read_dqn_replay(folder: Path, args: Args, envs: Envs, make) -> tuple:
     """A DQN Replay folder: circular buffers of single frames, dumped at each checkpoint N.
 
-    Three rows of zeros stand before each episode. Nothing is a transition whose stack or next frame would
-    reach across an episode's end, the write cursor (add_count) or the end of what is read.
-    """
-    pattern = r"\$store\$_(?:observation|action|reward|terminal)_ckpt\.(\d+)\.gz"
-    numbers = sorted({int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))})
-    missing = [n for n in args.checkpoints if n not in numbers]
-    if missing:
-        fail(f"{folder}: no checkpoint {missing[0]}, it has {numbers[0]} to {numbers[-1]}")
-    numbers = sorted(set(args.checkpoints)) if args.checkpoints else numbers
-    files, draw, notes = [], np.random.default_rng(args.seed), set()
-    for n in numbers:
-        columns = {
-            k: read_column(folder, k, n, kinds)
-            for k, kinds in (("action", "iu"), ("reward", "iuf"), ("terminal", "biu"))
-        }
-        path = folder / f"$store$_observation_ckpt.{n}.gz"
-        with opened(path) as (_, shape, dtype):
-            if len(shape) != 3 or dtype != np.uint8:
-                raise ValueError(f"shape {shape} of {dtype}, expected (rows, height, width) of uint8")
-        lengths = {len(x) for x in columns.values()} | {shape[0]}
-        if len(lengths) > 1 or (files and shape[1:] != files[0]["shape"][1:]):
-            fail(f"{path}: shape {shape} does not fit the other files, whose lengths are {sorted(lengths)}")
-        size = cursor = shape[0]
-        count_file = folder / f"add_count_ckpt.{n}.gz"
-        if count_file.exists():
-            with opened(count_file) as (f, _, dtype):
-                if dtype.kind not in "iu":
-                    raise ValueError(f"{dtype}")
-                count = np.empty(1, dtype)
-                fill_from(f, count)
-                finish(f)
-                count = int(count[0])
-                if count < 0:
-                    raise ValueError(f"{count}")
-            size, cursor = (count, count) if count < size else (size, count % max(size, 1))
-        else:
-            notes.add("; no add_count: files are taken to be written from row 0 on")
-        files.append({"path": path, "shape": shape, "size": size, "cursor": cursor} | columns)
-    budget, pieces = round(args.fraction * sum(x["size"] for x in files)), []
+    Three rows of zeros stand before each episode. Nothing is a transition whose stack or next frame
+    would reach across an episode's end, the oldest row, or the end of what is read."""
+    names = [re.search(r"_ckpt\.(\d+)\.gz$", p.name) for p in folder.iterdir()]
+    files = [read_checkpoint(folder, n) for n in sorted({int(m[1]) for m in names if m})]
+    budget, draw = args.fraction * sum(x["size"] for x in files), np.random.default_rng(args.seed)
     for x in files:  # which rows of each file are read, [lo, hi)
-        end = np.flatnonzero(x["terminal"][: x["size"]]) + 1
-        bounds = np.unique(np.r_[0, end, x["cursor"] if 0 < x["cursor"] < x["size"] else 0, x["size"]])
-        spans = list(zip(bounds, bounds[1:]))
+        size, begin = x["size"], 0
+        cuts = np.union1d(x["ends"], [0, x["oldest"], size])
+        spans = list(zip(cuts[cuts < size], cuts[1:]))
         if args.subset == "uniform" and args.fraction < 1:
-            spans = [s for s in spans if draw.random() < args.fraction]
+            spans = [span for span in spans if draw.random() < args.fraction]
         else:
-            first = args.subset == "first"
-            n = min(budget, x["size"]) if first else max(1, round(args.fraction * x["size"]))
-            oldest = x["cursor"] if first else 0
-            left = [n - (lo - oldest) % x["size"] for lo, _ in spans]  # of the n rows, from lo on; < 0: none
-            spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, left)]
+            n = max(1, round(args.fraction * size))
+            if args.subset == "first":
+                n, begin = min(round(budget), size), x["oldest"]
             budget -= n
-        pieces += [(x, int(lo), int(hi)) for lo, hi in spans if hi - lo >= STACK]  # the others hold no stack
-    if not pieces:
-        fail(f"{folder}: --fraction {args.fraction} leaves nothing to read")
-    lengths = np.array([hi - lo for _, lo, hi in pieces])
-    after = np.append(0, np.cumsum(lengths))  # first row of each piece, and the number of rows
-    raw = {
-        k: np.concatenate([x[name][lo:hi] for x, lo, hi in pieces])
-        for k, name in (("act", "action"), ("rew", "reward"), ("terminal", "terminal"))
-    }
-    raw |= {"rew": raw["rew"].astype(np.float32), "terminal": raw["terminal"] != 0, "note": "".join(notes)}
-    raw["begins"] = np.zeros(after[-1], bool)
-    raw["begins"][after[:-1]] = True
-    age = np.arange(after[-1]) - np.repeat(after[:-1], lengths)
-    raw["real"] = age >= STACK - 1
-    raw["real"][after[1:] - 1] &= raw["terminal"][after[1:] - 1]
-    begun = [lo not in (0, x["cursor"]) and bool(x["terminal"][lo - 1]) for x, lo, _ in pieces]
-    raw["whole"] = np.array(begun) & raw["terminal"][after[1:] - 1]
-
-    def fill(out):
-        at = 0
-        for x in files:
-            with opened(x["path"]) as (f, shape, _):
-                row, position = 0, f.tell()
-                for _, lo, hi in [p for p in pieces if p[0] is x]:
-                    if lo != row:
-                        f.seek(position + lo * shape[1] * shape[2])
-                    fill_from(f, out[at : at + hi - lo])
-                    at, row = at + hi - lo, hi
-                if args.fraction == 1:
-                    f.seek(position + math.prod(shape))
-                    finish(f)
-
-    shape = (int(after[-1]), *files[0]["shape"][1:])
-    if args.storage == "mmap":  # unpacked once
-        stamps = [p.stat().st_mtime_ns for p in sorted(folder.glob("*_ckpt.*.gz"))]
-        key = f"{folder.resolve()}{numbers}{stamps}{args.fraction}{args.subset}{args.seed}"
-        key = hashlib.sha256(key.encode())
-        unpacked = Path("datasets") / f"unpacked_{key.hexdigest()[:16]}"
-        if not unpacked.exists():
-            print(f"unpacking {math.prod(shape) / 2**30:.1f} GiB of {folder} into {unpacked}")
-            write_own(unpacked, raw | {"frames": (shape, np.uint8)}, fill)
-        return read_own(unpacked, args, device) | {"note": raw["note"]}
-    reserve(math.prod(shape), "frames", device if args.storage == "device" else torch.device("cpu"))
-    frames = np.empty(shape, np.uint8)
-    fill(frames)
-    return raw | {"frames": frames}
+            left = [n - (lo - begin) % size for lo, _ in spans]  # of n rows, from lo on
+            spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, left)]
+        x["spans"] = [(lo, hi) for lo, hi in spans if hi - lo >= STACK]  # the others hold no stack
+    rows = int(sum(hi - lo for x in files for lo, hi in x["spans"]))
+    frames, columns = make((rows, *envs.frame_shape), np.uint8)
+    at = 0
+    for x in files:
+        with failing(f"{x['frames']}: missing or damaged", Exception), gzip.open(x["frames"]) as f:
+            np.lib.format.read_magic(f)
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(f)
+            expected = (len(x["terminal"]), *envs.frame_shape)
+            if (shape, dtype, by_column) != (expected, np.uint8, False):
+                raise ValueError(f"{shape} of {dtype}, expected {expected} of uint8")
+            start, frame = f.tell(), math.prod(envs.frame_shape)
+            for lo, hi in x["spans"]:
+                f.seek(start + lo * frame)
+                for row in range(lo, hi, 1_000):  # a thousand frames at a time: no second copy
+                    part = frames[at + row - lo : at + min(row + 1_000, hi) - lo]
+                    part[:] = np.frombuffer(f.read(part.nbytes), np.uint8).reshape(part.shape)
+                end, over = at + hi - lo, x["terminal"][hi - 1] != 0
+                columns["act"][at:end] = x["action"][lo:hi]
+                columns["rew"][at:end] = x["reward"][lo:hi]
+                columns["terminal"][at:end] = x["terminal"][lo:hi]
+                columns["real"][at + STACK - 1 : end if over else end - 1] = True
+                columns["begins"][at] = True
+                columns["whole"][at] = over and lo in x["ends"]
+                at = end
+            if args.fraction == 1:  # at its end gzip compares the checksum
+                f.seek(start + math.prod(shape))
+                if f.read(1):
+                    raise ValueError("longer than its header says")
+    return frames, columns
 
 
-def to_frames(obs, path):
-    """Minari's observations of an episode as (T, 84, 84) uint8 or (T, d) float32."""
-    obs = np.asarray(obs)
-    if obs.ndim == 2:
-        return obs.astype(np.float32)
-    if obs.ndim == 4 and obs.shape[-1] == 3:  # luminance, as ALE's grey screen
-        obs = obs @ np.array([0.299, 0.587, 0.114], np.float32)
-    elif obs.ndim == 4 and obs.shape[-1] == 1:
-        obs = obs[..., 0]
-    elif obs.ndim == 4:
-        obs = obs[:, -1]  # the latest of a stack
-    if obs.ndim != 3:
-        fail(f"{path}: observations of shape {obs.shape[1:]}, expected frames or vectors")
-    if obs.shape[1:] != (84, 84):
-        obs = F.interpolate(torch.from_numpy(obs.astype(np.float32))[:, None], (84, 84), mode="area")[:, 0]
-    return np.asarray(obs).round().astype(np.uint8)
+def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
+    """A Minari set by its id or folder, an episode at a time; each has one observation more than
+    actions."""
+    path = Path(name).parent if Path(name).is_file() else Path(name)
+    folders = [p for p in (path, path / "data") if (p / "metadata.json").is_file()]
+    hint = "neither a folder of this script's or of DQN Replay nor a Minari set on this disk"
+    with failing(f"--dataset {name}: {hint} (minari download {name})", Exception):
+        import minari
+
+        data = minari.MinariDataset(folders[0]) if folders else minari.load_dataset(name)
+    space, indices, at, unit = data.observation_space, data.episode_indices, 0, None
+    with failing(f"--dataset {name}", Exception):
+        lengths = [m["total_steps"] for m in data.storage.get_episode_metadata(indices)]
+        if envs.frames:
+            say(f"{name}: {space.dtype} {space.shape} become grey frames {envs.frame_shape}")
+            size = (max(lengths, default=0) + 1) * math.prod(space.shape) * space.dtype.itemsize
+            reserve(size, "its longest episode, decoded", torch.device("cpu"))
+            if minari.dataset.minari_storage.is_image_space(space) and data.storage.jpeg_encoding:
+                say("  kept as JPEG: up to 40 of 255 off what the environment shows in evaluations")
+        frames, columns = make((sum(lengths) + len(indices), *envs.frame_shape), envs.dtype)
+        for i in indices:
+            (e,) = data.iterate_episodes([i])
+            obs, act, T = e.observations, np.reshape(e.actions, -1), len(e.rewards)
+            if not isinstance(space, gym.spaces.Box):  # as FlattenObservation does it
+                many = gym.vector.utils.batch_space(space, T + 1)
+                each = gym.vector.utils.iterate(many, obs)
+                obs = np.stack([gym.spaces.flatten(space, x) for x in each])
+            if (len(obs), len(act)) != (T + 1, T) or act.dtype.kind not in "iu":
+                what = f"{len(obs)} observations, {T} rewards, {len(act)} actions of {act.dtype}"
+                raise ValueError(f"episode {i}: {what}")
+            if envs.frames:
+                if unit is None and obs.max() > 0:
+                    unit = 1 if obs.max() <= 1 else 255
+                to_grey(obs, frames[at : at + T + 1], unit or 255)
+            elif obs.shape[1:] != envs.frame_shape:
+                raise ValueError(f"shape {obs.shape[1:]}, {envs.name} shows {envs.frame_shape}")
+            else:
+                frames[at : at + T + 1] = obs
+            row = {"act": act, "rew": e.rewards, "terminal": e.terminations, "real": True}
+            for column, x in row.items():
+                columns[column][at : at + T] = x
+            columns["begins"][at] = columns["whole"][at] = True
+            at += T + 1
+            del e, obs  # before the next one is decoded
+    return frames, columns
 
 
-def read_minari(name: str, args: Args, device) -> dict:
-    """A Minari set: every episode has one observation more than actions."""
-    minari, columns = need("minari"), {k: [] for k in ("frames", "act", "rew", "terminal", "real", "begins")}
-    try:
-        episodes = list(minari.load_dataset(name).iterate_episodes())
-    except Exception as e:  # of its storage, of the network, of h5py
-        fail(f"--dataset {name}: no such folder, and not a Minari id ({type(e).__name__}: {first_line(e)})")
-    for i, e in enumerate(episodes):
-        frames, T = to_frames(e.observations, f"{name} episode {i}"), len(e.actions)
-        if len(frames) != T + 1 or len(e.rewards) != T or np.ndim(e.actions) != 1:
-            fail(
-                f"{name} episode {i}: {len(frames)} observations, actions {np.shape(e.actions)}, "
-                f"{len(e.rewards)} rewards, expected T + 1, (T,), T"
-            )
-        row = np.arange(T + 1)
-        columns["frames"].append(frames)
-        columns["act"].append(np.append(e.actions, 0))
-        columns["rew"].append(np.append(e.rewards, 0).astype(np.float32))
-        columns["terminal"].append(np.append(e.terminations, False).astype(bool))
-        columns["real"].append(row < T)
-        columns["begins"].append(row == 0)
-    reserve(2 * sum(x.nbytes for x in columns["frames"]), "frames", torch.device("cpu"))
-    raw = {k: np.concatenate(v) for k, v in columns.items()}
-    return raw | {"whole": np.ones(len(episodes), bool), "note": ""}
+def to_grey(obs, out, unit: float):
+    """Pictures (T, ...) of 0 to `unit` into `out` (T, H, W), uint8: of a stack, its channels first
+    or last, the last frame; of RGB the luminance, as ALE's grey screen."""
+    for start in range(0, len(obs), 16):  # bounds what is held as floats
+        x = obs[start : start + 16]
+        if x.ndim == 4:
+            axes = [axis for axis in (1, 3) if x.shape[axis] in (1, 3, STACK)]
+            if len(axes) != 1:
+                raise ValueError(f"shape {x.shape[1:]}, expected 1, 3 or 4 channels, first or last")
+            x = np.moveaxis(x, axes[0], -1)
+            rgb = x.shape[-1] == 3
+            x = x @ np.array([0.299, 0.587, 0.114], np.float32) if rgb else x[..., -1]
+        if x.ndim != 3 or not (x.min() >= 0 and x.max() <= unit + 1e-3):
+            what = f"shape {x.shape[1:]}, {x.min():.3g} to {x.max():.3g}"
+            raise ValueError(f"{what}: expected pictures, 0 to {unit}")
+        x = x * np.float32(255 / unit)
+        if x.shape[1:] != out.shape[1:]:
+            x = torch.from_numpy(x)[:, None]
+            x = F.interpolate(x, out.shape[1:], mode="area")[:, 0].numpy()
+        out[start : start + 16] = x.round()
 
 
-def load(name: str, args: Args, envs, device) -> Data:
-    """The game's data from a folder of ours, a DQN Replay folder or a Minari set."""
-    path = Path(name)
-    replay = any(path.glob("$store$_*_ckpt.*.gz"))
-    only_if(args, replay, f"with {name}, no DQN Replay folder", "checkpoints", "fraction")
-    if not path.is_dir() and args.storage == "mmap":
-        fail(f"--storage mmap reads folders, {name} is none")
-    if not path.is_dir():
-        raw = read_minari(name, args, device)
-    elif (path / "made_by.json").exists() or (path / "observations.npy").exists():
-        raw = read_own(path, args, device)
-    elif replay:
-        raw = read_dqn_replay(path, args, device)
-    else:
-        fail(f"{path}: neither a set of this script nor a DQN Replay folder ($store$_observation_ckpt.N.gz)")
-    if raw["frames"].shape[1:] != envs.frame_shape:
-        fail(f"{path}: frames of shape {raw['frames'].shape[1:]}, {envs.name} has {envs.frame_shape}")
-    return prepare(path, raw, args, envs.actions, device)
-
-
-HUMAN = {  # scores of a random player and of a person, as google-deepmind/dqn_zoo lists them for Atari-57
+HUMAN = {  # scores of a random player and of a person, as google-deepmind/dqn_zoo lists them
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742),
     "asterix": (210, 8503.3), "asteroids": (719.1, 47388.7), "atlantis": (12850, 29028.1),
     "bank_heist": (14.2, 753.1), "battle_zone": (2360, 37187.5), "beam_rider": (363.9, 16926.5),
     "berzerk": (123.7, 2630.4), "bowling": (23.1, 160.7), "boxing": (0.1, 12.1),
     "breakout": (1.7, 30.5), "centipede": (2090.9, 12017), "chopper_command": (811, 7387.8),
-    "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9), "demon_attack": (152.1, 1971),
-    "double_dunk": (-18.6, -16.4), "enduro": (0, 860.5), "fishing_derby": (-91.7, -38.7),
-    "freeway": (0, 29.6), "frostbite": (65.2, 4334.7), "gopher": (257.6, 2412.5),
-    "gravitar": (173, 3351.4), "hero": (1027, 30826.4), "ice_hockey": (-11.2, 0.9),
-    "jamesbond": (29, 302.8), "kangaroo": (52, 3035), "krull": (1598, 2665.5),
-    "kung_fu_master": (258.5, 22736.3), "montezuma_revenge": (0, 4753.3), "ms_pacman": (307.3, 6951.6),
-    "name_this_game": (2292.3, 8049), "phoenix": (761.4, 7242.6), "pitfall": (-229.4, 6463.7),
-    "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455),
-    "riverraid": (1338.5, 17118), "road_runner": (11.5, 7845), "robotank": (2.2, 11.9),
-    "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9), "solaris": (1236.3, 12326.7),
-    "space_invaders": (148, 1668.7), "star_gunner": (664, 10250), "surround": (-10, 6.5),
-    "tennis": (-23.8, -8.3), "time_pilot": (3568, 5229.2), "tutankham": (11.4, 167.6),
-    "up_n_down": (533.4, 11693.2), "venture": (0, 1187.5), "video_pinball": (16256.9, 17667.9),
-    "wizard_of_wor": (563.5, 4756.5), "yars_revenge": (3092.9, 54576.9), "zaxxon": (32.5, 9173.3),
+    "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9),
+    "demon_attack": (152.1, 1971), "double_dunk": (-18.6, -16.4), "enduro": (0, 860.5),
+    "fishing_derby": (-91.7, -38.7), "freeway": (0, 29.6), "frostbite": (65.2, 4334.7),
+    "gopher": (257.6, 2412.5), "gravitar": (173, 3351.4), "hero": (1027, 30826.4),
+    "ice_hockey": (-11.2, 0.9), "jamesbond": (29, 302.8), "kangaroo": (52, 3035),
+    "krull": (1598, 2665.5), "kung_fu_master": (258.5, 22736.3), "montezuma_revenge": (0, 4753.3),
+    "ms_pacman": (307.3, 6951.6), "name_this_game": (2292.3, 8049), "phoenix": (761.4, 7242.6),
+    "pitfall": (-229.4, 6463.7), "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3),
+    "qbert": (163.9, 13455), "riverraid": (1338.5, 17118), "road_runner": (11.5, 7845),
+    "robotank": (2.2, 11.9), "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9),
+    "solaris": (1236.3, 12326.7), "space_invaders": (148, 1668.7), "star_gunner": (664, 10250),
+    "surround": (-10, 6.5), "tennis": (-23.8, -8.3), "time_pilot": (3568, 5229.2),
+    "tutankham": (11.4, 167.6), "up_n_down": (533.4, 11693.2), "venture": (0, 1187.5),
+    "video_pinball": (16256.9, 17667.9), "wizard_of_wor": (563.5, 4756.5),
+    "yars_revenge": (3092.9, 54576.9), "zaxxon": (32.5, 9173.3),
 }  # fmt: skip
 
 
-def game_of(env_id: str) -> str:
-    """ALE/SpaceInvaders-v5 is space_invaders."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", env_id.removeprefix("ALE/").split("-")[0]).lower()
+def normalized_score(game: str, value: float) -> float:
+    """0 for a random player, 100 for the person of HUMAN."""
+    low, high = HUMAN[game]
+    return 100 * (value - low) / (high - low)
 
 
-def normalized_score(env_id: str, value: float) -> float | None:
-    """0 for a random player, 100 for the human of HUMAN; None where there is no reference."""
-    low, high = HUMAN.get(game_of(env_id), (None, None))
-    return None if low is None else 100 * (value - low) / (high - low)
-
-
-# === shared: graph capture (canonical copy: cql_continuous.py) ===
+# === shared: graph capture (canonical copy: sac.py) ===
+# Needs PyTorch alone, as does the block "diagnostics".
 class GraphedUpdate:
-    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
+    """`fn(*key)` captured into a CUDA graph for each key: one launch an update.
 
-    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is
-    captured and replayed. Capture freezes Python values: all that varies must be in `key` or in a device
-    tensor.
-    """
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the
+    fourth is captured and replayed. Capture freezes Python values: all that varies must be in
+    `key` or in a device tensor."""
 
-    def __init__(self, fn, enabled: bool):
-        self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
-        self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
+    def __init__(self, fn):
+        self.fn, self.calls, self.graphs = fn, {}, {}
+        self.stream = torch.cuda.Stream()  # one for all graphs: cuBLAS keeps a workspace for each
 
     def __call__(self, *key) -> dict:
-        if not self.enabled:
-            return self.fn(*key)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -1372,54 +1238,55 @@ class GraphedUpdate:
 # === end shared ===
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
+# === shared: diagnostics (canonical copy: sac.py) ===
 def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
 
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
     s = torch.linalg.svdvals(phi.float()).double()
 
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
 
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
 
 
 def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
 
 
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
     means = [h.abs().mean(0) for h in activations]
     return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
 
 
+# === end shared ===
+
+
+# === shared: precision (canonical copy: cql_continuous.py) ===
 @contextmanager
 def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16).
+    Works whichever of PyTorch's two interfaces to precision the program uses."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "ieee"
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        products.fp32_precision, convolutions.fp32_precision = before
 
 
 # === end shared ===
@@ -1474,19 +1341,23 @@ def on_its_way(history: list[dict]) -> bool:
     return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 0.875 * way[3])
 
 
-def verdict(history: list[dict], args, rewarded: float) -> tuple[str, str]:
+def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> tuple[str, str]:
     """What a run shows: a name, and a sentence with the numbers it rests on and the flag to try.
 
-    Only from what an offline user sees (arXiv 2109.10813): the share of rows whose reward is not
-    the usual one, and the diagnostics' mean over the last fifth of the run. The TD error is in units
-    of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages."""
-    flags, longer = advice(args), f"--num-updates {2 * args.num_updates}"
+    Only from what an offline user sees (arXiv 2109.10813): `rewarded`, the share of rows whose
+    reward is not the usual one; `settling`, the updates that Q needs to come near its level; and
+    the diagnostics' mean over the last fifth of the run. The TD error is in units of its target's
+    variance, Q of q_unit(), cql_gap of Q, whose exp it averages."""
+    flags, n = advice(args), args.num_updates
+    longer = f"--num-updates {max(2 * n, 10 * args.diagnostics_frequency, round(settling / 2))}"
     if rewarded <= 0.001:
         return "nothing to learn from", f"only {rewarded:.2%} of the rewards differ from the others"
+    if n < settling / 10:
+        return "too short to judge", f"Q needs about {settling:,.0f} updates: try {longer}"
     if len(history) < 10:
-        closer = f"--diagnostics-frequency {max(1, args.num_updates // 20)}"
+        closer = f"--diagnostics-frequency {max(1, n // 20)}"
         few = f"{len(history)} diagnostics, ten are the least"
-        return "too short to judge", f"{few}: try {longer}, or {closer} if it is long enough"
+        return "too short to judge", f"{few}: try {closer}, or {longer}"
 
     end, late = history[-1], history[-(len(history) // 5) :]
     before, midway, unit = history[-1 - len(late)], history[len(history) // 2], q_unit(end)
@@ -1558,356 +1429,310 @@ def evaluated(summary: dict) -> str:
     """What evaluations add to the verdict's sentence: "" where there were none."""
     if "final_return_mean" not in summary:
         return ""
-    text = f" (What an offline user would not have: the policy returns {summary['final_return_mean']:.1f}"
-    text += f", its data {summary['dataset_return_mean']:.1f}"
+    final, data = summary["final_return_mean"], summary["dataset_return_mean"]
+    text = f"the policy returns {final:.1f}, its data {data:.1f}"
     if "overestimation" in summary:
         text += f"; at first states Q is {summary['overestimation']:+.1f} off what followed"
-    return text + ")"
+    return f" (What an offline user would not have: {text})"
 
 
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError("of another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
+        if self.saved:
+            self.compare(asdict(args), self.saved["args"])
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
-        args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
             try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
+        say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - saved["busy"]
+        self.saved = None  # its replay may be large
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
                 value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        try:
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
-        os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
+        with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
 
-    def close(self):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

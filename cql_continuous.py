@@ -1,51 +1,44 @@
 r"""Conservative Q-learning (CQL) for continuous actions: offline RL that explains itself.
 
-Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", arXiv 2006.04779,
-on top of soft actor-critic, arXiv 1812.05905. Q-learning from a fixed dataset D fails because the backup asks
-for Q at actions that D never shows, and the policy seeks out those that are overestimated. CQL pushes Q down
-at the actions of a distribution mu and up at those of the data:
+Kumar et al., "Conservative Q-Learning for Offline Reinforcement Learning", arXiv 2006.04779, on
+top of soft actor-critic (sac.py). Q-learning from a fixed dataset D fails because the backup asks
+for Q at actions that D never shows, and the policy seeks out those that are overestimated. CQL
+pushes Q down at the actions of a distribution mu and up at those of the data:
 
-  CQL(H)    min_Q alpha E_s[ log sum_a exp Q(s,a) - E_{a~D} Q(s,a) ]      + 1/2 E_D (Q - T Q)^2    (Eq. 4)
-  CQL(rho)  min_Q alpha E_s[ log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a) ]  + 1/2 E_D (Q - T Q)^2    (Eq. 3)
-  Eq. 2     min_Q alpha ( E_{a~mu} Q(s,a) - E_{a~D} Q(s,a) )              + 1/2 E_D (Q - T Q)^2
-  Eq. 1     min_Q alpha   E_{a~mu} Q(s,a)                                 + 1/2 E_D (Q - T Q)^2
+  CQL(H)    min_Q alpha E_s[log sum_a exp Q(s,a) - E_{a~D} Q(s,a)]      + 1/2 E_D(Q - TQ)^2  (Eq. 4)
+  CQL(rho)  min_Q alpha E_s[log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a)]  + 1/2 E_D(Q - TQ)^2  (Eq. 3)
+  Eq. 2     min_Q alpha (E_{a~mu} Q(s,a) - E_{a~D} Q(s,a))              + 1/2 E_D(Q - TQ)^2
+  Eq. 1     min_Q alpha  E_{a~mu} Q(s,a)                                + 1/2 E_D(Q - TQ)^2
 
-with T Q = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are what is left when
-mu maximises its term less the regulariser KL(mu || Unif), KL(mu || rho). Two scales differ from the paper:
-the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5 is alpha = 2.5 above; and the
-log-sum-exp, an integral over the action box [-1, 1]^d, is reported as the log of a *mean* (less d log 2), so
-that a Q which ignores the action has a gap of 0. rho is pi, unless --cql-proposals says otherwise.
-
-Where to read: networks, losses and Learner.update are the algorithm; train() is the loop. The readers of
-files and the blocks marked `shared`, which sibling scripts have too, can be skipped at first.
+with TQ = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are what is
+left when mu maximises its term less KL(mu || Unif) or KL(mu || rho); rho is pi here. Two scales
+differ from the paper: the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5
+is alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d, is reported
+as the log of a *mean* (less d log 2): a Q that ignores the action has a gap of 0.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
-  Q_i(s,a)           critic(obs, act)                       (n, B), or (n, B, M) for M actions a state
-  phi_i(s,a)         critic.features(obs, act)[0]           (n, B, D), what the last linear layer reads
+  Q_i(s,a)           critic(obs, act)                       (n, B); (n, B, M) for M actions a state
+  phi_i(s,a)         critic.features(obs, act)[0]           (n, B, D), read by the head
   mu, rho            proposals()                            (B, M, act), log p - log Unif (B, M)
-  y                  backup()                               (B,)
-  pi(a|s)            actor                                  tanh of a Gaussian
-  2 alpha            --cql-alpha, log_cql_alpha             scalar, the conservative weight
-  (SAC's) alpha      --alpha, log_alpha                     scalar, the entropy temperature
-  tau                --tau                                  Polyak rate of the target critic
+  y, pi(a|s)         backup(), actor                        (B,), tanh of a Gaussian
+  2 alpha            --cql-alpha, log_cql_alpha             the conservative weight
+  (SAC's) alpha      --alpha, log_alpha                     the entropy temperature
 
-Quick, on data that it makes itself; the same without conservatism (naive offline SAC: watch q_max):
+Quick, on data that it makes itself; naive offline SAC (watch q_max); a D4RL file:
   python cql_continuous.py
   python cql_continuous.py --cql-alpha 0
+  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 \
+      --num-updates 1_000_000 --depth 3 --cql-samples 10 --bc-steps 40_000
 
-A serious run on a D4RL file:
-  python cql_continuous.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --num-updates 1_000_000 \
-      --critic-depth 3 --policy-depth 3 --cql-samples 10 --bc-steps 40_000
+While it trains, `diagnostics/q_data` should move from 0 to its level, up or down, and stay (a rise
+and then a fall is overfitting), `cql_gap` not be hugely negative, `td_error_holdout` stay near
+`td_error`. The run ends with a verdict: a symptom, its numbers, and the flag to try next.
 
-While it trains, `diagnostics/q_data` should move from 0 to its level, up or down, and stay (a rise that is
-followed by a fall is overfitting); `diagnostics/cql_gap` be small, not hugely negative;
-`diagnostics/td_error_holdout` stay near `td_error`. The run ends with a verdict computed from these, the
-numbers that it rests on, and the flag to try next.
-
-Known limits: vector observations and box actions; the online phase resumes with a new episode (the offline
-phase resumes bitwise). Left out on purpose: policy constraints (BEAR, BRAC), pixels (cql_atari.py), the many
-forms of DR3 and the rank penalty (dr3_analysis.py).
+Networks, losses and Learner.update are the algorithm, train() is the loop. The readers of files and
+the blocks marked "shared", which sibling scripts have too, can wait. Known limits: vector
+observations, box actions. Left out on purpose: policy constraints (BEAR, BRAC), pixels
+(cql_atari.py), the many forms of DR3 and the rank penalty (dr3_analysis.py).
 """
 
 import copy
@@ -57,15 +50,14 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
-import timeit
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -80,173 +72,142 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seeds networks, minibatches, collection and evaluation"""
-    torch_deterministic: bool = True
-    """use deterministic PyTorch kernels only (cuDNN)"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-    wandb_project_name: str = "offline-rl"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seeds networks, minibatches, collection and evaluation
+    cuda: bool = True  # use the GPU if there is one
+    threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
+    compile: bool = False  # run the losses through torch.compile
+    cudagraphs: bool = True  # on a GPU: capture the whole update in a CUDA graph
+    # bf16: the critics' values at the sampled actions; twice as fast where the processor has it
+    precision: Literal["fp32", "bf16"] = "fp32"
+    track: bool = False  # log to Weights & Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "offline-rl"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    # Gymnasium environment, `module:Id` where a package has to be imported for it
     env_id: Annotated[str, tyro.conf.arg(aliases=["--env"])] = "Pendulum-v1"
-    """Gymnasium environment that evaluates the policy, and collects if no --dataset is given"""
+    run_dir: str = "runs"  # folder that holds the run folders
+    resume: str | None = None  # run folder to go on from; its arguments hold unless given again
+    checkpoint_frequency: int = 1_000  # updates between checkpoints (0: only at the end)
+    eval_frequency: int = 1_000  # updates between evaluations (0: after cloning and at the end)
+    eval_episodes: int = 10  # episodes of each evaluation (0: none, no environment needed)
+    diagnostics_frequency: int = 250  # updates between diagnostics (0: none, hence no verdict)
+    log_frequency: int = 250  # updates between logged losses
+
+    # length and data
+    num_updates: int = 8_000  # updates on the dataset (the serious run: 1_000_000)
+    online_steps: int = 0  # environment steps of fine-tuning after them, one update each
+    offline_share: float = 0.5  # share of offline data in the minibatches of the fine-tuning
+    batch_size: int = 256  # B, transitions in a minibatch
+    # D4RL HDF5 file, d3rlpy's dump, Minari id, folder or file; not given: collect and keep
     dataset: str | None = None
-    """D4RL HDF5 file, Minari folder or id; not given: collect --collect-steps transitions and keep them"""
-    run_dir: str = "runs"
-    """folder that holds the run folders"""
-    resume: str | None = None
-    """run folder or checkpoint to go on from; `auto`: the newest one with these arguments, if any"""
-    checkpoint_frequency: int = 1_000
-    """updates between checkpoints (0: only at the end)"""
-    eval_frequency: int = 1_000
-    """updates between evaluations, one more when cloning ends (0: only then and at the end)"""
-    eval_episodes: int = 10
-    """episodes of each evaluation (0: no evaluation, no environment needed with --dataset)"""
-    log_frequency: int = 100
-    """updates between logged losses and checks for non-finite numbers"""
-    diagnostics_frequency: int = 250
-    """updates between diagnostics (0: none, hence no verdict)"""
-    compile: bool = False
-    """run the losses through torch.compile"""
-    cudagraphs: bool = True
-    """on a GPU: capture the whole update in a CUDA graph"""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: critics on the sampled actions only; tf32: matrix products on a GPU"""
+    collect_steps: int = 8_000  # environment steps of the self-made replay (without --dataset)
+    data_dir: str = "datasets"  # folder that keeps self-made replays
+    holdout: float = 0.05  # share of episodes kept out of the losses (0 to compare with peers)
+    # bounds of the actions where there is no environment: numbers, or `data` for their range
+    action_low: tuple[float, ...] | Literal["data"] | None = None
+    action_high: tuple[float, ...] | Literal["data"] | None = None  # likewise; not given: -1, 1
+    clip_actions: bool = False  # clip the dataset's actions to their bounds instead of refusing it
+    normalize_obs: bool = True  # standardise observations by the dataset's mean and deviation
+    reward_scale: float = 1.0  # rewards are multiplied by this, then shifted
+    reward_shift: float = 0.0  # added to the scaled reward
 
-    # --- length, size and data
-    num_updates: int = 8_000
-    """updates on the dataset (the serious run: 1_000_000)"""
-    online_steps: int = 0
-    """environment steps of fine-tuning after the offline phase, one update each"""
-    offline_share: float = 0.5
-    """share of offline data in each minibatch of the fine-tuning"""
-    batch_size: int = 256
-    """B, transitions in a minibatch"""
-    holdout: float = 0.05
-    """share of episodes kept out of the losses, to measure the TD error on (0 when comparing with peers)"""
-    collect_steps: int = 8_000
-    """environment steps of the self-made replay (without --dataset)"""
-    normalize_obs: bool = True
-    """standardise observations by the mean and deviation of the whole dataset"""
-    reward_scale: float = 1.0
-    """rewards are multiplied by this, then shifted"""
-    reward_shift: float = 0.0
-    """added to the scaled reward"""
-
-    # --- actor-critic
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """Polyak rate of the target critic"""
-    policy_lr: float = 1e-4
-    """learning rate of policy and temperature (authors' recipe for gym tasks)"""
-    q_lr: float = 3e-4
-    """learning rate of the critics"""
-    alpha: float | None = None
-    """entropy temperature; not given: tuned to an entropy of -dim(A)"""
+    # actor-critic
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak rate of the target critic
+    policy_lr: float = 1e-4  # learning rate of policy and temperature (authors, gym tasks)
+    q_lr: float = 3e-4  # learning rate of the critics
+    alpha: float | None = None  # entropy temperature; not given: tuned to an entropy of -dim(A)
+    # a' of the target: a sample of pi, its mean, the best of N samples, or the data's next action
     backup: Literal["sac", "mean", "max", "sarsa"] = "sac"
-    """a' of the target. sac: a sample of pi; mean: its mean; max: the best of N samples; sarsa: the data's"""
-    backup_entropy: bool = False
-    """subtract alpha log pi(a'|s') in the target (SAC's soft backup)"""
-    critic_updates: int = 1
-    """G_Q, critic steps an update (Algorithm 1)"""
-    policy_updates: int = 1
-    """G_pi, policy steps an update (Algorithm 1)"""
-    bc_steps: int = 1_000
-    """first updates in which the policy clones the data instead (authors: 40_000 of 3_000_000)"""
+    backup_entropy: bool = False  # subtract alpha log pi(a'|s') in the target (SAC's soft backup)
+    bc_steps: int = 1_000  # first updates, in which the policy clones (authors: 40_000 of 3e6)
 
-    # --- CQL
+    # CQL
+    # weight on the authors' scale (2 x the paper's alpha); 0: naive offline SAC
     cql_alpha: float = 5.0
-    """weight of the conservative term, the authors' scale (2 x the paper's alpha); 0: naive offline SAC"""
-    cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"
-    """which objective: CQL(H), CQL(rho), Eq. 2 or Eq. 1"""
+    cql_variant: Literal["H", "rho", "eq2", "eq1"] = "H"  # CQL(H), CQL(rho), Eq. 2 or Eq. 1
+    # where actions are drawn: three-sets (H's default), mixture 1/2 pi + 1/2 Unif, or policy
     cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
-    """where actions are drawn: three-sets (H's default); mixture, 1/2 pi + 1/2 Unif; policy, pi (others')"""
-    cql_samples: int = 4
-    """N, sampled actions of each proposal set (authors: 10)"""
-    cql_temperature: float = 1.0
-    """T in T log E exp(Q / T)"""
+    cql_samples: int = 4  # N, sampled actions of each proposal set (authors: 10)
+    cql_temperature: float = 1.0  # T in T log E exp(Q / T)
+    # lower clip of the term of one state (AntMaze: -208.9, which is -200 on CORL's scale)
     cql_clip_diff: float | None = None
-    """lower clip of the conservative term of one state (AntMaze: -208.9, which is -200 on CORL's scale)"""
+    # Lagrange threshold of losses/cql_loss, with a multiplier that starts at --cql-alpha; for H it
+    # is tau - d log 2 - log(3N) of JaxCQL's and CORL's tau (AntMaze's 0.8: -8.1)
     cql_target_gap: float | None = None
-    """Lagrange threshold of losses/cql_loss; --cql-alpha is then where the multiplier starts. For CQL(H) with
-    three sets it is tau - d log 2 - log(3N) for JaxCQL's and CORL's tau (AntMaze's 0.8: -8.1), and
-    tau / w - d log 2 - log(3N) for the authors' tau and weight w"""
 
-    # --- networks and representation
-    num_critics: int = 2
-    """n, size of the ensemble (1 to 20); the backup takes its minimum"""
-    critic_width: int = 256
-    """units in a hidden layer of the critic"""
-    critic_depth: int = 2
-    """hidden layers of the critic (authors: 3)"""
-    policy_width: int = 256
-    """units in a hidden layer of the policy"""
-    policy_depth: int = 2
-    """hidden layers of the policy (authors: 3)"""
-    residual: bool = False
-    """residual connections between the critic's hidden layers"""
-    layer_norm: bool = False
-    """layer norm (no gain, no bias) before each ReLU of the critic"""
-    dropout: float = 0.0
-    """dropout rate after each ReLU of the critic, off in the target critic"""
-    unit_norm: bool = False
-    """divide the features phi by their norm"""
+    # networks and representation
+    width: int = 256  # units in a hidden layer
+    depth: int = 2  # hidden layers (authors: 3)
+    num_critics: int = 2  # n, size of the ensemble; the backup takes its minimum
+    residual: bool = False  # residual connections between the critic's hidden layers
+    layer_norm: bool = False  # layer norm before each ReLU of the critic, without gain and bias
+    dropout: float = 0.0  # rate after each ReLU of the critic, off in the target critic
+    unit_norm: bool = False  # divide the features phi by their norm
+    # weight of the mean dot product phi(s,a).phi(s',a') (arXiv 2112.04716; try 0.001 to 0.1)
     dr3_coef: float = 0.0
-    """weight of the mean dot product phi(s,a).phi(s',a') (arXiv 2112.04716; try 0.001 to 0.1)"""
+    # weight of the variational information bottleneck on phi (arXiv 2109.10813; try 0.01)
     vib_coef: float = 0.0
-    """weight of the variational information bottleneck on the features (arXiv 2109.10813; try 0.01)"""
-    vib_dim: int = 16
-    """width of that bottleneck"""
 
 
-LIMITS = {"gamma": (0, 0.99999), "tau": (1e-9, 1), "holdout": (0, 0.9), "dropout": (0, 0.99)}  # least, most
-LIMITS |= {"offline_share": (0, 1), "num_critics": (1, 20), "critic_depth": (1, 64), "policy_depth": (1, 64)}
-LIMITS |= dict.fromkeys(["reward_shift", "cql_target_gap", "cql_clip_diff"], (-1e18, 1e18))
-LIMITS |= dict.fromkeys(["policy_lr", "q_lr", "reward_scale", "cql_temperature"], (1e-12, 1e12))
-LIMITS |= dict.fromkeys(["critic_width", "policy_width", "vib_dim", "batch_size", "cql_samples"], (1, 1e6))
-LIMITS |= dict.fromkeys(["critic_updates", "num_updates", "collect_steps", "log_frequency"], (1, 1e12))
+# a resumed run must have these as before: its networks and its data would not fit
+FIXED = """env_id seed width depth num_critics vib_coef alpha holdout action_low action_high
+clip_actions normalize_obs reward_scale reward_shift""".split()
+RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
+VIB_DIM = 16  # width of the bottleneck of --vib-coef
 
 
 def check(args: Args):
-    """Refuse values and combinations that make no sense or would be ignored, before anything starts."""
-    check_limits(args, LIMITS)
-    only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_variant", "cql_proposals", "cql_target_gap")
-    only_if(args, args.cql_alpha > 0, "with --cql-alpha 0", "cql_clip_diff", "cql_temperature")
-    sampled = args.cql_alpha > 0 or args.backup == "max"
-    only_if(args, sampled, f"with --cql-alpha 0 and --backup {args.backup}", "cql_samples")
-    only_if(args, args.cql_variant in ("H", "rho"), "on Eqs. 1 and 2", "cql_temperature")
-    only_if(args, args.cql_variant != "eq1", "on Eq. 1, which has no gap to the data", "cql_target_gap")
-    only_if(args, args.backup == "sac", f"with --backup {args.backup}", "backup_entropy")
-    only_if(args, args.backup != "sarsa", "with --backup sarsa: a replay has no next action", "online_steps")
-    only_if(args, args.dataset is None, "with --dataset", "collect_steps")
-    only_if(args, args.online_steps > 0, "without --online-steps", "offline_share")
-    only_if(args, args.vib_coef > 0, "without --vib-coef", "vib_dim")
-    only_if(args, args.critic_depth > 1, "with --critic-depth 1", "residual")
-    only_if(args, args.track, "without --track", "wandb_project_name", "wandb_entity")
-    if args.precision == "bf16" and args.cql_alpha == 0:
-        fail("--precision bf16 has no effect with --cql-alpha 0: it covers the sampled actions")
+    """Refuse what no run could use, before anything starts."""
+    check_numbers(args, "seed online_steps bc_steps checkpoint_frequency eval_frequency", 0, 1e12)
+    check_numbers(args, "diagnostics_frequency alpha cql_alpha dr3_coef vib_coef", 0, 1e12)
+    check_numbers(args, "num_updates collect_steps batch_size log_frequency", 1, 1e12)
+    check_numbers(args, "cql_samples width depth num_critics", 1, 1e6)
+    check_numbers(args, "threads eval_episodes", 0, 1e4)
+    check_numbers(args, "policy_lr q_lr reward_scale cql_temperature", 1e-12, 1e12)
+    check_numbers(args, "reward_shift cql_clip_diff cql_target_gap", -1e18, 1e18)
+    check_numbers(args, "gamma dropout holdout", 0, 0.99999)
+    check_numbers(args, "tau offline_share", 0, 1)
+    cql = "cql_variant cql_proposals cql_temperature cql_clip_diff cql_target_gap".split()
+    given = [x for x in cql if getattr(args, x) != getattr(Args, x)]
+    if args.cql_alpha == 0 and (given or args.precision == "bf16"):
+        fail(f"{given or '--precision bf16'}: no effect with --cql-alpha 0")
+    if args.cql_variant == "eq1" and args.cql_target_gap is not None:
+        fail("--cql-target-gap has no effect on Eq. 1, which has no gap to the data")
+    if args.backup != "sac" and args.backup_entropy:
+        fail(f"--backup-entropy has no effect with --backup {args.backup}")
+    if args.backup == "sarsa" and args.online_steps:
+        fail("--backup sarsa knows no next action in the replay of --online-steps")
+    if args.residual and args.depth == 1:
+        fail("--residual has no effect with --depth 1")
+    played = not args.dataset or args.eval_episodes or args.online_steps
+    if (args.action_low or args.action_high) and played:
+        fail("--action-low, --action-high: for a --dataset with --eval-episodes 0")
 
 
-def proposal_kind(args: Args) -> str:
-    return args.cql_proposals or ("three-sets" if args.cql_variant == "H" else "policy")
+# --------------------------------------------------------------------------------------- networks
+class Standardise(nn.Module):
+    """Observations less the dataset's mean, by its deviation; as they are until these are set."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def forward(self, obs):
+        return (obs - self.mean) / self.std
 
 
-# ------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
     """Tanh-squashed Gaussian policy pi(a|s) on the box [-1, 1]^act."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = [obs_dim] + [args.policy_width] * args.policy_depth
-        hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 2 * act_dim))
+        sizes = [obs_dim] + [args.width] * args.depth
+        layers = [Standardise(obs_dim)]
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
 
     def forward(self, obs):
         """Mean and log standard deviation of u, where a = tanh(u); each (B, act)."""
@@ -256,21 +217,29 @@ class Actor(nn.Module):
     def sample(self, obs, n: int, generator=None):
         """n reparameterised actions a state, (B, n, act), and their log pi(a|s), (B, n)."""
         mean, log_std = (x[:, None] for x in self(obs))
-        noise = torch.randn(len(obs), n, mean.shape[-1], generator=generator, device=obs.device)
+        shape = (len(obs), n, mean.shape[-1])
+        noise = torch.randn(shape, generator=generator, device=obs.device)
         u = mean + log_std.exp() * noise
         return torch.tanh(u), squashed_log_prob(u, mean, log_std)
+
+    def mode(self, obs):
+        """tanh(mean), (B, act)."""
+        return torch.tanh(self(obs)[0])
 
     def log_prob(self, obs, act):
         """log pi(a|s) of given actions (B, n, act), as (B, n)."""
         mean, log_std = (x[:, None] for x in self(obs))
-        return squashed_log_prob(torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6)), mean, log_std)
+        u = torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6))  # data holds actions of exactly 1
+        return squashed_log_prob(u, mean, log_std)
 
 
 def squashed_log_prob(u, mean, log_std):
-    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last term in
-    the form that neither overflows nor cancels for large |u|: 2 (log 2 - u - softplus(-2u))."""
-    log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+    """log density of a = tanh(u), u ~ N(mean, std^2): log N(u) - sum log(1 - tanh(u)^2), the last
+    term as 2 (log 2 - u - softplus(-2u)), which neither overflows nor cancels for large |u|."""
+    z = (u - mean) / log_std.exp()
+    log_normal = -0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return (log_normal - log_jacobian).sum(-1)
 
 
 class StackedLinear(nn.Module):
@@ -283,7 +252,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # w . x: three times as fast on a CPU as a product with one column
+        if self.weight.shape[-1] == 1:  # w . x: on a CPU three times as fast as the product
             return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
@@ -294,16 +263,20 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.n, self.args = args.num_critics, args
-        sizes = [obs_dim + act_dim] + [args.critic_width] * args.critic_depth
-        self.layers = nn.ModuleList(StackedLinear(self.n, i, o) for i, o in zip(sizes, sizes[1:]))
+        sizes = [obs_dim + act_dim] + [args.width] * args.depth
+        self.layers = nn.ModuleList(
+            StackedLinear(self.n, fan_in, fan_out) for fan_in, fan_out in zip(sizes, sizes[1:])
+        )
         if args.vib_coef > 0:
-            self.bottleneck = StackedLinear(self.n, sizes[-1], 2 * args.vib_dim)
-            sizes.append(args.vib_dim)
+            self.bottleneck = StackedLinear(self.n, sizes[-1], 2 * VIB_DIM)
+            sizes.append(VIB_DIM)
         self.head = StackedLinear(self.n, sizes[-1], 1)
+        self.standardise = Standardise(obs_dim)
 
-    def hidden(self, obs, act):
-        """Activations of the hidden layers at rows (R, obs), (R, act): a list of (n, R, width)."""
-        h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
+    def features(self, obs, act):
+        """At rows (R, obs), (R, act): phi(s,a), (n, R, D), which the head reads; the bottleneck's
+        KL to N(0, I), (n, R), or 0; and each hidden layer's activations, (n, R, width)."""
+        h = torch.cat([self.standardise(obs), act], dim=-1).expand(self.n, -1, -1)
         activations = []
         for layer in self.layers:
             z = layer(h)
@@ -312,19 +285,15 @@ class Critic(nn.Module):
             z = F.dropout(F.relu(z, inplace=True), self.args.dropout, self.training)
             h = h + z if self.args.residual and activations else z
             activations.append(h)
-        return activations
-
-    def features(self, obs, act):
-        """phi(s,a), what the head reads, (n, R, D), and the bottleneck's KL to N(0, I), (n, R), or 0."""
-        phi, kl = self.hidden(obs, act)[-1], torch.zeros((), device=obs.device)
+        phi, kl = h, torch.zeros((), device=obs.device)
         if self.args.vib_coef > 0:
-            mean, log_std = self.bottleneck(phi).chunk(2, dim=-1)
+            mean, log_std = self.bottleneck(h).chunk(2, dim=-1)
             log_std = log_std.clamp(-5, 2)
             kl = 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
             phi = mean + log_std.exp() * torch.randn_like(mean) if self.training else mean
         if self.args.unit_norm:
             phi = F.normalize(phi, dim=-1)
-        return phi, kl
+        return phi, kl, activations
 
     def forward(self, obs, act):
         """Q(s,a): (n, B) for actions (B, act), (n, B, M) for M actions a state, (B, M, act)."""
@@ -335,31 +304,30 @@ class Critic(nn.Module):
         return self.head(self.features(obs, act)[0]).squeeze(-1)
 
 
-# ------------------------------------------------------------------------- losses: one function each
+# --------------------------------------------------------------------- losses: one function each
 class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, obs), standardised
+    obs: torch.Tensor  # (B, obs)
     act: torch.Tensor  # (B, act), in [-1, 1]
     rew: torch.Tensor  # (B,), scaled and shifted
     next_obs: torch.Tensor  # (B, obs)
     done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is 0
-    next_act: torch.Tensor  # (B, act), the data's own next action (SARSA)
+    next_act: torch.Tensor | None = None  # (B, act), the data's own next action (SARSA)
 
 
 def backup(learner, batch: Batch, args: Args, generator=None):
     """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_i(s', a'), (B,).
 
-    With `max` each critic takes its own best of the samples, and a' is the best one of their minimum; with
-    --backup-entropy the minimum is less alpha log pi(a'|s'), as in SAC.
-    """
+    With `max` each critic takes its own best of the samples, and a' is the best one of their
+    minimum; with --backup-entropy the minimum is less alpha log pi(a'|s'), as in SAC."""
     if args.backup == "sarsa":
         next_act = batch.next_act[:, None]
     elif args.backup == "mean":
-        next_act = torch.tanh(learner.actor(batch.next_obs)[0])[:, None]
+        next_act = learner.actor.mode(batch.next_obs)[:, None]
     else:
         m = args.cql_samples if args.backup == "max" else 1
-        next_act, next_logp = learner.actor.sample(batch.next_obs, m, generator)  # (B, m, act), (B, m)
-    q = learner.target(batch.next_obs, next_act)  # (n, B, m): the max of each critic, then the ensemble's min
-    value = q.amax(-1).amin(0)
+        next_act, next_logp = learner.actor.sample(batch.next_obs, m, generator)  # (B, m, act)
+    q = learner.target(batch.next_obs, next_act)  # (n, B, m)
+    value = q.amax(-1).amin(0)  # the max of each critic, then the minimum over critics
     if args.backup_entropy:
         value = value - learner.log_alpha.exp() * next_logp[:, 0]
     best = q.amin(0).argmax(-1)
@@ -368,13 +336,11 @@ def backup(learner, batch: Batch, args: Args, generator=None):
 
 
 def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
-    """Sampled actions (B, M, act) at which Q is pushed down, and their log p(a|s) - log Unif(a), (B, M).
+    """Sampled actions (B, M, act) to push Q down at, and log p(a|s) - log Unif(a) of each, (B, M).
 
     policy: p = pi, M = n. mixture: p = 1/2 pi + 1/2 Unif, M = 2n; no importance weight exceeds 2.
-    three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s') (scored at s), each
-    weighted by the density it was drawn from; the weights have no bound, and infinite variance.
-    Of `actor`: sample(obs, n, generator) and log_prob(obs, act), as Actor's.
-    """
+    three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s') (scored at s),
+    each weighted by the density it was drawn from: weights without a bound, infinite variance."""
     act, logp = actor.sample(obs, n, generator)
     log_unif = -act.shape[-1] * math.log(2)
     if kind == "policy":
@@ -391,32 +357,33 @@ def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
 
 
 def log_mean_exp(q, log_ratio, temperature: float = 1.0):
-    """T log E_{a~Unif} exp(Q(s,a) / T), estimated from a ~ p by importance weights: (..., M) -> (...).
+    """T log E_{a~Unif} exp(Q(s,a) / T), from a ~ p by importance weights: (..., M) -> (...).
 
-    Its exp is unbiased, it itself is low (Jensen). With log_ratio = 0 it is T log E_{a~p} exp(Q / T), that is
-    CQL(rho) with rho = p. (The authors divide log p by T as well; at T = 1 that is the same.)
-    """
+    Its exp is unbiased, it itself is low (Jensen). With log_ratio = 0 it is T log E_{a~p} exp(Q/T):
+    CQL(rho) with rho = p. (The authors divide log p by T as well; at T = 1 that is the same.)"""
     log_w = q / temperature - log_ratio
     return temperature * (torch.logsumexp(log_w, dim=-1) - math.log(q.shape[-1]))
 
 
 def conservative_term(q, log_ratio, q_data, args: Args):
-    """What alpha multiplies in Eqs. 1 to 4, for each state: q (n, B, M), q_data (n, B) -> (n, B)."""
+    """What alpha multiplies in Eqs. 1 to 4, a state: q (n, B, M), q_data (n, B) -> (n, B)."""
     if args.cql_variant in ("eq1", "eq2"):
         pushed_down = q.mean(-1)
     else:
-        assert args.cql_variant in ("H", "rho"), args.cql_variant
-        pushed_down = log_mean_exp(q, log_ratio if args.cql_variant == "H" else 0.0, args.cql_temperature)
+        log_ratio = log_ratio if args.cql_variant == "H" else 0.0
+        pushed_down = log_mean_exp(q, log_ratio, args.cql_temperature)
     term = pushed_down if args.cql_variant == "eq1" else pushed_down - q_data
     return term if args.cql_clip_diff is None else term.clamp(min=args.cql_clip_diff)
 
 
 def conservative_loss(learner, batch: Batch, q_data, args: Args):
-    """The conservative term of each critic on the minibatch, (n,); q_data (n, B) is Q(s,a) of the data."""
+    """The conservative term of each critic, (n,); q_data (n, B) is Q at the data's actions."""
+    kind = args.cql_proposals or ("three-sets" if args.cql_variant == "H" else "policy")
     with torch.no_grad():
-        kind, n = proposal_kind(args), args.cql_samples
-        act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, n)
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        states = batch.obs, batch.next_obs
+        act, log_ratio = proposals(learner.actor, *states, kind, args.cql_samples)
+    bf16 = args.precision == "bf16"
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=bf16):
         q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
     q = q.float()
     term = conservative_term(q, log_ratio, q_data, args)
@@ -428,15 +395,15 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble (Eqs. 1 to 4)."""
+    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble."""
     with torch.no_grad():
         next_act, y = backup(learner, batch, args)
-    phi, kl = learner.critic.features(batch.obs, batch.act)
+    phi, kl, _ = learner.critic.features(batch.obs, batch.act)
     q_data = learner.critic.head(phi).squeeze(-1)  # (n, B)
     td_loss = ((q_data - y) ** 2).mean(1)  # (n,), without the paper's 1/2
-    shown = range(min(2, args.num_critics))
-    info = {f"qf{i + 1}_loss": td_loss[i] for i in shown} | {"qf_loss": td_loss.mean()}
-    info |= {f"qf{i + 1}_values": q_data[i].mean() for i in shown}
+    info = {"qf_loss": td_loss.mean()}
+    for i in range(min(2, args.num_critics)):
+        info[f"qf{i + 1}_loss"], info[f"qf{i + 1}_values"] = td_loss[i], q_data[i].mean()
     loss = td_loss.sum()
     if args.cql_alpha > 0:
         term, cql_info = conservative_loss(learner, batch, q_data, args)
@@ -444,14 +411,14 @@ def critic_loss(learner, batch: Batch, args: Args):
         loss = loss + cql_alpha * term.sum()
         info |= cql_info | {"cql_alpha": cql_alpha}
     if args.dr3_coef > 0:
-        phi_next, _ = learner.critic.features(batch.next_obs, next_act)  # gradient through both sides
+        phi_next = learner.critic.features(batch.next_obs, next_act)[0]  # gradient through both
         dot = ((phi * phi_next).sum(-1) * (1 - batch.done)).mean(1).sum()
         loss = loss + args.dr3_coef * dot
         info["dr3_loss"] = dot / len(phi)
     if args.vib_coef > 0:
         loss = loss + args.vib_coef * kl.mean(1).sum()
         info["vib_loss"] = kl.mean()
-    return loss, {k: v.detach() for k, v in info.items()}
+    return loss, {name: x.detach() for name, x in info.items()}
 
 
 def actor_loss(learner, batch: Batch, args: Args):
@@ -466,22 +433,13 @@ def cloning_loss(learner, batch: Batch, args: Args):
     """Behaviour cloning, -log pi(a_data|s), alone (the authors' code adds the entropy bonus)."""
     loss = -learner.actor.log_prob(batch.obs, batch.act[:, None]).mean()
     with torch.no_grad():
-        _, logp = learner.actor.sample(batch.obs, 1)  # the temperature is tuned meanwhile, as theirs is
+        _, logp = learner.actor.sample(batch.obs, 1)  # the temperature is tuned meanwhile
     return loss, {"actor_loss": loss.detach(), "entropy": -logp.mean()}
 
 
 def dual_loss(log_x, excess):
-    """Descending this raises x while excess > 0: x is the multiplier of the constraint excess <= 0."""
+    """Descending this raises x while excess > 0: x is the multiplier of excess <= 0."""
     return -log_x.exp() * excess
-
-
-def memory(args: Args, inputs: int) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations twice."""
-    n, width, depth = args.num_critics, args.critic_width, args.critic_depth
-    sets = {"three-sets": 3, "mixture": 2, "policy": 1}[proposal_kind(args)] if args.cql_alpha else 0
-    rows = args.batch_size * max(1 + sets * args.cql_samples, args.cql_samples * (args.backup == "max"))
-    actor = args.policy_width * (inputs + args.policy_width * args.policy_depth)
-    return 20 * (actor + n * width * (inputs + width * depth)) + 8 * rows * n * (inputs + 2 * width * depth)
 
 
 class Learner(nn.Module):
@@ -492,15 +450,12 @@ class Learner(nn.Module):
         self.args, self.device, self.act_dim = args, device, act_dim
         self.actor = Actor(obs_dim, act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args)
-        self.target = copy.deepcopy(self.critic).eval().requires_grad_(False)
-        alphas = (1.0 if args.alpha is None else args.alpha, args.cql_alpha)
-        self.log_alpha, self.log_cql_alpha = (nn.Parameter(torch.tensor(max(x, 1e-30)).log()) for x in alphas)
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.to(device)
-        if args.compile:
-            torch._inductor.config.fallback_random = True  # the random numbers of the uncompiled script
-        compiled = torch.compile if args.compile else lambda loss: loss
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        alpha = 1.0 if args.alpha is None else max(args.alpha, 1e-30)  # log 0 is not finite
+        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
+        self.log_cql_alpha = nn.Parameter(torch.tensor(max(args.cql_alpha, 1e-30)).log())
+        self.to(device).train()
+        compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.cloning_loss = compiled(cloning_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
@@ -511,736 +466,613 @@ class Learner(nn.Module):
             "alpha": torch.optim.Adam([self.log_alpha], lr=args.policy_lr, **flags),
         }
 
-    def standardised(self, obs):
-        """An environment's observation as the networks see it."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        return (obs - self.obs_mean) / self.obs_std
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.target.eval()  # no dropout there, the bottleneck's mean
+        return self
 
-    def minimise(self, name: str, loss):
-        params = self.optim[name].param_groups[0]["params"]
-        self.optim[name].zero_grad()
-        loss.backward(inputs=params)  # only these: the actor's loss costs no critic weight gradients
-        self.optim[name].step()
-
-    def update(self, sample, cloning: bool) -> dict:
-        """G_Q critic steps and G_pi policy steps, a fresh minibatch `sample()` for each (Algorithm 1)."""
-        args, info = self.args, {}
-        policy_loss = self.cloning_loss if cloning else self.actor_loss
-        for _ in range(args.critic_updates):
-            loss, q_info = self.critic_loss(self, sample(), args)
-            self.minimise("critic", loss)
-            polyak(self.critic, self.target, args.tau)
-            if args.cql_target_gap is not None:
-                excess = q_info["cql_loss"] - args.cql_target_gap
-                self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, excess))
-                # the authors clamp in the loss, whose gradient is 0 above the bound: it would stay there
-                self.log_cql_alpha.data.clamp_(max=math.log(1e6))
-            info |= q_info
-        for _ in range(args.policy_updates):
-            loss, pi_info = policy_loss(self, sample(), args)
-            self.minimise("actor", loss)
-            if args.alpha is None:  # target entropy -d (arXiv 1812.05905)
-                self.minimise("alpha", dual_loss(self.log_alpha, -self.act_dim - pi_info["entropy"]))
-            info |= pi_info
-        return info | {"alpha": self.log_alpha.detach().exp()}
-
-    def checkpoint(self) -> dict:
-        return {"networks": self.state_dict(), "optim": {k: o.state_dict() for k, o in self.optim.items()}}
-
-    def restore(self, saved: dict):
-        self.load_state_dict(saved["networks"])
-        for name, optim in self.optim.items():
-            load_optimizer(optim, saved["optim"][name])
-
-
-@torch.no_grad()
-def polyak(net, target, tau: float):
-    """target <- target + tau (net - target)."""
-    for p, p_target in zip(net.parameters(), target.parameters()):
-        p_target.lerp_(p, tau)
-
-
-# ----------------------------------------------------------------------------------------------- data
-class Data:
-    """Transitions on the device: row i is (obs, act, rew, next_obs, done, next_act)[i].
-
-    Without `next_observations` in the file, next_obs is a *view* of obs shifted by a row (no second copy), as
-    next_act is of act. `train` and `holdout` list the usable rows, split by episodes; `starts` the first rows
-    of episodes; `returns_to_go` is discounted, NaN where a time-out cuts off more than 1 % of it.
-    """
-
-    def __init__(self, device, info: dict, **arrays):
-        self.info = info
-        for name, array in arrays.items():
-            setattr(self, name, None if array is None else torch.from_numpy(array).to(device))
-        self.shifted = self.next_obs is None
-        self.next_obs = self.obs[1:] if self.shifted else self.next_obs
-        self.next_act = self.act[1:]
-
-    def batch(self, rows) -> Batch:
-        columns = (self.obs, self.act, self.rew, self.next_obs, self.done, self.next_act)
-        return Batch(*(x[rows] for x in columns))
-
-    def sample(self, n: int) -> Batch:
-        return self.batch(self.train[torch.randint(len(self.train), (n,), device=self.train.device)])
-
-    def standardise(self, learner):
-        """Observations to mean 0 and deviation 1, in place; the learner keeps both for acting."""
-        std, mean = torch.std_mean(self.obs, dim=0)
-        learner.obs_mean.copy_(mean)
-        learner.obs_std.copy_(std + 1e-3)  # an entry that never varies stays 0
-        for x in (self.obs,) if self.shifted else (self.obs, self.next_obs):
-            x.sub_(learner.obs_mean).div_(learner.obs_std)
-
-
-# ----------------------------------------------------------------------- environment: collect, evaluate
-def make_env(env_id: str, needed: bool = True) -> gym.Env | None:
-    """The environment, checked. If wanted only for its bounds and not installed: None, and a line."""
-    try:
-        env = gym.make(env_id)
-    except Exception as e:  # registration, missing packages, a namespace's own errors
-        if needed:
-            fail(f"--env-id {env_id}: {type(e).__name__}: {first_line(e)}")
-        print(f"{env_id} is not installed here: actions are taken to lie in [-1, 1]")
-        return None
-    box, obs = env.action_space, env.observation_space
-    if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
-        fail(f"--env-id {env_id}: actions are {box}, expected a bounded Box of one dimension")
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
-    if env.spec.max_episode_steps is None:
-        fail(f"--env-id {env_id}: has no time limit (max_episode_steps), an evaluation might never end")
-    return env
-
-
-def make_envs(env_id: str, n: int) -> gym.vector.SyncVectorEnv:
-    return gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n)
-
-
-def to_env(act, box) -> np.ndarray:
-    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
-    return np.clip(box.low + (act.cpu().numpy() + 1) / 2 * (box.high - box.low), box.low, box.high)
-
-
-@torch.no_grad()
-def evaluate(learner, envs, args: Args) -> tuple[np.ndarray, float]:
-    """One episode in each of `envs` from fixed seeds, acting by tanh(mean). Draws no torch random number.
-
-    Returns the raw returns (episodes,) and the mean overestimation: min_i Q_i(s0, a0) less the discounted
-    return that followed, with scaled rewards (an episode cut at T steps misses gamma^T of it; the policy
-    that Q speaks of is sampled, and with --backup-entropy Q holds its entropy).
-    """
-    obs, _ = envs.reset(seed=1_000_000 + 1_000 * args.seed)
-    alive, returns, discounted = np.ones(len(obs), bool), np.zeros(len(obs)), np.zeros(len(obs))
-    discount, predicted = 1.0, None
-    learner.critic.eval()
-    while alive.any():
-        x = learner.standardised(obs)
-        act = torch.tanh(learner.actor(x)[0])
-        if predicted is None:
-            predicted = learner.critic(x, act).amin(0).cpu().numpy()
-        obs, rew, terminated, truncated, _ = envs.step(to_env(act, envs.single_action_space))
-        returns += alive * rew
-        discounted += alive * discount * (rew * args.reward_scale + args.reward_shift)
-        alive &= ~(terminated | truncated)  # what an environment does after its first episode is not counted
-        discount *= args.gamma
-    learner.critic.train()
-    return returns, float((predicted - discounted).mean())
-
-
-class Player:
-    """One environment and the replay it fills: the collector's loop, and the fine-tuning's."""
-
-    def __init__(self, env: gym.Env, capacity: int, learner, args: Args):
-        o, a, device = env.observation_space.shape, env.action_space.shape, learner.device
-        reserve(4 * capacity * (2 * o[0] + a[0] + 3), "replay buffer", device)
-        shapes = dict(obs=o, act=a, rew=(), next_obs=o, done=(), timeout=())
-        self.buffer = {k: torch.zeros(capacity, *shape, device=device) for k, shape in shapes.items()}
-        self.rows = 0
-        self.size = torch.zeros((), dtype=torch.float64, device=device)  # rows, as CUDA graphs can read it
-        self.env, self.learner, self.args, self.seed = env, learner, args, args.seed
-        self.obs, self.returns, self.episode_return = None, [], 0.0
+    def standardise(self, obs):
+        """Makes observations of the dataset (N, obs) have mean 0 and deviation 1."""
+        std, mean = torch.std_mean(obs, dim=0, correction=0)
+        for net in (self.actor.net[0], self.critic.standardise, self.target.standardise):
+            net.mean.copy_(mean)
+            net.std.copy_(std + 1e-3)  # an entry that never varies stays 0
 
     @torch.no_grad()
-    def step(self, random: bool = False):
-        """Act once, uniformly or by pi, and store the transition, observations standardised."""
-        if self.obs is None:
-            self.obs, self.seed = self.learner.standardised(self.env.reset(seed=self.seed)[0]), None
-        act = self.learner.actor.sample(self.obs[None], 1)[0][0, 0]
-        if random:
-            act = torch.rand_like(act) * 2 - 1
-        next_obs, rew, terminated, truncated, _ = self.env.step(to_env(act, self.env.action_space))
-        next_obs = self.learner.standardised(next_obs)
-        scaled = float(rew) * self.args.reward_scale + self.args.reward_shift
-        row = (self.obs, act, scaled, next_obs, float(terminated), float(truncated and not terminated))
-        for column, value in zip(self.buffer.values(), row):
-            column[self.rows] = value
-        self.rows += 1
-        self.size.fill_(self.rows)
-        self.obs, self.episode_return = next_obs, self.episode_return + float(rew)
-        if terminated or truncated:
-            self.returns.append(self.episode_return)
-            self.obs, self.episode_return = None, 0.0
+    def act(self, obs, explore: bool):
+        """Actions in [-1, 1] for an environment's observations: a sample of pi, or tanh(mean)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.actor.sample(obs, 1)[0][:, 0] if explore else self.actor.mode(obs)
 
-    def sample(self, n: int) -> Batch:
-        rows = (torch.rand(n, dtype=torch.float64, device=self.size.device) * self.size).long()
-        obs, act, rew, next_obs, done, _ = (column[rows] for column in self.buffer.values())
-        return Batch(obs, act, rew, next_obs, done, next_act=act)  # nothing reads next_act here
+    def update(self, sample, cloning: bool) -> dict:
+        """A critic step and a policy step, each on a minibatch of its own from sample()."""
+        args = self.args
+        loss, info = self.critic_loss(self, sample(), args)
+        self.minimise("critic", loss)
+        with torch.no_grad():
+            for p, p_target in zip(self.critic.parameters(), self.target.parameters()):
+                p_target.lerp_(p, args.tau)  # target <- target + tau (critic - target)
+        if args.cql_target_gap is not None:
+            excess = info["cql_loss"] - args.cql_target_gap
+            self.minimise("cql_alpha", dual_loss(self.log_cql_alpha, excess))
+            # the authors clamp in the loss, whose gradient is 0 above the bound: stuck there
+            self.log_cql_alpha.data.clamp_(max=math.log(1e6))
+        policy_loss = self.cloning_loss if cloning else self.actor_loss
+        loss, pi_info = policy_loss(self, sample(), args)
+        self.minimise("actor", loss)
+        if args.alpha is None:  # target entropy -d (arXiv 1812.05905)
+            excess = -self.act_dim - pi_info["entropy"]
+            self.minimise("alpha", dual_loss(self.log_alpha, excess))
+        return info | pi_info | {"alpha": self.log_alpha.detach().exp()}
 
-    def checkpoint(self) -> dict:
-        kept = {k: v[: self.rows].clone() for k, v in self.buffer.items()}
-        return {"buffer": kept, "returns": self.returns}
+    def minimise(self, name: str, loss):
+        optim = self.optim[name]
+        optim.zero_grad()
+        loss.backward(inputs=optim.param_groups[0]["params"])  # the actor's loss moves no critic
+        optim.step()
 
-    def restore(self, saved: dict):
-        """The replay comes back whole; the environment starts a new episode."""
-        self.rows, self.returns = len(saved["buffer"]["rew"]), saved["returns"]
-        self.size.fill_(self.rows)
-        self.seed = self.args.seed + self.rows
-        for k, v in saved["buffer"].items():
-            self.buffer[k][: self.rows] = v
-
-
-RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
+    def least_q(self, obs, act):
+        """min_i Q_i(s,a): what is reported as Q."""
+        return self.critic(obs, act).amin(0)
 
 
-def collect(args: Args, env: gym.Env, device) -> Path:
-    """The replay of a soft actor-critic trained online, kept as a D4RL-layout file under datasets/.
+# ------------------------------------------------------------- data: collected, or read from a file
+def find_env(args: Args, eval_envs, run):
+    """The environment to collect and fine-tune in, whose bounds the actions have; None where a
+    dataset is enough and --env-id is registered nowhere, or --action-low or -high is given."""
+    if args.dataset and not args.online_steps:
+        if eval_envs or args.action_low or args.action_high:
+            return eval_envs  # no more: of some simulators one instance can exist
+        module, _, name = args.env_id.rpartition(":")
+        try:
+            if module:
+                importlib.import_module(module)
+            gym.spec(name)
+        except (gym.error.UnregisteredEnv, ImportError) as e:
+            say(f"{args.env_id}: {e}. Actions are taken to lie in [-1, 1]")
+            return None
+    return make_envs(args.env_id, 1, run)
 
-    The collector has its paper's settings (arXiv 1812.05905), networks and learning rates of its own.
-    """
-    name = f"{args.env_id.replace('/', '_')}_sac-replay_{args.collect_steps}_seed{args.seed}_v1.hdf5"
-    path = Path("datasets") / name
+
+def interact(learner, envs, replay, obs, uniform: bool = False) -> tuple[np.ndarray, list]:
+    """A step of the environment, by pi or uniformly, into the replay, with scaled reward; the
+    observation to act on next, and the return of an episode that ended."""
+    args, act = learner.args, learner.act(obs, explore=True)
+    if uniform:
+        act = torch.rand_like(act) * 2 - 1
+    next_obs, rew, terminated, truncated, infos = envs.step(to_env(act, envs))
+    over, last_obs = terminated | truncated, next_obs.copy()
+    if over.any():  # there next_obs is the next episode's first
+        last_obs[over] = np.stack(infos["final_obs"][over])
+    rew, cut = args.reward_scale * rew + args.reward_shift, truncated & ~terminated
+    replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, cut)
+    return next_obs, infos["final_info"]["return"][over].tolist() if over.any() else []
+
+
+def sample_online(replay, n: int) -> Batch:
+    u = torch.rand(n, dtype=torch.float64, device=replay.device)
+    rows = (u * replay.size).long()
+    return Batch(*(replay.columns[name][rows] for name in Batch._fields[:-1]))
+
+
+def collect(args: Args, env, run, device) -> Path:
+    """The replay of a soft actor-critic trained online, kept as a D4RL-layout file in --data-dir.
+
+    The collector has its paper's settings (arXiv 1812.05905): networks and rates of its own."""
+    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v2.hdf5"
+    path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
-        print(f"no --dataset: using {path}, made by an earlier run")
+        say(f"no --dataset: using {path}, made by an earlier run")
         return path
-    h5py = need("h5py")
-    what = f"{args.collect_steps:,} steps of {args.env_id} by online SAC"
-    print(f"no --dataset: collecting {what}, into {path}")
-    online = Args(env_id=args.env_id, seed=args.seed, cql_alpha=0.0, backup_entropy=True)
-    online.policy_lr = online.q_lr = 3e-4
-    learner = Learner(env.observation_space.shape[0], env.action_space.shape[0], online, device)
-    player = Player(env, args.collect_steps, learner, online)
-    graphs = args.cudagraphs and device.type == "cuda"
-    update = GraphedUpdate(lambda: learner.update(lambda: player.sample(online.batch_size), False), graphs)
-    progress = Progress("collecting", args.collect_steps)
-    with StopSignal() as stop:
-        for step in range(1, args.collect_steps + 1):
-            player.step(random=step <= RANDOM_STEPS)
-            if step > RANDOM_STEPS:
-                update()
-            if stop.signum:
-                print("\nstopped while collecting: nothing is kept, the same command starts again")
-                raise SystemExit(128 + stop.signum)
-            progress.show(step, {"return": np.mean(player.returns[-5:] or [math.nan])})
-    returns, _ = evaluate(learner, make_envs(args.env_id, 10), online)
-    b = {k: v.cpu().numpy() for k, v in player.buffer.items()}
-    with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
-        f["observations"], f["next_observations"], f["rewards"] = b["obs"], b["next_obs"], b["rew"]
-        f["actions"] = to_env(player.buffer["act"], env.action_space).astype(np.float32)
-        f["terminals"], f["timeouts"] = b["done"].astype(bool), b["timeout"].astype(bool)
-        f.attrs["collector_return_mean"] = returns.mean()
+    with failing("nothing is collected before its place can be written", OSError):
+        for folder in (args.data_dir, args.run_dir):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    say(f"no --dataset: {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}")
+    online = Args(env_id=args.env_id, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
+    sizes = check_boxes(env, args.env_id)
+    learner = Learner(*sizes, online, device)
+    replay = Replay(args.collect_steps, *sizes, device)
+    obs, returns = env.reset(seed=env_seeds(args.seed, 1))[0], [math.nan]
+    for step in range(args.collect_steps):
+        obs, ended = interact(learner, env, replay, obs, uniform=step < RANDOM_STEPS)
+        returns += ended
+        if step >= RANDOM_STEPS:
+            learner.update(lambda: sample_online(replay, online.batch_size), cloning=False)
+        if step % 1_000 == 999:
+            say(f"collected {step + 1:,}/{args.collect_steps:,}, last return {returns[-1]:.4g}")
+        if run.signum:
+            say("stopped while collecting: nothing is kept, the same command starts again")
+            raise SystemExit(128 + run.signum)
+    replay.write(path, env)
     return path
 
 
-# -------------------------------------------------------------------------- the numbers of one moment
-def diagnose(learner: Learner, data: Data, args: Args) -> dict:
-    """The numbers of one moment, on fixed probes of at most 2,048 transitions, in fp32 and eval mode.
+def find_minari(name: str) -> Path | None:
+    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
+    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
+    at = Path(name)
+    places = [at, at / "data", Path(root) / name / "data"]
+    places += [at.parent] if at.name == "main_data.hdf5" else []
+    return next((p for p in places if (p / "metadata.json").is_file()), None)
 
-    Its generators start anew at each call, so that what moves is the network and not the sample. Every Q is
-    the ensemble's minimum; the TD error is the ensemble's mean, in units of the target's variance; features
-    are those of the first critic; v_s0 is at the data's first states.
-    """
-    device, actor, critic = learner.device, learner.actor, learner.critic
-    draw = torch.Generator(device).manual_seed(0)
+
+def flat(space, x) -> np.ndarray:
+    """T values of a space as rows, (T, width): gymnasium.spaces.flatten of all of them at once."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flat(part, x[key]) for key, part in space.spaces.items()], axis=1)
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
+    x = np.asarray(x, dtype=np.float32)
+    return x.reshape(len(x), -1)
+
+
+def parts_of(space) -> str:
+    """The entries of a Dict space in gymnasium's order, with their widths; "" of another space."""
+    parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else ()
+    return ", ".join(f"{key} ({gym.spaces.flatdim(part)})" for key, part in parts)
+
+
+def read_minari(folder: Path, device) -> dict:
+    """A Minari set by its own library, as the columns of a D4RL file."""
+    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
+        import minari
+
+        found = minari.MinariDataset(folder)
+    spaces = found.observation_space, found.action_space
+    widths = [gym.spaces.flatdim(space) for space in spaces]
+    reserve(8 * found.total_steps * (2 + sum(widths)), "dataset, roughly", device)
+    columns = {"observations": [], "next_observations": [], "actions": [], "rewards": []}
+    columns |= {"terminals": [], "timeouts": []}
+    for e in found.iterate_episodes():
+        obs, act, steps = (
+            flat(spaces[0], e.observations),
+            flat(spaces[1], e.actions),
+            len(e.rewards),
+        )
+        if len(obs) != steps + 1:
+            fail(f"{folder}, episode {e.id}: {len(obs)} observations beside {steps} rewards")
+        last = np.arange(steps) == steps - 1
+        rows = obs[:-1], obs[1:], act, e.rewards, e.terminations, last & ~e.terminations
+        for column, x in zip(columns.values(), rows):
+            column.append(x)
+    if parts := parts_of(spaces[0]):
+        say(f"{folder}: observations flattened in this order: {parts}")
+    return {key: np.concatenate(x or [[]]) for key, x in columns.items()}
+
+
+def read_hdf5(path: Path, device) -> dict:
+    """The columns of a D4RL file, or of d3rlpy's dump, which has arrays for each episode."""
+    with failing("a dataset needs `pip install h5py`", ImportError):
+        import h5py
+
+    def column(key: str):
+        if not hasattr(f.get(key), "dtype"):
+            found = ", ".join(list(f)[:9]) or "nothing"
+            hint = ": a Minari file without metadata.json beside it" * ("episode_0" in f)
+            fail(f"{path}: no array '{key}' (found: {found}{', ...' * (len(f) > 9)}){hint}")
+        if f[key].dtype.kind not in "biuf":
+            fail(f"{path}: '{key}' holds {f[key].dtype}, expected numbers")
+        x = f[key] if f[key].dtype.kind == "b" else f[key].astype(np.float32)
+        return np.atleast_1d(x[()])
+
+    with h5py.File(path) as f:
+        numbers = sum(getattr(x, "size", 0) for x in f.values())
+        reserve(8 * numbers, "dataset, roughly", device)
+        keys = ["observations", "actions", "rewards"]
+        if "observations_0" not in f:
+            optional = "next_observations timeouts episode_terminals".split()
+            keys += ["terminals"] + [key for key in optional if key in f]
+            columns = {key: column(key) for key in keys}
+            if "episode_terminals" in columns:  # d3rlpy 1: time-outs and terminals
+                timeouts = columns.pop("episode_terminals") * (1 - columns["terminals"])
+                columns["timeouts"] = timeouts
+            return columns
+        episodes = range(sum(key.startswith("rewards_") for key in f))
+        columns = {k: np.concatenate([column(f"{k}_{i}") for i in episodes]) for k in keys}
+        last = np.cumsum([len(f[f"rewards_{i}"]) for i in episodes]) - 1
+        terminated = np.array([bool(column(f"terminated_{i}")) for i in episodes])
+        rows = np.arange(len(columns["rewards"]))
+        flags = {"terminals": np.isin(rows, last[terminated])}
+        return columns | flags | {"timeouts": np.isin(rows, last[~terminated])}
+
+
+def read(name: str, device) -> dict:
+    """The columns of a dataset by D4RL's names: float32, flags as bool, one row a transition."""
+    path, folder = Path(name), find_minari(name)
+    if not folder and not path.is_file():
+        fail(f"--dataset {name}: no such file, nor a Minari set here; `minari download {name}`")
+    kind = "not readable by Minari's library"
+    if not folder:
+        with open(path, "rb") as f:
+            start = f.read(32)
+        kind = next((text for x, text in KINDS.items() if start.startswith(x)), KINDS[b""])
+    damage = (OSError, RuntimeError, LookupError, ValueError, TypeError, AssertionError)
+    with failing(f"{name} is {kind}", *damage):
+        columns = read_minari(folder, device) if folder else read_hdf5(path, device)
+    n = len(columns["rewards"])
+    if n == 0:
+        fail(f"{name}: no transitions")
+    for key, x in columns.items():
+        vector = not key.endswith(("observations", "actions"))
+        if vector and x.shape == (n, 1):  # as rlkit's buffers write them
+            x = x[:, 0]
+        width = columns["observations"].shape[1:] if key == "next_observations" else x.shape[1:]
+        if x.ndim != 2 - vector or x.shape != (n, *width) or 0 in width:
+            expected = f"({n},)" if vector else f"({n}, width)"
+            fail(f"{name}: '{key}' has shape {x.shape}, expected {expected}")
+        flags = vector and key != "rewards"
+        bad = (x != 0) & (x != 1) if flags else ~np.isfinite(x)
+        if bad.any():
+            at = tuple(np.argwhere(bad)[0])
+            expected = "0 or 1" if flags else "finite numbers"
+            fail(f"{name}: '{key}' row {at[0]} holds {x[at]}, expected {expected}")
+        columns[key] = np.ascontiguousarray(x, dtype=bool if flags else np.float32)
+    return columns
+
+
+KINDS = {  # files by their first bytes, where h5py refuses them
+    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE`",
+    b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE`",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull`",
+    b"ARROW1": "an arrow file: name the folder of its Minari set",
+    b"": "no HDF5 file",
+}
+
+
+def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
+    """Each episode's last row, and how that was told. Flags are read as they are; a line is printed
+    for what looks odd in them."""
+    terminal, timeout = columns["terminals"], columns.get("timeouts")
+    note, rows = "as its timeouts say", np.arange(len(terminal))
+    if timeout is None and "next_observations" in columns:
+        note = "no timeouts: where next_observations is not the next row"
+        timeout = (columns["next_observations"] != np.roll(columns["observations"], -1, 0)).any(1)
+        timeout &= ~terminal
+    elif timeout is None:
+        note = f"no timeouts: cut after the environment's limit of {limit} steps"
+        begins = np.append(0, np.flatnonzero(terminal) + 1)
+        step = rows - begins[np.searchsorted(begins, rows, "right") - 1] + 1
+        timeout = step % (limit or len(rows)) == 0
+    end = terminal | timeout
+    end[-1] = True  # the file ends here, whatever its flags say
+    length = np.diff(np.flatnonzero(end), prepend=-1)
+    if both := (terminal & timeout).sum():
+        say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
+    if together := (terminal[1:] & terminal[:-1]).sum():
+        say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    alike = len(length) > 1 < length[0] and (length == (limit or length[0])).all()
+    if alike and terminal[end].all():
+        say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
+    return end, note
+
+
+def scale_actions(act, args: Args, box, name: str) -> str:
+    """Actions to [-1, 1] in place: from the environment's box, or from what the flags say."""
+    low, high = (-1.0, 1.0) if box is None else (box.low, box.high)
+    low = act.min(0) if args.action_low == "data" else args.action_low or low
+    high = act.max(0) if args.action_high == "data" else args.action_high or high
+    with failing(f"--action-low, --action-high: one number, or {act.shape[1]}", ValueError):
+        low, high = (np.broadcast_to(np.float32(x), act.shape[1]) for x in (low, high))
+    if not (low < high).all():
+        fail(f"actions from {low.tolist()} to {high.tolist()}: expected low < high")
+    bounds = f"{np.unique(low.round(4))} to {np.unique(high.round(4))}"
+    said = f"actions {act.min():.3g} to {act.max():.3g}, bounds {bounds}"
+    act -= (high + low) / 2
+    act /= (high - low) / 2
+    beyond = np.abs(act).max(1) - 1
+    if beyond.max() > 2e-3 and not args.clip_actions:  # 0.1 % of the range, which is 2
+        row, share = int(beyond.argmax()), (beyond > 2e-3).mean()
+        most = f"row {row} by {beyond[row] / 2:.1%} of their range"
+        mend = "--clip-actions clips them" + ", --action-low, --action-high widen" * (box is None)
+        fail(f"{name}: 'actions' of {share:.1%} of the rows leave {bounds}, {most}: {mend}")
+    act.clip(-1, 1, out=act)
+    return f"{said}, {(beyond > 0).sum():,} clipped"
+
+
+def check_widths(widths: tuple, env, env_id: str):
+    """Observations and actions of the data must be as wide as the environment's."""
+    expected, parts = check_boxes(env, env_id), parts_of(env.envs[0].unwrapped.observation_space)
+    hint = "for data alone: --env NAME --eval-episodes 0"
+    if parts:
+        hint = f"its observations are {parts}, of which the data lack some"
+    elif widths[0] in (27, 111):  # D4RL's ant, without or with 84 zeros
+        hint = "D4RL's ant: take the first 27 columns, and an Ant-v5 that was registered with "
+        hint += "include_cfrc_ext_in_observation=False"
+    if widths != expected:
+        fail(f"observations and actions are {widths} wide, {env_id} has {expected}; {hint}")
+
+
+def load(name: str, args: Args, env, device):
+    """Read, check and describe a dataset; a bad one ends the program in one line (status 2).
+
+    The Replay has the training rows first, its `size`, then those held out. Beside the usual
+    columns there are next_act, `start` of an episode, and `to_go`, the discounted return from there
+    on, NaN where a time-out cuts off more than 1 % of it. Its `info` stands in the summary."""
+    columns = read(name, device)
+    obs, act, rew, terminal = (columns[k] for k in "observations actions rewards terminals".split())
+    digest = hashlib.sha256()
+    for key in sorted(columns):
+        digest.update(columns[key])
+    limit = box = None
+    if env:
+        check_widths((obs.shape[1], act.shape[1]), env, args.env_id)
+        limit, box = env.envs[0].spec.max_episode_steps, env.single_action_space
+    span = scale_actions(act, args, box, name)
+    end, note = find_ends(columns, limit)
+    n, first = len(rew), np.flatnonzero(np.append(True, end[:-1]))
+    length = np.diff(np.append(first, n))
+    returns = np.add.reduceat(rew, first, dtype=np.float64)
+    rew = (args.reward_scale * rew + args.reward_shift).astype(np.float32)
+    last = np.repeat(first + length - 1, length).astype(np.int32)
+    g = returns_to_go(rew, last, args.gamma)
+    left = (last - np.arange(n) + 1).astype(np.float32)
+    g[~terminal[last] & (args.gamma**left > 0.01)] = np.nan
+
+    # s' and a' are the next row's within an episode; s' may be in the file
+    following = np.minimum(np.arange(n) + 1, n - 1)
+    next_obs = columns.get("next_observations", obs[following])
+    usable = terminal | ~end
+    if "next_observations" in columns and args.backup != "sarsa":
+        usable[:] = True
+    held = np.zeros(len(first), bool)
+    if args.holdout and len(first) > 1:
+        order = np.random.default_rng(args.seed).permutation(len(first))
+        held[order[: max(1, round(args.holdout * len(first)))]] = True
+    held = np.repeat(held, length)
+    train, holdout = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
+
+    ended, rewarded = int(terminal.sum()), float((rew != np.median(rew)).mean())
+    lacking = "action" if args.backup == "sarsa" else "state"
+    say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
+    say(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}; {span}")
+    say(f"  {len(train):,} to train on, {len(holdout):,} held out, the rest lack a next {lacking}")
+    if rewarded <= 0.001:
+        say(f"only {rewarded:.2%} of the rewards differ from the others: nothing to learn from")
+    if not len(train):
+        fail(f"{name}: nothing to train on")
+    rows = np.append(train, holdout)
+    data = Replay(len(rows), obs.shape[1], act.shape[1], device)
+    table = {"obs": obs, "act": act, "rew": rew, "next_obs": next_obs, "done": terminal}
+    table |= {"next_act": act[following], "start": np.append(True, end[:-1]), "to_go": g}
+    for key, x in table.items():
+        data.columns[key] = torch.as_tensor(x[rows], dtype=torch.float32, device=device)
+    data.size.fill_(len(train))
+    data.info = {"dataset": name, "dataset_sha256": digest.hexdigest(), "rewarded": rewarded}
+    data.info |= {"dataset_return_mean": float(returns.mean())}
+    data.info |= {"reward_min": float(rew.min()), "reward_max": float(rew.max())}
+    return data
+
+
+# ------------------------------------------------------------------------------ diagnostics, advice
+def diagnose(learner, data, args: Args) -> dict:
+    """The numbers of one moment on at most 2,048 transitions, in fp32 and eval mode; the TD error
+    and Q against the data's returns on held-out episodes, too.
+
+    A fresh generator each time. Every Q is the ensemble's minimum; the TD error is the ensemble's
+    mean, in units of the variance of y; features are those of the first critic."""
+    size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
+    if not all(x.isfinite().all() for x in learner.parameters()):
+        return {"td_error": math.nan}  # ends the run; the singular values would not be found
 
     def probe(rows):
-        return rows[torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:2048]).to(device)]
+        return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:2048]]
 
-    def q_of(obs, act):
-        return critic(obs, act).amin(0)
-
-    def judge(rows, suffix=""):
-        """TD error and Q against the data's returns; also Q, (rows,), and the target's actions."""
-        batch, g = data.batch(rows), data.returns_to_go[rows]
-        next_act, y = backup(learner, batch, args, draw)
-        q = critic(batch.obs, batch.act)
-        out["td_error" + suffix] = (q - y).pow(2).mean() / y.var()
-        q, known = q.amin(0), ~g.isnan()
-        if known.sum() >= 32:
-            out["q_minus_return" + suffix] = (q - g)[known].mean()
-            out["return_std" + suffix] = g[known].std()
-        return q, next_act
-
-    out, rows = {}, probe(data.train)
-    batch = data.batch(rows)
-    critic.eval()
+    rows, numbers = torch.arange(data.capacity, device=data.device), {}
     with strict_fp32():
-        q, next_act = judge(rows)
-        if len(data.holdout):
-            judge(probe(data.holdout), "_holdout")
-        uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
-        out |= {"q_data": q.mean(), "q_rand": q_of(batch.obs, uniform).mean()}
-        out["q_pi"] = q_of(batch.obs, torch.tanh(actor(batch.obs)[0])).mean()
-        s0 = data.obs[probe(data.starts)]
-        out["v_s0"] = q_of(s0, torch.tanh(actor(s0)[0])).mean()
-        obs, next_obs = batch.obs[:256], batch.next_obs[:256]  # 64 actions each: Jensen's bias is small
-        act, log_ratio = proposals(actor, obs, next_obs, "mixture", 32, draw)
-        q_box = q_of(obs, act)
-        out["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
-        out["q_max"] = torch.maximum(q_box.max(), q.max())
-        phi = critic.features(batch.obs, batch.act)[0][0]
-        phi_next = critic.features(batch.next_obs, next_act)[0][0]
-        out |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
-        out["dormant"] = dormant([h[0] for h in critic.hidden(batch.obs, batch.act)])
-    critic.train()
-    # The most that these rewards allow, with a uniform policy's entropy if the backup is soft; where all
-    # rewards are negative and episodes end, ending at once is best.
-    r_min, r_max = data.info["reward_min"], data.info["reward_max"]
+        learner.eval()
+        for suffix, some in (("_holdout", probe(rows[size:])), ("", probe(rows[:size]))):
+            if len(some) == 0:
+                continue
+            batch, to_go = data.batch(some), data.columns["to_go"][some]
+            next_act, y = backup(learner, batch, args, draw)
+            q = learner.critic(batch.obs, batch.act)
+            squared_error, variance = (q - y).pow(2).mean(), y.var(correction=0)
+            numbers["td_error" + suffix] = squared_error / variance.clamp(min=1e-12)
+            q, known = q.amin(0), ~to_go.isnan()
+            if known.sum() >= 32:
+                numbers["q_minus_return" + suffix] = (q - to_go)[known].mean()
+                numbers["return_std" + suffix] = to_go[known].std()
+        uniform = torch.rand(batch.act.shape, generator=draw, device=data.device) * 2 - 1
+        s0 = data.columns["obs"][probe(rows[data.columns["start"] > 0])]
+        numbers["q_data"] = q.mean()
+        numbers["q_pi"] = learner.least_q(batch.obs, learner.act(batch.obs, explore=False)).mean()
+        numbers["q_rand"] = learner.least_q(batch.obs, uniform).mean()
+        numbers["v_s0"] = learner.least_q(s0, learner.act(s0, explore=False)).mean()
+        states = batch.obs[:256], batch.next_obs[:256]  # 64 actions each: Jensen's bias is small
+        act, log_ratio = proposals(learner.actor, *states, "mixture", 32, draw)
+        q_box = learner.least_q(states[0], act)
+        numbers["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
+        numbers["q_max"] = torch.maximum(q_box.max(), q.max())
+        phi, _, hidden = learner.critic.features(batch.obs, batch.act)
+        phi_next = learner.critic.features(batch.next_obs, next_act)[0]
+        numbers |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
+        numbers["dormant"] = dormant([h[0] for h in hidden])
+        learner.train()
+    # the most that the rewards allow, with a uniform policy's entropy if the backup is soft
+    low, high, horizon = data.info["reward_min"], data.info["reward_max"], 1 / (1 - args.gamma)
     if args.backup_entropy:
-        r_max = r_max + args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
-    out["q_bound"] = r_max if r_max < 0 and data.info["terminals"] else r_max / (1 - args.gamma)
-    out["q_range"] = (r_max - r_min) / (1 - args.gamma)
+        high += args.gamma * float(learner.log_alpha.exp()) * learner.act_dim * math.log(2)
+    ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
+    numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
     # the data's actions come to rest at 2 (Q - y) <= weight, at every step of the backup
-    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
-    out["q_lift"] = weight / 2 / (1 - args.gamma)
-    return {k: float(v) for k, v in out.items()}
+    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.exp())
+    numbers["q_lift"] = horizon * weight / 2
+    return {name: float(x) for name, x in numbers.items()}
 
 
 def advice(args: Args) -> dict:
-    """The flags that a verdict recommends; what is already on is not among them."""
-    stronger, weaker = f"--cql-alpha {max(5, 2 * args.cql_alpha):g}", f"--cql-alpha {args.cql_alpha / 2:g}"
+    """The flags that each verdict recommends: those that this run would accept and has not on."""
+    stronger, weaker = f"{max(5, 2 * args.cql_alpha):g}", f"{args.cql_alpha / 2:g}"
+    stronger, weaker = f"--cql-alpha {stronger}", f"--cql-alpha {weaker}"
     if args.cql_target_gap is not None:
         stronger, weaker = "a lower --cql-target-gap", "a higher --cql-target-gap"
-    wider, smaller = (
-        f"--critic-width {x}" for x in (max(256, 2 * args.critic_width), args.critic_width // 4)
-    )
-    deeper = f"--critic-depth {args.critic_depth + 1}"
+    wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
     flags = {
         "divergence": [stronger, "--layer-norm"],
         "sarsa fails": [f"--num-updates {2 * args.num_updates}", wider, "a larger --tau"],
         "overfitting": ["--dropout 0.1", "--vib-coef 0.01", smaller],
         "alpha too large": [weaker],
-        "underfitting": [wider, deeper, "--residual", "--dr3-coef 0.01"],
+        "underfitting": [wider, f"--depth {args.depth + 1}", "--residual", "--dr3-coef 0.01"],
     }
-    switches = ("layer_norm", "dropout", "vib_coef", "residual", "dr3_coef")
-    on = {flag(k) for k in switches if getattr(args, k) or (k == "residual" and args.critic_depth == 1)}
-    return {name: " or ".join(x for x in v if x.split()[0] not in on) for name, v in flags.items()}
-
-
-# ------------------------------------------------------------------------------------------- training
-def train(args: Args) -> dict:
-    """Train as `args` says; returns what summary.json holds."""
-    check(args)
-    device, saved = set_up(args), find_checkpoint(args)
-    total = args.num_updates + args.online_steps
-    if saved and (past := finished(saved, "num_updates", total)):
-        return past
-    env = make_env(args.env_id, needed=not args.dataset or args.eval_episodes > 0 or args.online_steps > 0)
-    envs = make_envs(args.env_id, args.eval_episodes) if args.eval_episodes else None
-    path = collect(args, env, device) if args.dataset is None else dataset_path(args.dataset)
-    data = load(path, args, env, device)
-    if saved and saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
-        fail(f"--resume {args.resume}: that run had other data: {saved['info']}")
-    size = memory(args, data.obs.shape[1] + data.act.shape[1])
-    reserve(size, "networks and one update, roughly", device)
-    torch.manual_seed(args.seed)  # again: collecting has drawn from it
-    learner = Learner(data.obs.shape[1], data.act.shape[1], args, device)
-    if args.normalize_obs:
-        data.standardise(learner)
-    player = Player(env, args.online_steps, learner, args) if args.online_steps else None
-    step, history, bc_return, returns = 0, [], None, np.full(1, math.nan)
-    if saved:
-        learner.restore(saved["learner"])
-        step, history, bc_return = saved["step"], saved["history"], saved["bc_return"]
-        returns = np.array(saved["returns"])
-        before = saved["args"]["num_updates"]
-        if step > before and (args.num_updates != before or args.online_steps < step - before):
-            keep = f"--num-updates {before}, --online-steps from {step - before}"
-            fail(f"--resume: online already, keep {keep}")
-        if step > before:
-            player.restore(saved["player"])
-        restore_random_state(saved["random"])
-    run, info = Run(args, data.info, saved), {}
-
-    def sample_both():
-        n = round(args.offline_share * args.batch_size)
-        return Batch(*map(torch.cat, zip(data.sample(n), player.sample(args.batch_size - n))))
-
-    def update_once(cloning: bool, online: bool):
-        return learner.update(sample_both if online else lambda: data.sample(args.batch_size), cloning)
-
-    def save():
-        check_finite(step, info | dict(learner.named_parameters()))
-        state = {"learner": learner.checkpoint(), "step": step, "history": history, "random": random_state()}
-        state |= {"bc_return": bc_return, "returns": returns.tolist()}
-        run.save("checkpoint.pt", state | {"player": player.checkpoint() if player else None})
-
-    update = GraphedUpdate(update_once, args.cudagraphs and device.type == "cuda")
-    every = lambda n: n > 0 and step % n == 0
-    progress = Progress("training", total, step)
-    with StopSignal() as stop:
-        while step < total and not stop.signum:
-            online = step >= args.num_updates
-            if online:
-                player.step()
-            info = update(step < args.bc_steps, online)
-            step += 1
-            diagnosing = every(args.diagnostics_frequency)
-            scoring = envs and (every(args.eval_frequency) or step in (args.bc_steps, total))
-            if diagnosing or scoring or every(args.log_frequency):
-                check_finite(step, info | dict(learner.named_parameters()))
-            if every(args.log_frequency):
-                rate = progress.rate(step)
-                run.scalars({"losses/" + k: v for k, v in info.items()}, step)
-                run.scalars({"charts/updates_per_second": rate, "charts/SPS": rate}, step)
-                if online and player.returns:
-                    run.scalars({"charts/online_return": np.mean(player.returns[-5:])}, step)
-            with progress.paused(diagnosing or scoring):
-                if diagnosing:
-                    moment = diagnose(learner, data, args)
-                    run.scalars({"diagnostics/" + k: v for k, v in moment.items()}, step)
-                if diagnosing and not online:
-                    history.append(moment | {"step": step})
-                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                        run.save("selected.pt", {"networks": learner.state_dict(), "step": step})
-                if scoring:
-                    returns, overestimation = evaluate(learner, envs, args)
-                    score = {"charts/episodic_return": returns.mean(), "eval/episodic_return": returns.mean()}
-                    score["charts/normalized_score"] = normalized_score(args.env_id, returns.mean())
-                    run.scalars(score | {"diagnostics/overestimation": overestimation}, step)
-                    bc_return = float(returns.mean()) if step == args.bc_steps else bc_return
-            if every(args.checkpoint_frequency) and step < total:
-                save()
-            progress.show(step, {"loss": info["qf_loss"], "Q": info["qf1_values"], "return": returns.mean()})
-        save()
-        summary = data.info | {"num_updates": step, "updates_per_second": progress.rate(step)}
-        if envs:
-            summary |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
-            summary["normalized_score"] = normalized_score(args.env_id, returns.mean())
-        if envs and step == total and (run.dir / "selected.pt").is_file():
-            chosen = load_checkpoint(run.dir / "selected.pt")
-            learner.load_state_dict(chosen["networks"])
-            selected = evaluate(learner, envs, args)[0].mean()
-            summary |= {"selected_step": chosen["step"], "selected_return_mean": float(selected)}
-        if stop.signum:
-            run.stopped(stop.signum)
-    name, sentence = verdict(history, args, 1.0)
-    summary |= {"verdict": name, "verdict_text": sentence, "eval_episodes": args.eval_episodes}
-    summary["bc_return_mean"] = bc_return
-    names = ("dataset", "bc", "selected", "final", "collector")
-    known = {k: summary.get(f"{k}_return_mean") for k in names}
-    print("returns: " + ", ".join(f"{k} {v:.1f}" for k, v in known.items() if v is not None))
-    if summary.get("normalized_score") is not None:
-        print(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")
-    print(f"verdict: {name}. {sentence}")
-    return run.finish(summary)
-
-
-# ----------------------------------------------------------------------- files of data, D4RL's scores
-FLAGS = ("terminals", "timeouts", "terminations", "truncations")
-
-
-def columns(f, keys: list[str], where: str) -> dict:
-    """The HDF5 arrays of these names, refused unless each is there and of the right rank, kind and width."""
-    found = {}
-    for key in keys:
-        try:
-            found[key] = h = f[key]
-        except (KeyError, OSError):
-            fail(f"{where}: no key '{key}' (found: {', '.join(f) or 'none'}), expected a D4RL or Minari file")
-        rank = 1 if key in FLAGS or key == "rewards" else 2
-        kinds, what = ("biuf", "flags") if key in FLAGS else ("f", "floats")
-        if getattr(h, "shape", None) is None:
-            fail(f"{where}: '{key}' is not an array (Dict spaces must be flattened first)")
-        if len(h.shape) != rank or h.dtype.kind not in kinds:
-            fail(f"{where}: '{key}' is {len(h.shape)}-D {h.dtype}, expected {rank}-D {what}")
-        if 0 in h.shape[1:]:
-            fail(f"{where}: '{key}' has shape {h.shape}, expected at least one column")
-    return found
-
-
-def read_floats(h, out: np.ndarray, where: str):
-    """An HDF5 array of any float type straight into float32 rows; NaN and infinity are refused."""
-    if h.size:
-        h.read_direct(out)
-    with np.errstate(invalid="ignore"):  # NaN and inf survive a sum: one pass, no temporary
-        finite = np.isfinite(np.sum(out, dtype=np.float64))
-    if not finite:
-        row, *column = np.argwhere(~np.isfinite(out))[0]
-        key = h.name.rsplit("/", 1)[-1]
-        fail(f"{where}: '{key}' row {row} holds {out[row, *column]}, expected finite numbers")
-
-
-def read_flags(h, where: str) -> np.ndarray:
-    x = h[()]
-    bad = np.flatnonzero((x != 0) & (x != 1))
-    if len(bad):
-        fail(f"{where}: '{h.name.rsplit('/', 1)[-1]}' row {bad[0]} is {x[bad[0]]}, expected 0 or 1")
-    return x.astype(bool)
-
-
-def read_d4rl(f, path: Path, device) -> dict:
-    """D4RL layout, flat arrays. The one row of padding at the end keeps views shifted by a row in bounds."""
-    keys = ["observations", "actions", "rewards", "terminals"]
-    h = columns(f, keys + [k for k in ("timeouts", "next_observations") if k in f], path)
-    n, width = h["observations"].shape
-    for key, array in h.items():
-        if len(array) != n or (key == "next_observations" and array.shape[1] != width):
-            fail(f"{path}: '{key}' has shape {array.shape}, 'observations' {(n, width)}")
-    if n == 0:
-        fail(f"{path}: holds no transitions")
-    reserve(sum(4 * array.size for array in h.values()) + 24 * n, "dataset", device)
-
-    def padded(key):
-        x = np.zeros((n + 1, *h[key].shape[1:]), np.float32)
-        read_floats(h[key], x[:n], path)
-        x[n] = x[n - 1]
-        return x
-
-    raw = {"obs": padded("observations"), "act": padded("actions"), "rew": padded("rewards"), "note": ""}
-    raw["next_obs"] = padded("next_observations") if "next_observations" in h else None
-    terminal, timeout = read_flags(h["terminals"], path), np.zeros(n, bool)
-    if "timeouts" in h:
-        timeout = read_flags(h["timeouts"], path)
-    elif raw["next_obs"] is None:
-        raw["note"] = ". No 'timeouts': episodes are taken to end at terminals only"
-    else:
-        timeout[:-1] = (raw["next_obs"][: n - 1] != raw["obs"][1:n]).any(1)
-        raw["note"] = ". No 'timeouts': episodes are taken to end where next_observations is not the next row"
-    terminal, timeout = (np.append(x, False) for x in (terminal, timeout))
-    end = terminal | timeout
-    end[n - 1] = True  # the file ends here, whatever its flags say
-    real = np.arange(n + 1) < n
-    has_next = real & (terminal | ~end) if raw["next_obs"] is None else real
-    raw |= {"terminal": terminal, "end": end, "real": real, "has_next": has_next}
-    return raw | {"locate": lambda row: f"{path}: 'actions' row {row}"}
-
-
-def read_minari(f, path: Path, device) -> dict:
-    """Minari layout, a group an episode with T + 1 observations: the last row of each is no transition."""
-    names = [k for k in f if k.startswith("episode_")]
-    for name in names:
-        if not name[8:].isdigit() or not hasattr(f.get(name), "keys"):
-            fail(f"{path}: '{name}' is not an episode's group")
-    names.sort(key=lambda name: int(name[8:]))
-    keys = ["observations", "actions", "rewards", "terminations", "truncations"]
-    episodes = [columns(f[name], keys, f"{path}/{name}") for name in names]
-    width = {k: episodes[0][k].shape[1] for k in ("observations", "actions")}
-    for name, h in zip(names, episodes):
-        shapes, t = {k: array.shape for k, array in h.items()}, len(h["rewards"])
-        expected = {k: (t + (k == "observations"), *([width[k]] if k in width else [])) for k in keys}
-        if shapes != expected:
-            key = next(k for k in keys if shapes[k] != expected[k])
-            wrong = f"'{key}' has shape {shapes[key]}, expected {expected[key]} beside {t} rewards"
-            fail(f"{path}/{name}: {wrong}")
-    first = np.cumsum([0] + [len(h["observations"]) for h in episodes])
-    n = int(first[-1])
-    reserve(4 * n * (sum(width.values()) + 8), "dataset", device)
-    raw = {"obs": np.zeros((n, width["observations"]), np.float32)}
-    raw |= {"act": np.zeros((n, width["actions"]), np.float32)}
-    raw |= {"rew": np.zeros(n, np.float32), "next_obs": None, "note": ""}
-    raw |= {k: np.zeros(n, bool) for k in ("terminal", "end", "real")}
-    for name, h, i, j in zip(names, episodes, first, first[1:] - 1):  # rows i to j - 1 are transitions
-        where = f"{path}/{name}"
-        read_floats(h["observations"], raw["obs"][i : j + 1], where)
-        read_floats(h["actions"], raw["act"][i:j], where)
-        read_floats(h["rewards"], raw["rew"][i:j], where)
-        raw["terminal"][i:j] = read_flags(h["terminations"], where)
-        raw["end"][i:j] = raw["terminal"][i:j] | read_flags(h["truncations"], where)
-        raw["end"][max(i, j - 1) : j] = raw["real"][i:j] = True
-    raw["has_next"] = raw["real"]
-
-    def locate(row):
-        episode = int(np.searchsorted(first, row, "right")) - 1
-        return f"{path}/{names[episode]}: 'actions' row {row - first[episode]}"
-
-    return raw | {"locate": locate}
-
-
-def load(path: Path, args: Args, env, device) -> Data:
-    """Read, check and describe a dataset; a bad one ends the program in one line (status 2)."""
-    h5py = need("h5py")
-    if not path.is_file():
-        fail(f"--dataset {path}: no such file, Minari folder or downloaded Minari id")
-    try:
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        with h5py.File(path) as f:
-            minari = "observations" not in f and any(k.startswith("episode_") for k in f)
-            raw = (read_minari if minari else read_d4rl)(f, path, device)
-            made_by = {k: float(v) for k, v in f.attrs.items() if k.startswith("collector_")}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as e:  # h5py has all these for damage
-        fail(f"{path}: not readable as HDF5, is it complete? ({first_line(e)})")
-    obs, act, rew, terminal, end, real = (raw[k] for k in ("obs", "act", "rew", "terminal", "end", "real"))
-    if not real.any():
-        fail(f"{path}: holds no transitions")
-    low, high = -np.ones(act.shape[1]), np.ones(act.shape[1])
-    if env is not None:
-        low, high = env.action_space.low, env.action_space.high
-        widths, expected = (obs.shape[1], act.shape[1]), (env.observation_space.shape[0], len(low))
-        if widths != expected:
-            ant = "; D4RL's ant needs include_cfrc_ext_in_observation=False" if widths[0] == 27 else ""
-            fail(f"{path}: observations and actions are {widths} wide, {args.env_id} has {expected}{ant}")
-    # Episodes: their first rows, returns (before scaling), and for each row the last row of its episode
-    start = real & np.append(True, (end | ~real)[:-1])
-    rew[~real] = 0
-    returns = np.add.reduceat(rew, np.flatnonzero(start), dtype=np.float64)
-    ends, rows = np.flatnonzero(end).astype(np.int32), np.arange(len(real), dtype=np.int32)
-    last = ends[np.minimum(np.searchsorted(ends, rows), len(ends) - 1)]
-    usable = raw["has_next"] & (terminal | ~end) if args.backup == "sarsa" else raw["has_next"]
-    dropped = int(real.sum() - usable.sum())
-    held = np.zeros(len(returns), bool)
-    if args.holdout and len(returns) > 1:
-        order = np.random.default_rng(args.seed).permutation(len(returns))
-        held[order[: max(1, round(args.holdout * len(returns)))]] = True
-    held = held[np.cumsum(start) - 1]
-    if not (usable & ~held).any():
-        why = f"of {real.sum()} rows {dropped} lack s' or a', {held.sum()} are held out"
-        fail(f"{path}: nothing to train on: {why}")
-
-    # Actions to [-1, 1], rewards to their scale
-    span = f"{act[real].min():.3g} to {act[real].max():.3g}"
-    act -= ((high + low) / 2).astype(np.float32)
-    act /= ((high - low) / 2).astype(np.float32)
-    beyond = np.where(real, np.abs(act).max(1) - 1, 0)
-    if beyond.max() > 2e-3:  # 0.1 % of the range, which is 2
-        row, box = int(beyond.argmax()), f"{low.tolist()} to {high.tolist()}"
-        fail(f"{raw['locate'](row)} is outside {box} by {beyond[row] / 2:.1%} of the range")
-    np.clip(act, -1, 1, out=act)
-    rew *= args.reward_scale
-    rew += args.reward_shift
-    g = returns_to_go(rew, last, args.gamma)
-    g[~real | ~terminal[last] & (args.gamma ** (last - rows + np.float32(1)) > 0.01)] = np.nan
-
-    n_end, kind = int(terminal.sum()), "action" if args.backup == "sarsa" else "observation"
-    info = made_by | {"dataset": str(path), "dataset_sha256": digest}
-    info |= {"dataset_return_mean": float(returns.mean())}
-    info |= {"reward_min": float(rew[real].min()), "reward_max": float(rew[real].max()), "terminals": n_end}
-    data = Data(
-        device, info, obs=obs, act=act, rew=rew, next_obs=raw["next_obs"], done=terminal.astype(np.float32),
-        returns_to_go=g, train=np.flatnonzero(usable & ~held), holdout=np.flatnonzero(usable & held),
-        starts=np.flatnonzero(start),
-    )  # fmt: skip
-    print(
-        f"{path}: {real.sum():,} transitions in {len(returns):,} episodes, {n_end:,} ended by a terminal "
-        f"state, {len(returns) - n_end:,} by a time-out or the file's end{raw['note']}\n"
-        f"  returns {returns.mean():.1f} mean, {returns.min():.1f} min, {returns.max():.1f} max; actions "
-        f"{span}, {(beyond > 0).sum():,} clipped\n"
-        f"  {len(data.train):,} transitions to train on, {len(data.holdout):,} held out, {dropped:,} dropped "
-        f"(no next {kind})"
-    )
-    return data
-
-
-def dataset_path(name: str) -> Path:
-    """A file; a Minari folder; or a Minari id under MINARI_DATASETS_PATH (default ~/.minari/datasets)."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    inside = ("main_data.hdf5", "data/main_data.hdf5")
-    candidates = [Path(name)] + [folder / x for folder in (Path(name), root / name) for x in inside]
-    return next((p for p in candidates if p.is_file()), Path(name))
+    on = {"--layer-norm": args.layer_norm, "--dropout": args.dropout, "--vib-coef": args.vib_coef}
+    on |= {"--residual": args.residual or args.depth == 1, "--dr3-coef": args.dr3_coef}
+    return {k: " or ".join(x for x in v if not on.get(x.split()[0])) for k, v in flags.items()}
 
 
 D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
-    "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3),
-    "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7), "adroithandpen": (96.262799, 3076.8331017826877),
-    "adroithandhammer": (-274.856578, 12794.134825156867), "adroithanddoor": (-56.512833, 2880.5693087298737),
-    "adroithandrelocate": (-6.425911, 4233.877797728884), "frankakitchen": (0.0, 4.0),
+    "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7),
+    "adroithandpen": (96.262799, 3076.8331017826877), "frankakitchen": (0.0, 4.0),
+    "adroithandhammer": (-274.856578, 12794.134825156867),
+    "adroithanddoor": (-56.512833, 2880.5693087298737),
+    "adroithandrelocate": (-6.425911, 4233.877797728884),
 }  # fmt: skip
 
 
 def normalized_score(env_id: str, value: float) -> float | None:
-    """D4RL's score, 0 for a random and 100 for an expert policy; None where there is no reference."""
-    name = re.split("[-_]", env_id.split("/")[-1].lower())[0]
+    """D4RL's score, 0 for a random and 100 for an expert policy; None without a reference."""
+    name = re.split("[-_]", re.split("[:/]", env_id)[-1].lower())[0]
     low, high = D4RL_REFERENCE.get(name, (None, None))
     return None if low is None else 100 * (value - low) / (high - low)
 
 
-# === shared: graph capture (canonical copy: cql_continuous.py) ===
-class GraphedUpdate:
-    """`fn(*key)`, on a GPU captured into a CUDA graph for each key: one launch an update instead of hundreds.
+@torch.no_grad()
+def evaluate(learner, envs, args: Args) -> dict:
+    """One episode in each of `envs` by tanh(mean): mean and deviation of the returns, as the
+    environment pays them; `overestimation`, the mean of Q(s0, a0) less the discounted return that
+    followed, both scaled (an episode cut at T steps misses gamma^T). Draws no random number."""
+    alive = []
 
-    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the fourth is
-    captured and replayed. Capture freezes Python values: all that varies must be in `key` or in a device
-    tensor.
-    """
+    def policy(obs):
+        alive.append([env.episode == 0 for env in envs.envs])
+        return to_env(learner.act(obs, explore=False), envs)
 
-    def __init__(self, fn, enabled: bool):
-        self.fn, self.enabled, self.calls, self.graphs = fn, enabled, {}, {}
-        self.stream = torch.cuda.Stream() if enabled else None  # one: each has workspaces of its own
-
-    def __call__(self, *key) -> dict:
-        if not self.enabled:
-            return self.fn(*key)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                out = self.fn(*key)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return out
-        if key not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.graphs[key] = graph, self.fn(*key)
-        graph, out = self.graphs[key]
-        graph.replay()
-        return out
+    s0, rewards = play(policy, envs, args.seed)
+    s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
+    learner.eval()
+    predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
+    learner.train()
+    scaled = args.reward_scale * rewards + args.reward_shift * np.array(alive)
+    discounted = (args.gamma ** np.arange(len(rewards))) @ scaled
+    returns = rewards.sum(0)
+    numbers = {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
+    numbers["overestimation"] = (predicted - discounted).mean()
+    if (score := normalized_score(args.env_id, returns.mean())) is not None:
+        numbers["normalized_score"] = score
+    return {name: float(x) for name, x in numbers.items()}
 
 
-# === end shared ===
+# --------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    device, total = set_up(args), args.num_updates + args.online_steps
+    with Run(args, total) as run:
+        eval_envs = make_envs(args.env_id, args.eval_episodes, run)
+        env = find_env(args, eval_envs, run)
+        data = load(args.dataset or str(collect(args, env, run, device)), args, env, device)
+        torch.manual_seed(args.seed)  # again: collecting has drawn from it
+        sizes = data.columns["obs"].shape[1], data.columns["act"].shape[1]
+        learner = Learner(*sizes, args, device)
+        if args.normalize_obs:
+            learner.standardise(data.columns["obs"])
+        if args.online_steps:
+            replay = Replay(args.online_steps, *sizes, device)
+            obs, _ = env.reset(seed=env_seeds(args.seed, 1))
+        step, history, results = 0, [], {}
+        if run.saved:
+            if run.saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
+                fail(f"--resume: that run had other data, {run.saved['info']['dataset']}")
+            step, history, results = (run.saved[k] for k in ("step", "history", "results"))
+            run.restore(learner, learner.optim)
+            if args.online_steps and run.saved["replay"]:
+                obs = replay.load_state_dict(run.saved["replay"], env)
+        run.open(**data.info)
+
+        def save():
+            state = {"history": history, "results": results}
+            state["replay"] = replay.state_dict(env) if args.online_steps else None
+            run.save(step, learner, learner.optim, **state)
+
+        def sample(online: bool) -> Batch:
+            if not online:
+                return data.sample(args.batch_size)
+            n = round(args.offline_share * args.batch_size)
+            pairs = zip(data.sample(n)[:-1], sample_online(replay, args.batch_size - n))
+            return Batch(*(torch.cat(pair) for pair in pairs))
+
+        def update(cloning: bool, online: bool) -> dict:
+            return learner.update(lambda: sample(online), cloning)
+
+        if args.cudagraphs and device.type == "cuda":
+            update = GraphedUpdate(update)
+        while step < total and not run.signum:
+            online = step >= args.num_updates
+            if online:
+                obs, ended = interact(learner, env, replay, obs)
+            info = update(step < args.bc_steps, online)
+            before, step = step, step + 1
+            diagnosing = every(args.diagnostics_frequency, before, step)
+            scoring = every(args.eval_frequency, before, step) or step in (args.bc_steps, total)
+
+            if online and ended:
+                run.log(step, {"charts/online_return": ended[0]})
+            if every(args.log_frequency, before, step) or diagnosing:
+                run.log(step, {"losses/" + name: x for name, x in info.items()})
+                run.log(
+                    step, {f"charts/{x}": run.rate(step) for x in ("updates_per_second", "SPS")}
+                )
+                last_return = results.get("final_return_mean", math.nan)
+                run.show(step, loss=info["qf_loss"], Q=info["qf1_values"], last_return=last_return)
+            if diagnosing:
+                with run.paused():
+                    numbers = diagnose(learner, data, args)
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
+                if not online:
+                    history.append(numbers | {"step": step})
+                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                        run.save(step, learner, {}, "selected.pt")
+            if eval_envs and scoring:
+                with run.paused():
+                    results |= evaluate(learner, eval_envs, args)
+                if step == args.bc_steps:
+                    results["bc_return_mean"] = results["final_return_mean"]
+                run.log(step, {tag: results[x] for tag, x in TAGS.items() if x in results})
+            if every(args.checkpoint_frequency, before, step):
+                save()
+        save()
+        run.stop_if_asked()
+        summary = {"num_updates": step, "updates_per_second": run.rate(step)}
+        summary |= {"normalized_score": None} | results | data.info
+        if eval_envs and (run.dir / "selected.pt").exists():
+            chosen = load_checkpoint(run.dir, "selected.pt")
+            learner.load_state_dict(chosen["networks"])
+            selected = evaluate(learner, eval_envs, args)["final_return_mean"]
+            summary |= {"selected_step": chosen["step"], "selected_return_mean": selected}
+        return run.finish(conclude(history, args, summary))
 
 
-# === shared: diagnostics (canonical copy: cql_continuous.py) ===
-def spectrum(phi) -> dict:
-    """Ranks of the features phi (B, D), uncentred, from one svdvals; s are the singular values.
-
-    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same with s^2;
-    effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B).
-    """
-    assert phi.ndim == 2, phi.shape
-    s = torch.linalg.svdvals(phi.float()).double()
-
-    def reach(x):  # least k whose first k entries hold 0.99 of the sum; 1e-9 absorbs rounding
-        return int((x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum()) + 1
-
-    p = s / s.sum().clamp(min=1e-30)
-    sigma = s / len(phi) ** 0.5
-    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": torch.special.entr(p).sum().exp()}
-    return ranks | {"sigma_max": sigma[0], "sigma_min": sigma[-1]}
+TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no other episodes
+    "charts/episodic_return": "final_return_mean",
+    "eval/episodic_return": "final_return_mean",
+    "charts/normalized_score": "normalized_score",
+    "diagnostics/overestimation": "overestimation",
+}
 
 
-def alignment(phi, phi_next, weight) -> dict:
-    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows of weight (B,) 1,
-    those that bootstrap (arXiv 2112.04716; a' as in the backup), and the mean norm of phi."""
-    assert weight.ndim == 1, weight.shape
-    dot, norm, norm_next = (phi * phi_next).sum(-1), phi.norm(dim=-1), phi_next.norm(dim=-1)
-    cos = dot / (norm * norm_next).clamp(min=1e-30)
-    dot, cos = ((x * weight).sum() / weight.sum().clamp(min=1) for x in (dot, cos))
-    return {"feature_dot": dot, "feature_cos": cos, "feature_norm": norm.mean()}
-
-
-def dormant(activations: list) -> torch.Tensor:
-    """Share of hidden units, pooled over layers (B, width), whose mean absolute activation is at or below
-    0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
-    means = [h.abs().mean(0) for h in activations]
-    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
-
-
-@contextmanager
-def strict_fp32():
-    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
-# === end shared ===
+def conclude(history: list[dict], args: Args, summary: dict) -> dict:
+    """The verdict, printed and added to the summary."""
+    settling = 1 / (args.tau * (1 - args.gamma))
+    name, sentence = verdict(history, args, summary["rewarded"], settling)
+    sentence += evaluated(summary)
+    means = {k: summary.get(f"{k}_return_mean") for k in ("dataset", "bc", "selected", "final")}
+    say("returns: " + ", ".join(f"{k} {x:.1f}" for k, x in means.items() if x is not None))
+    if summary["normalized_score"] is not None:
+        say(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")
+    say(f"verdict: {name}. {sentence}")
+    return summary | {"verdict": name, "verdict_text": sentence}
 
 
 # === shared: workflow (canonical copy: cql_continuous.py) ===
@@ -1292,19 +1124,23 @@ def on_its_way(history: list[dict]) -> bool:
     return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 0.875 * way[3])
 
 
-def verdict(history: list[dict], args, rewarded: float) -> tuple[str, str]:
+def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> tuple[str, str]:
     """What a run shows: a name, and a sentence with the numbers it rests on and the flag to try.
 
-    Only from what an offline user sees (arXiv 2109.10813): the share of rows whose reward is not
-    the usual one, and the diagnostics' mean over the last fifth of the run. The TD error is in units
-    of its target's variance, Q in units of q_unit(), cql_gap in units of Q, whose exp it averages."""
-    flags, longer = advice(args), f"--num-updates {2 * args.num_updates}"
+    Only from what an offline user sees (arXiv 2109.10813): `rewarded`, the share of rows whose
+    reward is not the usual one; `settling`, the updates that Q needs to come near its level; and
+    the diagnostics' mean over the last fifth of the run. The TD error is in units of its target's
+    variance, Q of q_unit(), cql_gap of Q, whose exp it averages."""
+    flags, n = advice(args), args.num_updates
+    longer = f"--num-updates {max(2 * n, 10 * args.diagnostics_frequency, round(settling / 2))}"
     if rewarded <= 0.001:
         return "nothing to learn from", f"only {rewarded:.2%} of the rewards differ from the others"
+    if n < settling / 10:
+        return "too short to judge", f"Q needs about {settling:,.0f} updates: try {longer}"
     if len(history) < 10:
-        closer = f"--diagnostics-frequency {max(1, args.num_updates // 20)}"
+        closer = f"--diagnostics-frequency {max(1, n // 20)}"
         few = f"{len(history)} diagnostics, ten are the least"
-        return "too short to judge", f"{few}: try {longer}, or {closer} if it is long enough"
+        return "too short to judge", f"{few}: try {closer}, or {longer}"
 
     end, late = history[-1], history[-(len(history) // 5) :]
     before, midway, unit = history[-1 - len(late)], history[len(history) // 2], q_unit(end)
@@ -1376,356 +1212,572 @@ def evaluated(summary: dict) -> str:
     """What evaluations add to the verdict's sentence: "" where there were none."""
     if "final_return_mean" not in summary:
         return ""
-    text = f" (What an offline user would not have: the policy returns {summary['final_return_mean']:.1f}"
-    text += f", its data {summary['dataset_return_mean']:.1f}"
+    final, data = summary["final_return_mean"], summary["dataset_return_mean"]
+    text = f"the policy returns {final:.1f}, its data {data:.1f}"
     if "overestimation" in summary:
         text += f"; at first states Q is {summary['overestimation']:+.1f} off what followed"
-    return text + ")"
+    return f" (What an offline user would not have: {text})"
 
 
 # === end shared ===
 
 
-# === shared: run (canonical copy: cql_continuous.py) ===
-FORMAT = 3  # of checkpoints
-# Arguments (of all scripts) that may differ on --resume; every other one must be the same.
-MAY_CHANGE = """total_timesteps num_updates online_steps checkpoint_frequency checkpoint_replay run_dir resume
-eval_frequency eval_episodes log_frequency diagnostics_frequency compile cudagraphs cuda track capture_video
-wandb_project_name wandb_entity save_dataset rollout_dataset rollout_steps""".split()
+# === shared: precision (canonical copy: cql_continuous.py) ===
+@contextmanager
+def strict_fp32():
+    """No gradients, no tf32: reduced precision inflates ranks (a true rank of 5 reads 96 in bf16).
+    Works whichever of PyTorch's two interfaces to precision the program uses."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "ieee"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        products.fp32_precision, convolutions.fp32_precision = before
+
+
+# === end shared ===
+
+
+# === shared: environments (canonical copy: sac.py) ===
+# Needs fail(), failing() and say() of the block "run".
+class Episodes(gym.Wrapper):
+    """Gives each episode a seed of its own: where a deterministic environment stands is then told
+    by its seed, the episode's number and the actions in it. Infos are dropped, since packages put
+    anything there; an ended episode has `return` and `length`. The first reset needs a seed."""
+
+    def reset(self, *, seed: int | None = None, options=None):
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode, self.actions, self.total = self.episode + 1, [], 0.0
+        own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
+        self.obs, _ = self.env.reset(seed=int(own), options=options)
+        return self.obs, {}
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.obs, rew, terminated, truncated, _ = self.env.step(action)
+        rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.total += rew
+        ended = {"return": self.total, "length": len(self.actions)}
+        return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def state_dict(self) -> dict:
+        arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
+        state = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        return state | {"seed": self.seed, "episode": self.episode}
+
+    def load_state_dict(self, saved: dict) -> bool:
+        """Plays the episode again; whether that led to the same place. If not, the next begins."""
+        self.seed, self.episode = saved["seed"], saved["episode"] - 1
+        self.reset()
+        for action in saved["actions"].numpy():
+            self.step(action)
+        same = np.array_equal(self.obs, saved["obs"].numpy())
+        if not same:
+            self.reset()
+        return same
+
+
+def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv | None:
+    """n environments stepped together; where an episode ends the next starts in the same step.
+    `stack` closes them."""
+
+    def make():
+        env = gym.make(env_id)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
+        return Episodes(env)
+
+    if n == 0:
+        return None
+    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
+    stack.callback(envs.close)
+    if envs.envs[0].spec.max_episode_steps is None:
+        say(f"{env_id} has no time limit: an evaluation lasts until the policy ends its episodes")
+    return envs
+
+
+def env_seeds(seed: int, n: int, evaluation: bool = False) -> list[int]:
+    """Seeds of n environments, shared with no other run's and with no evaluation's."""
+    return np.random.SeedSequence([seed, evaluation]).generate_state(n, np.uint64).tolist()
+
+
+def check_boxes(envs, env_id: str) -> tuple[int, int]:
+    """Widths of the observation vector and of the action box; other spaces are refused."""
+    obs, box = envs.single_observation_space, envs.single_action_space
+    for space, what in ((obs, "observations"), (box, "actions")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: {what} are {space}, expected a Box of one dimension")
+    span = box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not ((span > 0) & (span < 1e12)).all():
+        fail(f"--env-id {env_id}: actions are {box}, expected floats with low < high, both finite")
+    return obs.shape[0], box.shape[0]
+
+
+def to_env(act, envs) -> np.ndarray:
+    """Actions from [-1, 1] to the environment's bounds; the clip absorbs rounding."""
+    box, act = envs.single_action_space, act.cpu().numpy()
+    if not np.isfinite(act).all():
+        fail("the policy's action is not finite; the last checkpoint is from before", 3)
+    return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
+
+
+def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
+    (T, n), which are 0 after its end."""
+    obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
+    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
+    while alive.any():
+        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
+        rewards.append(np.where(alive, rew, 0.0))
+        alive &= ~(terminated | truncated)  # what follows the first episode does not count
+    return s0, np.array(rewards)
+
+
+# === end shared ===
+
+
+# === shared: replay (canonical copy: sac.py) ===
+# Needs Batch, whose fields are columns here; to_env() of the block "environments"; fail(), say(),
+# reserve() and write_beside() of "run".
+class Replay:
+    """A ring of transitions on the device. `size` is a tensor so that CUDA graphs can read it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device):
+        reserve(4 * capacity * (2 * obs_dim + act_dim + 3), "replay buffer", device)
+        shapes = {"obs": [obs_dim], "act": [act_dim], "rew": [], "next_obs": [obs_dim]}
+        shapes |= {"done": [], "cut": []}  # cut: by a time-out, or where a new episode started
+        self.columns = {k: torch.zeros(capacity, *s, device=device) for k, s in shapes.items()}
+        self.capacity, self.device = capacity, device
+        self.added = 0  # Python's: nothing that a CUDA graph captures may read it
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, *columns):
+        """Append a transition of each environment (numpy arrays); the oldest make room."""
+        n = len(columns[0])
+        rows = torch.arange(self.added, self.added + n, device=self.device) % self.capacity
+        self.added += n
+        for (name, column), x in zip(self.columns.items(), columns, strict=True):
+            if not np.isfinite(x).all():
+                what = {"rew": "a reward", "next_obs": "an observation"}.get(name, name)
+                fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
+            column[rows] = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        self.size.fill_(min(self.added, self.capacity))
+
+    def batch(self, rows) -> Batch:
+        return Batch(*(self.columns[name][rows] for name in Batch._fields))
+
+    def sample(self, n: int) -> Batch:
+        u = torch.rand(n, dtype=torch.float64, device=self.device)
+        return self.batch((u * self.size).long())
+
+    def state_dict(self, envs) -> dict:
+        """Of the transitions, and of the environments that they come from."""
+        n = int(self.size)  # a part is copied, for torch.save would write the whole tensor
+        full = n == self.capacity
+        rows = {k: x.cpu() if full else x[:n].cpu().clone() for k, x in self.columns.items()}
+        return {"added": self.added, "rows": rows, "envs": [e.state_dict() for e in envs.envs]}
+
+    def load_state_dict(self, saved: dict, envs) -> np.ndarray:
+        """The environments go on where they were, if they can; their observations."""
+        self.added = saved["added"]
+        self.size.fill_(min(self.added, self.capacity))
+        for name, x in saved["rows"].items():
+            self.columns[name][: len(x)] = x
+        for i, (env, state) in enumerate(zip(envs.envs, saved["envs"])):
+            if not env.load_state_dict(state):
+                say(f"environment {i} does not repeat itself from its seed: a new episode starts")
+                self.columns["cut"][(self.added - envs.num_envs + i) % self.capacity] = 1
+        return np.stack([env.obs for env in envs.envs])
+
+    def write(self, path: Path, envs, **attributes):
+        """The transitions as a D4RL-layout HDF5 file, one environment after the other."""
+        import h5py
+
+        n = envs.num_envs
+        in_order = torch.arange(self.added).view(-1, n).T.flatten()
+        c = {name: x.cpu()[in_order].numpy() for name, x in self.columns.items()}
+        c["cut"].reshape(n, -1)[:, -1] = 1  # the recording stops here, whatever follows
+        done = c["done"] > 0
+        with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
+            f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
+            f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
+            f["rewards"], f["terminals"], f["timeouts"] = c["rew"], done, (c["cut"] > 0) & ~done
+            f.attrs.update(attributes)
+        say(f"{path}: {self.added:,} transitions, {done.sum():,} of them terminal")
+
+
+# === end shared ===
+
+
+# === shared: graph capture (canonical copy: sac.py) ===
+# Needs PyTorch alone, as does the block "diagnostics".
+class GraphedUpdate:
+    """`fn(*key)` captured into a CUDA graph for each key: one launch an update.
+
+    Every call is exactly one real update: the first three of a key run eagerly (warm-up), the
+    fourth is captured and replayed. Capture freezes Python values: all that varies must be in
+    `key` or in a device tensor."""
+
+    def __init__(self, fn):
+        self.fn, self.calls, self.graphs = fn, {}, {}
+        self.stream = torch.cuda.Stream()  # one for all graphs: cuBLAS keeps a workspace for each
+
+    def __call__(self, *key) -> dict:
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                out = self.fn(*key)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return out
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.graphs[key] = graph, self.fn(*key)
+        graph, out = self.graphs[key]
+        graph.replay()
+        return out
+
+
+# === end shared ===
+
+
+# === shared: diagnostics (canonical copy: sac.py) ===
+def spectrum(phi) -> dict:
+    """Ranks of the features phi (B, D), uncentred, from their singular values s.
+
+    srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
+    s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
+    s = torch.linalg.svdvals(phi.float()).double()
+
+    def reach(x):  # 1e-9 absorbs rounding
+        return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
+
+    entropy = torch.special.entr(s / s.sum().clamp(min=1e-30)).sum()
+    ranks = {"srank": reach(s), "rank_pca": reach(s**2), "effective_rank": entropy.exp()}
+    return ranks | {"sigma_max": s[0] / len(phi) ** 0.5, "sigma_min": s[-1] / len(phi) ** 0.5}
+
+
+def alignment(phi, phi_next, weight) -> dict:
+    """Mean dot product and cosine of phi(s,a) and phi(s',a'), both (B, D), over the rows that
+    bootstrap, where weight (B,) is 1 (arXiv 2112.04716), and the mean norm of phi."""
+    dot, norm = (phi * phi_next).sum(-1), phi.norm(dim=-1)
+    cos = dot / (norm * phi_next.norm(dim=-1)).clamp(min=1e-30)
+    share = weight / weight.sum().clamp(min=1)
+    means = {"feature_dot": (share * dot).sum(), "feature_cos": (share * cos).sum()}
+    return means | {"feature_norm": norm.mean()}
+
+
+def dormant(activations: list):
+    """Share of hidden units, over all layers (B, width), whose mean absolute activation is at or
+    below 0.025 of their layer's mean (arXiv 2302.12902); a layer of zeros is all dormant."""
+    means = [h.abs().mean(0) for h in activations]
+    return torch.cat([m <= 0.025 * m.mean() for m in means]).float().mean()
+
+
+# === end shared ===
+
+
+# === shared: run (canonical copy: sac.py) ===
+# Needs FIXED, the names of the arguments that a resumed run must have as before.
+SCRIPT, FORMAT = Path(__file__).stem, 4  # FORMAT: of checkpoints
+
+
+def say(text: str, stream=None, end: str = "\n"):
+    """Print, whatever has become of the terminal: a run does not depend on its reader."""
+    try:
+        print(text, end=end, file=stream or sys.stdout, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
+    except OSError:  # the reader is gone: from here on to nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def fail(message: str, status: int = 2):
-    """End the program with one line: 2 for a user's mistake, 3 for non-finite numbers."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the program with one line: status 2 for bad input, 3 for non-finite numbers."""
+    say(f"error: {' '.join(message.split())[:500]}", sys.stderr)
     raise SystemExit(status)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-
-def need(package: str):
-    """An optional package, imported where it is needed, or one line that says what to install."""
+@contextmanager
+def failing(what: str, *kinds):
+    """Errors of these kinds end the program in one line: `what`, and the error's own words."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"{package} is not installed: pip install {package}")
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or [""])[0]
+        fail(f"{what}: {type(e).__name__} {reason}")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse(Args, description: str):
+    """The command line. With --resume the defaults are that run's arguments, not the script's."""
+    args = tyro.cli(Args, description=description)
+    if args.resume is not None:
+        saved = load_checkpoint(args.resume)["args"]
+        known = {f.name: saved[f.name] for f in fields(Args) if f.name in saved}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    return args
 
 
-def check_limits(args, limits: dict):
-    """Refuse numbers outside limits[name] = (least, most), by default (0, 1e18), and NaN."""
-    limits = {"eval_episodes": (0, 1e5)} | limits  # as many environments
-    for name, value in asdict(args).items():
-        least, most = limits.get(name, (0, 1e18))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            fail(f"{flag(name)} {value}: expected a number from {least:g} to {most:g}")
+def check_numbers(args, names: str, least: float, most: float):
+    """Refuse what is given and not within least to most, NaN included."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            name = name.replace("_", "-")
+            fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
 
 
-def only_if(args, condition, otherwise: str, *names: str):
-    """Refuse arguments that are not at their default while the condition under which they act is false."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args), name) and not condition:
-            fail(f"{flag(name)} {getattr(args, name)} has no effect {otherwise}")
-
-
-def set_up(args) -> torch.device:
-    """Seed, device and precision. Tells glibc to keep large blocks: worth a quarter of a CPU update."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+def set_up(args, distributed: bool = False) -> torch.device:
+    """Descriptors, threads, seed, device: before any file is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # stdin, stdout or stderr was closed: no file must be taken for it
+    os.close(descriptor)
+    if "WORLD_SIZE" in os.environ and not distributed:
+        fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
+    if args.compile:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler: g++, or the one that CXX names")
+        torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: glibc keeps large blocks,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: a quarter off a CPU update
+    torch.set_num_threads(args.threads or os.cpu_count())
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.precision == "tf32" and device.type == "cpu":
-        fail("--precision tf32 needs a GPU")
-    if args.precision != "fp32" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        fail(f"--precision {args.precision} needs a GPU of compute capability 8.0 or higher")
-    if args.precision == "bf16" and device.type == "cpu":
-        x, seconds = torch.ones(512, 512), []
-        for y in (x, x.bfloat16()):
-            seconds.append(min(timeit.repeat(lambda: y @ y, number=1, repeat=3)))  # noqa: B023
-        if seconds[1] > seconds[0]:
-            print(f"--precision bf16: {seconds[1] / seconds[0]:.1f} times slower than fp32 on this processor")
-    return device
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def reserve(size: int, what: str, device):
     """Print how many bytes are about to be taken; refuse what the device has not."""
-    free = size
+    free, memory = size, Path("/proc/meminfo")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what PyTorch keeps for itself counts as taken
         free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    print(f"{what}: {size / 2**20:,.1f} MiB on {device}")
+    elif memory.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", memory.read_text())[1])
+    say(f"{what}: {size / 2**20:,.1f} MiB on {device}")
     if size > free:
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
-class StopSignal:
-    """SIGINT and SIGTERM only set `signum`, for the loop to read between updates; a second acts as usual."""
-
-    def __enter__(self):
-        self.signum, self.usual = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.usual[signum])
-
-    def __exit__(self, *_):
-        for s, handler in self.usual.items():
-            signal.signal(s, handler)
-
-
-class Progress:
-    """One line on a terminal, a line every ten seconds elsewhere; the rate leaves out what was paused."""
-
-    def __init__(self, label: str, total: int, start: int = 0):
-        self.label, self.total, self.start, self.tty = label, total, start, sys.stdout.isatty()
-        self.begin, self.shown = time.perf_counter(), 0.0
-
-    @contextmanager
-    def paused(self, really: bool = True):
-        if really and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # queued updates are not part of the pause
-        paused = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - paused
-
-    def rate(self, step: int) -> float:
-        return (step - self.start) / max(time.perf_counter() - self.begin, 1e-9)
-
-    def show(self, step: int, values: dict):
-        if time.perf_counter() - self.shown < (0.5 if self.tty else 10) and step < self.total:
-            return  # before any float(value): reading a loss waits for the GPU
-        self.shown, rate = time.perf_counter(), self.rate(step)
-        left = timedelta(seconds=round((self.total - step) / max(rate, 1e-9)))
-        text = ", ".join(f"{k} {float(v):.4g}" for k, v in values.items())
-        line = f"{self.label} {step:,}/{self.total:,} ({step / self.total:.0%}), {rate:.1f}/s, {left} left"
-        carriage, newline = ("\r\033[K", "\n" * (step == self.total)) if self.tty else ("", "\n")
-        print(f"{carriage}{line}, {text}", end=newline, flush=True)
-
-
-def check_finite(step: int, tensors: dict):
-    """Stop with status 3, naming the first tensor that holds a NaN or an infinity. One host sync."""
-    fine = torch.stack([torch.isfinite(v.detach()).all() for v in tensors.values()]).tolist()
-    if not all(fine):
-        name = list(tensors)[fine.index(False)]
-        fail(f"step {step}: {name} is not finite; the last checkpoint is from before", status=3)
+def every(n: int, before: int, step: int) -> bool:
+    """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
+    return n > 0 and step // n > before // n
 
 
 @contextmanager
 def write_beside(path: Path):
-    """A temporary path beside the target; flushed and moved into place on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def flush(p: Path):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     try:
-        yield temporary
-        flush(temporary)  # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-        flush(path.parent)  # and so does the folder's entry
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
+            yield temporary
+            with open(temporary, "r+b") as f:
+                os.fsync(f.fileno())  # the bytes reach the disk before the name does
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def random_state() -> dict:
-    """Of the CPU, and of the one GPU that a run uses."""
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpu}
-
-
-def restore_random_state(saved: dict):
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["cuda"][0])
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
-    script = Path(__file__).stem
-    try:
+    path = Path(folder) / name
+    with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        saved = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or (saved.get("script"), saved.get("format")) != (script, FORMAT):
-            raise ValueError(f"{damaged} is damaged" if damaged else "of another script or format")
-    except Exception as e:  # torch.load raises a dozen kinds of it
-        fail(f"{path}: not a checkpoint of {script} ({type(e).__name__}: {first_line(e)})")
-    return saved | {"folder": path.parent}
-
-
-def load_optimizer(optim, saved: dict):
-    """Its state without its flags: a GPU's checkpoint must not bring them to a CPU."""
-    flags = {k: optim.param_groups[0][k] for k in ("fused", "capturable")}
-    optim.load_state_dict(saved)
-    optim.param_groups[0].update(flags)
-
-
-def checkpoint_path(args) -> Path:
-    """The file that --resume, a run folder or a checkpoint, names."""
-    path = Path(args.resume) / "checkpoint.pt" if Path(args.resume).is_dir() else Path(args.resume)
-    if not path.is_file():
-        fail(f"--resume {args.resume}: no checkpoint at {path}")
-    return path
-
-
-def newest_checkpoint(args, given: dict) -> Path | None:
-    """Of the runs with the arguments `given`, the newest one's."""
-    given = json.loads(json.dumps(given))  # tuples become lists, as in args.json
-    for path in sorted(Path(args.run_dir).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
-        try:
-            header = json.loads((path.parent / "args.json").read_text())
-            if header["script"] == Path(__file__).stem and given.items() <= header["args"].items():
-                return path
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # not a run's folder, or not one of ours
-    print(f"--resume auto: no run in {args.run_dir} has these arguments, a new one starts")
-
-
-def find_checkpoint(args) -> dict | None:
-    """What --resume names, refused if its arguments differ in one that changes the numbers."""
-    given = {k: v for k, v in asdict(args).items() if k not in MAY_CHANGE}
-    if args.resume is None:
-        return None
-    path = newest_checkpoint(args, given) if args.resume == "auto" else checkpoint_path(args)
-    if path is None:
-        return None
-    saved = load_checkpoint(path)
-    if "random" not in saved:
-        fail(f"--resume {path}: holds networks only, expected a checkpoint.pt")
-    for k, v in given.items():
-        before = saved["args"].get(k, getattr(type(args), k, None))  # a flag that the run did not know yet
-        if before != v:
-            fail(f"--resume {args.resume}: that run has {flag(k)} {before}, this command {v}")
-    for k, v in saved["learner"]["networks"].items():
-        if not v.isfinite().all():
-            fail(f"--resume {path}: {k} is not finite")
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, "cpu", weights_only=True)
+        if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError("of another script or format")
     return saved
 
 
-def finished(saved: dict, counter: str, total: int) -> dict | None:
-    """The summary of a run of which nothing is left to do, for a resume that shall leave it as it is."""
-    path = saved["folder"] / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if saved["step"] < total or summary.get(counter) != saved["step"]:
-        return None  # a summary of another step is from before the run was made longer
-    longer = "--total-timesteps" if counter == "global_step" else "--num-updates"
-    print(f"{path.parent}: complete at step {saved['step']:,}; a larger {longer} goes on")
-    return summary
+class Run(ExitStack):
+    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt, summary.json.
 
+    saved: the checkpoint of --resume, or None. signum: the signal that came, or 0; SIGINT, SIGTERM
+    and SIGHUP only set it, for the loop to read between updates, and a second one acts as usual."""
 
-def command(args, folder: Path | None = None) -> str:
-    """The command line that gives these arguments, and goes on from `folder`."""
-    many = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    words = ["torchrun", f"--nproc_per_node={many}"] if many else ["python"]
-    words.append(Path(__file__).name)
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) and value != f.default:
-            words.append(flag(f.name) if value else flag("no_" + f.name))
-        elif value != f.default and f.name != "resume":
-            words += [flag(f.name), *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words + (["--resume", str(folder)] if folder else []))
+    def __init__(self, args, total: int):
+        super().__init__()
+        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.saved = load_checkpoint(args.resume) if args.resume else None
+        self.began = time.time() - (self.saved["wall"] if self.saved else 0)
+        if self.saved:
+            self.compare(asdict(args), self.saved["args"])
+        with suppress(ValueError):  # outside the main thread there are no signals
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                usual = signal.getsignal(s)
+                if usual not in (signal.SIG_IGN, self.note):  # what nohup ignores stays ignored
+                    signal.signal(s, self.note)
+                    self.callback(signal.signal, s, usual)
 
+    def note(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
 
-class Run:
-    """A run's folder: args.json, metrics.csv, TensorBoard events, checkpoints, summary.json."""
+    def compare(self, args: dict, before: dict):
+        """Arguments changed on resume are printed; those in FIXED must not change."""
+        for name, value in args.items():
+            if name not in ("resume", "run_dir") and value != before.get(name, value):
+                if name in FIXED:
+                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
+                say(f"from here on --{name} {value}, {before[name]} so far")
+        if self.total < min(self.saved["step"], self.saved["total"]):
+            fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
-    def __init__(self, args, info: dict, saved: dict | None):
-        self.args, self.info, self.begin = args, info, time.time() - (saved["wall_seconds"] if saved else 0)
-        device = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "cpu"
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        self.header = {"script": Path(__file__).stem, "args": asdict(args), "command": command(args)}
-        self.header |= {"device": device, "info": info}
-        self.header["versions"] = versions | {"gymnasium": gym.__version__}
-        if args.track:
-            wandb = need("wandb")
-        self.dir = saved["folder"] if saved else self.new_folder()
-        if args.track:
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-        (self.dir / "args.json").write_text(json.dumps(self.header, indent=2))
-        self.csv = open(self.dir / "metrics.csv", "a")
-        size = os.fstat(self.csv.fileno()).st_size  # rows after the checkpoint will come again
-        self.csv.seek(self.csv.truncate(min(size, saved["csv_bytes"]) if saved else 0))
-        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1 if saved else None)
-        if not saved:
-            self.csv.write("step,tag,value\n")
-            table = "".join(f"\n|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-        print(f"run folder: {self.dir}")
-
-    def new_folder(self) -> Path:
-        args = self.args
-        env = args.env_id if isinstance(args.env_id, str) else "+".join(args.env_id)
-        name = f"{env.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        for suffix in ("", *(f"-{i}" for i in range(1, 10_000))):  # a sweep starts many in one second
-            folder = Path(args.run_dir) / (name + suffix)
+    def open(self, **info):
+        """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
+        args.json, checkpoints and summary."""
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
+        with failing("copy the folder, or give another --run-dir", OSError):
+            name = "+".join(np.atleast_1d(args.env_id))
+            name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
+            self.dir = Path(args.resume or Path(args.run_dir) / name)
             try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as e:
-                fail(f"--run-dir {args.run_dir}: {e}")
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
+            self.csv = open(self.dir / "metrics.csv", "a")
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
 
-    def scalars(self, values: dict, step: int):
-        for tag, value in values.items():
-            if value is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
+                self.csv.write("step,tag,value\n")
+            self.about(**info)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
+        say(f"run folder: {self.dir}")
+        self.clock = time.perf_counter() - saved["busy"]
+        self.saved = None  # its replay may be large
+
+    def about(self, **info):
+        self.info |= info
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
+        (self.dir / "args.json").write_text(text)
+
+    def restore(self, learner: nn.Module, optim: dict):
+        """Networks, optimisers and random numbers; learning rates are the command line's."""
+        learner.load_state_dict(self.saved["networks"])
+        for name, x in optim.items():  # settings stay: a GPU's `capturable` must not come to a CPU
+            settings = x.state_dict()["param_groups"]
+            x.load_state_dict({"state": self.saved["optim"][name], "param_groups": settings})
+        torch.set_rng_state(self.saved["random"])
+        if self.saved["cuda_random"] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self.saved["cuda_random"][0])
+
+    def rate(self, step: int) -> float:
+        return step / max(time.perf_counter() - self.clock, 1e-9)
+
+    @contextmanager
+    def paused(self):
+        """What is done inside does not count for rate()."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # queued updates are not part of the pause
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def show(self, step: int, **numbers):
+        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
+        parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
+        parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
+        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
+
+    def log(self, step: int, scalars: dict):
+        """Write scalars; the first one that is NaN or infinite ends the run with status 3."""
+        with failing(f"{self.dir}: not written; the last checkpoint is intact", OSError):
+            for tag, value in scalars.items():
                 value = float(value)
+                if not math.isfinite(value):
+                    fail(f"step {step}: {tag} is {value}; the last checkpoint is from before", 3)
                 self.csv.write(f"{step},{tag},{value!r}\n")
                 self.writer.add_scalar(tag, value, step)
-        try:
             self.csv.flush()
-        except OSError as e:
-            fail(f"{self.dir / 'metrics.csv'} could not be written ({e}); the last checkpoint is intact")
 
-    def save(self, name: str, state: dict):
-        """A checkpoint; `state` of tensors and plain Python only, for load_checkpoint refuses the rest."""
-        os.fsync(self.csv.fileno())
-        state |= {"script": Path(__file__).stem, "format": FORMAT}
-        state |= {"args": self.header["args"], "info": self.info}
-        state |= {"csv_bytes": self.csv.tell(), "wall_seconds": time.time() - self.begin}
-        try:
-            with write_beside(self.dir / name) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:
-            fail(f"{self.dir / name} could not be written ({e}); the one before it is intact")
+    def save(self, step: int, learner: nn.Module, optim: dict, name="checkpoint.pt", **state):
+        """Tensors and plain Python only; of a learner that is not finite nothing is written."""
+        networks = learner.state_dict()
+        for key, x in networks.items():
+            if not x.isfinite().all():
+                fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
+        with write_beside(self.dir / name) as temporary:
+            os.fsync(self.csv.fileno())
+            state |= {
+                "script": SCRIPT,
+                "format": FORMAT,
+                "args": asdict(self.args),
+                "info": self.info,
+                "step": step,
+                "total": self.total,
+                "networks": networks,
+                "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
+                "random": torch.get_rng_state(),
+                "cuda_random": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+                "csv_bytes": self.csv.tell(),
+                "wall": time.time() - self.began,
+                "busy": time.perf_counter() - self.clock,
+                "wandb": self.wandb.id if self.wandb else None,
+            }
+            torch.save(state, temporary)
 
-    def stopped(self, signum: int):
-        self.close()
-        print(f"\nstopped and saved; to go on:\n  {command(self.args, self.dir)}", flush=True)
-        raise SystemExit(128 + signum)
+    def stop_if_asked(self):
+        """After the last save: say how to go on, and end."""
+        if self.signum:
+            called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
+            start = [Path(sys.executable).name, called]
+            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+                start = ["torchrun", f"--nproc_per_node={many}", called]
+            command = shlex.join([*start, "--resume", str(self.dir)])
+            say(f"\nstopped and saved; to go on:\n  {command}")
+            raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= {"wall_seconds": time.time() - self.begin, "device": self.header["device"]}
+        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary["eval_episodes"] = self.args.eval_episodes
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
-        self.close()
         return summary
 
-    def close(self):
-        self.csv.close()
-        self.writer.close()
+    def __exit__(self, *error):
+        for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
+            with suppress(OSError):  # a full disk has been reported
+                file and file.close()
+        return super().__exit__(*error)
 
 
 # === end shared ===
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    train(parse(Args, __doc__))

@@ -1,40 +1,38 @@
-r"""What bootstrapping does to deep Q-functions, and what helps: one network, the same batches, other
-targets.
+r"""What bootstrapping does to deep Q-functions, and what helps.
 
 Supervised learning and Q-learning fit the same network by the same optimiser; the target differs.
-Here it differs in one thing at a time, and the features phi(s,a), which the last linear layer reads,
-tell the story:
+Here it differs in one thing at a time, on the same batches, from the same weights, and the features
+phi(s,a), which the last linear layer reads, tell the story:
 
   mc      y = the return that followed                      supervised
   oracle  y = Q(s,a) by dynamic programming                 supervised, no noise (gridworld)
-  sarsa   y = r + gamma Q'(s',a'),  a' the data's next      bootstrapped, on pairs that are trained on
-  td      y = r + gamma Q'(s',a'),  a' ~ behaviour, fresh   bootstrapped, on pairs that may never be so
+  sarsa   y = r + gamma Q'(s',a'),  a' the data's next      bootstrapped, on pairs trained on
+  td      y = r + gamma Q'(s',a'),  a' ~ behaviour, fresh   bootstrapped, on pairs perhaps never so
   td10    y = r + gamma mean of ten such Q'                 the same, a tenth of a draw's variance
-  q       y = r + gamma max of Q'(s',a), ten uniform a      control (gridworld: all a)
-  moving  y of another seed's td network                    a moving target, but not by its own doing
+  q       y = r + gamma max of Q'(s',a), ten uniform a      control (discrete actions: all a)
+  moving  y of another seed's td network                    a moving target not of its own doing
 
-with Q' the target network. Claims (arXiv 2010.14498, arXiv 2112.04716): with bootstrapping on unseen
+with Q' the target network. Claims (arXiv 2010.14498, 2112.04716): with bootstrapping on unseen
 actions the rank of phi falls below that of sarsa, and the dot products phi(s,a).phi(s',a') rise,
 even when Q has settled. Why: the noise of gradient descent acts like a regulariser of the features.
 In supervised learning it adds sum phi.phi, which keeps them small; with bootstrapping it adds
 
   R(phi) = sum [ phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a') ]
 
-whose second term rewards features that are alike on both sides of the backup. DR3 cancels that
-term: loss + c mean phi(s,a).phi(s',a'). Cures, each a run of its own on --cure-target:
+whose second term rewards features that are alike on both sides of the backup. DR3 cancels it: loss
++ c mean phi(s,a).phi(s',a'). Cures, each a run of its own on --cure-target:
 
   dr3:c dr3abs:c dr3stop:c   DR3 signed, absolute, or without gradient through phi(s',a')
   sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's phi (arXiv 2010.14498)
   unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
-  tau:t  l2:c  refit:k       Polyak rate; |weights|^2; a new network every k updates, fitted to the
-                             last one
+  tau:t  l2:c                Polyak rate; sum of squared weights
+  refit:k                    every k updates the target becomes the network, which starts anew
 
-  symbol        in the code               shape
-  Q(s,a)        net(x), x = (s,a)         (n, B), n members: targets and cures x seeds
-  phi(s,a)      net.features(x)           (n, B, width)
-  y, a'         backup()                  (n, B), (n, B, act)
+  Q(s,a)     net(x), x = (s,a)   (n, B), n networks: targets and cures x seeds
+  phi(s,a)   net.features(x)     (n, B, width)
+  y, a'      backup()            (n, B), (n, B, act)
 
-Quick, six minutes; in small steps; many targets and cures; errors to the truth; your own data:
+Quick, six minutes; in small steps; many cures; errors to the truth; your own data:
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --batch-size 256 \
       --learning-rate 3e-4 --tau 0.005
@@ -43,9 +41,9 @@ Quick, six minutes; in small steps; many targets and cures; errors to the truth;
   python dr3_analysis.py --problem gridworld --targets mc oracle sarsa td q
   python dr3_analysis.py --problem dataset --dataset replay.hdf5
 
-Members (networks), backup, losses and Learner.update are the algorithm; the blocks marked "shared"
-can wait. A small dataset is learned by heart, its noise included: compare errors on held-out
-episodes. Known limits: observation vectors; the rank needs more transitions than --width.
+Members, backup, losses and Learner.update are the algorithm. A small dataset is learned by heart,
+its noise included: compare errors on held-out episodes. Known limits: observation vectors; the rank
+needs more transitions than --width. Left out on purpose: pixels.
 """
 
 import copy
@@ -63,7 +61,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -74,6 +72,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.vector.utils import batch_space, iterate
 from torch.utils.tensorboard import SummaryWriter
 
 Target = Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"]
@@ -98,12 +97,12 @@ class Args:
     log_frequency: int = 500  # updates between logged losses
 
     # what is compared
-    # an environment under a uniform policy; a gridworld solved exactly; data from a file
+    # an environment under a uniform policy; a gridworld that is solved exactly; a file
     problem: Literal["continuous", "gridworld", "dataset"] = "continuous"
-    dataset: str | None = None  # D4RL-layout HDF5 file, or Minari id or folder
+    dataset: str | None = None  # D4RL-layout HDF5 file, or a Minari set's id or folder
     transitions: int = 1_000  # size of the data (of --dataset its first rows, 0: all)
     grid: int = 8  # side of the gridworld
-    targets: tuple[Target, ...] = ("mc", "sarsa", "td")  # which targets
+    targets: tuple[Target, ...] = ("mc", "sarsa", "td")  # what the networks are fitted to
     cures: tuple[str, ...] = ("dr3:3e-5",)  # cures on --cure-target, each a run of its own
     # the target that the cures are tried on
     cure_target: Literal["mc", "sarsa", "td", "td10", "q"] = "td"
@@ -113,93 +112,84 @@ class Args:
     num_updates: int = 15_000  # gradient steps
     batch_size: int = 128  # B, transitions in a minibatch
     learning_rate: float = 1e-3  # of Adam
-    # discount factor; not given: 0.99, or less where time-outs cut the returns in --dataset short
+    # discount factor; not given: 0.99, or less where time-outs cut the returns of --dataset
     gamma: float | None = None
     tau: float = 0.05  # Polyak rate of the target networks
     width: int = 256  # units in a hidden layer
     depth: int = 2  # hidden layers
 
-    # no options here, but the block "run" reads them
-    compile = False
-    eval_episodes = 0
+    compile, eval_episodes = False, 0  # no flags: the block "run" reads them
 
 
-# a resumed run must have these as before: its networks would not fit, or their data
-FIXED = "env_id seed problem transitions grid targets cures cure_target seeds gamma width".split()
-FIXED += ["depth"]
+# a resumed run must have these as before: its networks or its data would not fit
+FIXED = "env_id seed transitions grid targets cures cure_target seeds gamma width depth".split()
 
-# the least and the most that each cure's number may be
+# the least and the most that a cure's number may be; at most 0: it takes none
 CURES = dict.fromkeys("dr3 dr3abs dr3stop sl rank l2".split(), (0, 1e9))
 CURES |= {"tau": (1e-9, 1), "dropout": (1e-9, 0.99), "refit": (1, 1e9)}
-NO_NUMBER = ("none", "unit", "layer")
+CURES |= dict.fromkeys(("unit", "layer", "none"), (0, 0))
 
 
-def parse_cure(cure: str) -> tuple[str, float]:
+def parse_cure(label: str) -> tuple[str, float]:
     """`dr3:1e-4` as ("dr3", 1e-4), `unit` as ("unit", 0)."""
-    if cure in NO_NUMBER:
-        return cure, 0.0
-    name, _, number = cure.partition(":")
-    if name not in CURES:
-        fail(f"--cures {cure}: expected {':NUMBER, '.join(CURES)}:NUMBER, unit or layer")
-    least, most = CURES[name]
+    cure, _, number = label.partition(":")
+    least, most = CURES.get(cure, (1, 0))
     with suppress(ValueError):
-        value = float(number)
-        if least <= value <= most and (name != "refit" or value % 1 == 0):
-            return name, value
-    whole = "a whole number" if name == "refit" else "a number"
-    fail(f"--cures {cure}: expected {name}:NUMBER, {whole} from {least:g} to {most:g}")
+        value = float(number) if most else float(number or 0)
+        if least <= value <= most and (cure != "refit" or value % 1 == 0):
+            return cure, value
+    known = [f"{x}:NUMBER" if CURES[x][1] else x for x in CURES]
+    within = f"from {least:g} to {most:g}" if most else ""
+    fail(f"--cures {label}: expected one of {', '.join(known)}; the number {within}")
 
 
 def check(args: Args):
     """Refuse what no run could use, before anything starts."""
     check_numbers(args, "seed checkpoint_frequency diagnostics_frequency", 0, 1e9)
-    check_numbers(args, "num_updates batch_size log_frequency seeds width", 1, 1e9)
+    check_numbers(args, "num_updates batch_size log_frequency width depth", 1, 1e9)
     check_numbers(args, "learning_rate", 1e-12, 1e12)
     check_numbers(args, "gamma", 0, 0.99999)
     check_numbers(args, "tau", 1e-9, 1)
-    check_numbers(args, "depth", 1, 64)
+    check_numbers(args, "seeds", 1, 1e4)
     check_numbers(args, "grid", 3, 32)
     check_numbers(args, "threads", 0, 1e4)
-    check_numbers(args, "transitions", 0 if args.transitions == 0 and args.dataset else 32, 1e7)
+    check_numbers(args, "transitions", 0 if args.dataset else 32, 1e7)
     if (args.problem == "dataset") != (args.dataset is not None):
         fail("--dataset FILE and --problem dataset go together")
     if args.problem != "continuous" and args.env_id not in (Args.env_id, args.problem):
         fail(f"--env-id {args.env_id} has no effect with --problem {args.problem}")
-    for names in (args.targets, ("none", *args.cures)):
-        if len(set(names)) < len(names) or not names:
-            fail("--targets, --cures: expected different ones, at least one target, no cure `none`")
+    for given in (args.targets, ("none", *args.cures)):
+        if len({*given}) < len(given) or not given:
+            fail(f"--targets, --cures: found {given}, expected different ones, at least one target")
     for cure in args.cures:
         parse_cure(cure)
     if args.cures and args.cure_target not in args.targets:
-        fail(f"--cure-target {args.cure_target}: not among --targets, to compare the cures with")
+        fail(f"--cure-target {args.cure_target}: expected one of --targets, to compare cures with")
     if "oracle" in args.targets and args.problem != "gridworld":
         fail("--targets oracle: only the gridworld has one")
     if "moving" in args.targets and ("td" not in args.targets or args.seeds < 2):
         fail("--targets moving is fitted to another seed's td: it needs td and --seeds 2 or more")
 
 
-# ------------------------------------------------------------------- networks: n as one batched one
+# -------------------------------------------------------------------------- networks: n as one
 class Member(NamedTuple):
     target: str
     cure: str  # `dr3`, or `none`
-    value: float  # c
+    number: float  # of the cure
     label: str  # the cure as it was written, `dr3:1e-4`
     seed: int
 
 
 def all_members(args: Args) -> list[Member]:
     kinds = [(target, "none") for target in args.targets]
-    kinds += [(args.cure_target, cure) for cure in args.cures]
-    members = []
-    for target, label in kinds:
-        for seed in range(args.seed, args.seed + args.seeds):
-            members.append(Member(target, *parse_cure(label), label, seed))
-    return members
+    kinds += [(args.cure_target, label) for label in args.cures]
+    seeds = range(args.seed, args.seed + args.seeds)
+    return [Member(t, *parse_cure(label), label, seed) for t, label in kinds for seed in seeds]
 
 
 class Members(nn.Module):
-    """Q-networks of one shape; those of a seed start from the same weights. One batched product a
-    layer serves all."""
+    """n Q-networks of one shape, one batched product a layer for all; those of a seed start from
+    the same weights."""
 
     def __init__(self, inputs: int, members: list[Member], args: Args):
         super().__init__()
@@ -215,13 +205,13 @@ class Members(nn.Module):
             self.weights.append(nn.Parameter(both[:, :-1].clone()))  # (n, in, out)
             self.biases.append(nn.Parameter(both[:, -1:].clone()))  # (n, 1, out)
         self.cures = {m.cure for m in members}
-        for cure in ("unit", "layer", "dropout"):  # (n, 1, 1): who has it, and at which rate
-            values = [(m.value or 1.0) if m.cure == cure else 0.0 for m in members]
+        for cure in ("unit", "layer", "dropout"):  # (n, 1, 1): who has it, at which rate
+            values = [(m.number or 1.0) if m.cure == cure else 0.0 for m in members]
             self.register_buffer(cure, torch.tensor(values)[:, None, None], persistent=False)
 
     def hidden(self, x, who=slice(None), sums: list | None = None) -> list:
-        """Each hidden layer's activations, (k, B, width), for x (k, B, in) and `who`, k of the
-        members; the last are the features. `sums` receives what goes into the activations."""
+        """Each hidden layer's activations, (k, B, width), of x (k, B, in) in the networks `who`;
+        the last are the features. `sums` receives what goes into the activations."""
         activations = []
         for W, b in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(b[who], x, W[who])
@@ -251,8 +241,40 @@ class Members(nn.Module):
 
 
 # ----------------------------------------------------------------------------- targets and losses
+class Behaviour(NamedTuple):
+    """The policy that the data come from, known or cloned. Actions lie in a box, or are one-hot."""
+
+    low: torch.Tensor  # (act,)
+    high: torch.Tensor
+    discrete: bool = False
+    clone: Callable | None = None  # observations -> mean and log std, or logits; None: uniform
+
+    def fresh(self, obs, draw):
+        """Ten actions of this policy for each row, (rows, 10, act)."""
+        n, device = len(self.low), obs.device
+        if self.clone is None and not self.discrete:
+            return self.candidates(obs, draw)
+        if self.clone is None:
+            which = torch.randint(n, (len(obs), 10), generator=draw, device=device)
+            return torch.eye(n, device=device)[which]
+        out = self.clone(obs).detach()
+        if self.discrete:
+            which = out.softmax(-1).multinomial(10, replacement=True, generator=draw)
+            return torch.eye(n, device=device)[which]
+        mean, log_std = gaussian(out.unsqueeze(1))
+        noise = torch.randn(len(obs), 10, n, generator=draw, device=device)
+        return (mean + log_std.exp() * noise).clamp(self.low, self.high)
+
+    def candidates(self, obs, draw):
+        """For the maximum over actions: ten uniform ones, or all, (rows, m, act)."""
+        if self.discrete:
+            return torch.eye(len(self.low), device=obs.device).expand(len(obs), -1, -1)
+        u = torch.rand(len(obs), 10, len(self.low), generator=draw, device=obs.device)
+        return self.low + u * (self.high - self.low)
+
+
 class Problem(NamedTuple):
-    """N transitions of a behaviour policy that is known or cloned."""
+    """N transitions, and what is known of them."""
 
     obs: torch.Tensor  # (N, obs), standardised
     act: torch.Tensor  # (N, act)
@@ -261,32 +283,31 @@ class Problem(NamedTuple):
     next_obs: torch.Tensor  # (N, obs)
     next_act: torch.Tensor  # (N, act), the data's own next action
     mc: torch.Tensor  # (N,), the discounted return that followed
-    fresh: Callable  # (next_obs, m, generator) -> m actions of the behaviour policy, (rows, m, act)
-    choices: Callable  # the same for the maximum: uniform samples, or all actions
+    behaviour: Behaviour
     standardise: Callable  # observations as the networks see them
     held: tuple | None = None  # (obs, act, mc) of episodes that are not trained on
-    truth: dict | None = None  # target -> Q at the rows by dynamic programming, where that is known
-    greedy_returns: Callable | None = None  # of the members' greedy policies, where that is known
+    truth: dict | None = None  # target -> Q at the rows by dynamic programming, where known
+    greedy_returns: Callable | None = None  # of the networks' greedy policies, where known
+
+    def batch(self, rows, draw):
+        s = self.next_obs[rows]
+        return Batch(rows, self.behaviour.fresh(s, draw), self.behaviour.candidates(s, draw))
 
 
-class Batch(NamedTuple):
-    rows: torch.Tensor  # (n, B), of the problem
-    fresh: torch.Tensor  # (n, B, 10, act), fresh actions at s'
-    choices: torch.Tensor  # (n, B, 10, act), candidates for the maximum at s'
-
-
-def pairs(obs, act):
-    return torch.cat([obs, act], dim=-1)
+class Batch(NamedTuple):  # with a first axis for the n members
+    rows: torch.Tensor  # (B,), of the problem
+    fresh: torch.Tensor  # (B, 10, act), actions of the behaviour policy at s'
+    candidates: torch.Tensor  # (B, m, act), actions at s' for the maximum
 
 
 @torch.no_grad()
 def backup(learner, batch: Batch):
-    """What the members are fitted to, y (n, B), and the a' in it, (n, B, act); of td10 the first."""
+    """What the members are fitted to, y (n, B), and its a' (n, B, act): of td10's ten the first."""
     p = learner.problem
     y, next_act = p.mc[batch.rows], p.next_act[batch.rows]
     for kind in learner.args.targets:
         who = learner.chosen(target=kind)
-        rows, bootstrap = batch.rows[who], who
+        rows, source = batch.rows[who], who
         if kind == "oracle":
             y[who] = p.truth["oracle"][rows]
         if kind in ("mc", "oracle"):
@@ -295,15 +316,16 @@ def backup(learner, batch: Batch):
         if kind == "sarsa":
             act = next_act[who].unsqueeze(2)
         elif kind == "q":
-            act = batch.choices[who]
+            act = batch.candidates[who]
         elif kind != "td10":
             act = act[:, :, :1]
-        if kind == "moving":  # of the next seed, for its own seed's would make it td over again
-            bootstrap = learner.chosen(target="td", cure="none")
-            bootstrap = bootstrap[1:] + bootstrap[:1]
+        if kind == "moving":  # the next seed's td; its own seed's would make it td over again
+            source = learner.chosen(target="td", cure="none")
+            source = source[1:] + source[:1]
         obs = p.next_obs[rows].unsqueeze(2).expand(-1, -1, act.shape[2], -1)
-        q = learner.target(pairs(obs, act).flatten(1, 2), bootstrap).view(act.shape[:3])
-        value, next_act[who] = q.mean(-1), act[:, :, 0]
+        q = learner.target(torch.cat([obs, act], -1).flatten(1, 2), source).view(act.shape[:3])
+        value = q.mean(-1)
+        next_act[who] = act[:, :, 0]
         if kind == "q":
             value, best = q.max(-1)
             next_act[who] = act.take_along_dim(best[..., None, None], 2).squeeze(2)
@@ -312,32 +334,33 @@ def backup(learner, batch: Batch):
 
 
 def losses(learner, batch: Batch):
-    """Each member's mean squared error, and c times the term of its cure; (n,) each."""
+    """Each member's mean squared error, (n,), and c times the term of its cure, (n,)."""
     p, net = learner.problem, learner.net
     y, next_act = backup(learner, batch)
-    phi = net.features(pairs(p.obs[batch.rows], p.act[batch.rows]))
+    phi = net.features(torch.cat([p.obs[batch.rows], p.act[batch.rows]], -1))
     error = ((net.q(phi) - y) ** 2).mean(1)
     penalty = torch.zeros_like(error)
     for cure in ("dr3", "dr3abs", "dr3stop", "sl", "rank", "l2"):
         if who := learner.chosen(cure=cure):
             term = cure_term(cure, learner, who, phi[who], batch.rows[who], next_act[who])
-            penalty = penalty.index_put((torch.tensor(who),), learner.c[who] * term)
+            at = torch.tensor(who, device=term.device)
+            penalty = penalty.index_add(0, at, learner.numbers[who] * term)
     return error, penalty
 
 
 def cure_term(cure: str, learner, who: list, phi, rows, next_act):
-    """What a cure adds to the loss of the members `who`, without its weight, (k,)."""
+    """What a cure adds to the loss of the members `who`, without its weight c, (k,)."""
     p, net = learner.problem, learner.net
     if cure == "sl":
         return (phi**2).sum(-1).mean(1)
     if cure == "l2":
         return sum((W[who] ** 2).sum((1, 2)) for W in net.weights)
     if cure == "rank":  # squared singular values, from the smaller Gram matrix
-        wide = phi if phi.shape[1] > phi.shape[2] else phi.mT
-        gram = (wide.mT @ wide).nan_to_num(0, 0, 0)  # eigvalsh raises on NaN
+        tall = phi if phi.shape[1] > phi.shape[2] else phi.mT
+        gram = (tall.mT @ tall).nan_to_num(0, 0, 0)  # eigvalsh raises on NaN
         eigenvalues = torch.linalg.eigvalsh(gram)
         return eigenvalues[:, -1] - eigenvalues[:, 0]
-    phi_next = net.features(pairs(p.next_obs[rows], next_act), who)
+    phi_next = net.features(torch.cat([p.next_obs[rows], next_act], -1), who)
     if cure == "dr3stop":
         phi_next = phi_next.detach()
     dot = (phi * phi_next).sum(-1) * (1 - p.done[rows])
@@ -345,25 +368,28 @@ def cure_term(cure: str, learner, who: list, phi, rows, next_act):
 
 
 class Learner(nn.Module):
-    """All members and their target networks; one Adam, which acts on each number by itself."""
+    """All members, their target networks, and one Adam, which acts on each number by itself."""
 
     def __init__(self, problem: Problem, args: Args, device):
         super().__init__()
         self.args, self.problem, self.members = args, problem, all_members(args)
-        self.inputs = problem.obs.shape[1] + problem.act.shape[1]
-        self.net = Members(self.inputs, self.members, args)
+        inputs = problem.obs.shape[1] + problem.act.shape[1]
+        # weights six times (target, gradient, moments), activations of ten next actions
+        floats = 6 * args.width * (inputs + args.width * (args.depth - 1))
+        floats += 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth)
+        reserve(4 * len(self.members) * floats, "networks and one update, roughly", device)
+        self.net = Members(inputs, self.members, args)
         self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
-        taus = []
-        for m in self.members:
-            taus.append({"tau": m.value, "refit": 0.0}.get(m.cure, args.tau))
-        c = [m.value for m in self.members]
+        self.first = [p.detach().clone().to(device) for p in self.net.parameters()]
+        taus = [{"tau": m.number, "refit": 0}.get(m.cure, args.tau) for m in self.members]
         self.register_buffer("taus", torch.tensor(taus)[:, None, None], persistent=False)
-        self.register_buffer("c", torch.tensor(c), persistent=False)
+        numbers = torch.tensor([m.number for m in self.members])
+        self.register_buffer("numbers", numbers, persistent=False)
         self.to(device)
         self.optim = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, fused=True)
         seeds = range(args.seed, args.seed + args.seeds)
         self.draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.which_seed = torch.tensor([m.seed - args.seed for m in self.members], device=device)
+        self.seeds = torch.tensor([m.seed - args.seed for m in self.members], device=device)
 
     def chosen(self, **wanted) -> list[int]:
         """Positions of the members with these attributes."""
@@ -371,14 +397,12 @@ class Learner(nn.Module):
         return [i for i, m in enumerate(self.members) if all(getattr(m, k) == v for k, v in wanted)]
 
     def sample(self) -> Batch:
-        """A batch for each seed: its members differ in nothing but their target and cure."""
-        p, drawn = self.problem, []
+        """A batch for each seed: its members differ in nothing but target and cure."""
+        p, size, drawn = self.problem, (self.args.batch_size,), []
         for draw in self.draws:
-            size, device = (self.args.batch_size,), p.rew.device
-            rows = torch.randint(len(p.rew), size, generator=draw, device=device)
-            fresh, choices = (f(p.next_obs[rows], 10, draw) for f in (p.fresh, p.choices))
-            drawn.append((rows, fresh, choices))
-        return Batch(*(torch.stack(x)[self.which_seed] for x in zip(*drawn)))
+            rows = torch.randint(len(p.rew), size, generator=draw, device=p.rew.device)
+            drawn.append(p.batch(rows, draw))
+        return Batch(*(torch.stack(x)[self.seeds] for x in zip(*drawn)))
 
     def update(self, step: int):
         """One step of every member, `step` counts from 1; their errors, (n,)."""
@@ -392,7 +416,7 @@ class Learner(nn.Module):
             for p, p_target in zip(self.net.parameters(), self.target.parameters()):
                 p_target.lerp_(p, self.taus)  # target <- target + tau (p - target)
             for j, i in enumerate(refits):
-                k = int(self.members[i].value)
+                k = int(self.members[i].number)
                 age = (step - 1) % k + 1  # Adam counts the run's steps, not this network's
                 share = adam_scale(age) / adam_scale(step)
                 for p, old in zip(self.net.parameters(), before):
@@ -402,12 +426,11 @@ class Learner(nn.Module):
         return error.detach()
 
     def refit(self, i: int):
-        """Fitted Q-iteration: what was fitted becomes the target, fitting starts anew."""
-        first = Members(self.inputs, [self.members[i]], self.args).to(self.taus.device)
-        nets = (self.net, self.target, first)
-        for p, p_target, p_first in zip(*(net.parameters() for net in nets)):
+        """Fitted Q-iteration: what was fitted becomes the target, and fitting starts anew."""
+        parameters = zip(self.net.parameters(), self.target.parameters(), self.first)
+        for p, p_target, first in parameters:
             p_target[i] = p[i]
-            p[i] = p_first[0]
+            p[i] = first[i]
             self.optim.state[p]["exp_avg"][i] = 0
             self.optim.state[p]["exp_avg_sq"][i] = 0
 
@@ -418,228 +441,110 @@ def adam_scale(step: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------- data
-def continuous(args: Args, device) -> Problem:
-    """Episodes of a uniform policy: 1,000 steps, and a tail that makes their returns whole."""
-    tail = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1
-    with failing(f"--env-id {args.env_id} (a package's own: --env-id package:Id)", Exception):
-        env = gym.make(args.env_id, max_episode_steps=1_000 + tail)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {args.env_id}: found {space}, expected a Box of one dimension")
-    box = env.action_space
-    low, span = box.low.astype(float), box.high.astype(float) - box.low
-    if box.dtype.kind != "f" or not (span < 1e12).all():
-        fail(f"--env-id {args.env_id}: actions are {box}, expected floats with finite bounds")
-    rng, rows, whole = np.random.default_rng(args.seed), [], 0
-    while whole < args.transitions + 9_000:  # the last 8,000 are held out, with whole episodes
-        obs, _ = env.reset(seed=None if rows else args.seed)
-        over, began = False, len(rows)
-        while not over:
-            act = rng.uniform(-1, 1, box.shape)
-            next_obs, rew, done, cut, _ = env.step(low + (act + 1) / 2 * span)
-            rew = np.asarray(rew, dtype=float).item()  # some hand out an array of one number
-            rows.append((np.array(obs), act, rew, done, np.array(next_obs), cut))
-            obs, over = next_obs, done or cut
-        steps = len(rows) - began
-        if steps <= tail and not done:
-            fail(f"--env-id {args.env_id}: has a time limit of its own, after {steps} steps")
-        whole += steps if done else steps - tail
-    env.close()
-    columns = dict(zip(COLUMNS, map(np.array, zip(*rows))))
-
-    def uniform(obs, m, draw):
-        return torch.rand(len(obs), m, *box.shape, generator=draw, device=device) * 2 - 1
-
-    return from_episodes(columns, uniform, uniform, args, device)
+COLUMNS = ("obs", "act", "rew", "done", "next_obs", "cut")  # cut: the episode ends, not terminally
 
 
-COLUMNS = ("obs", "act", "rew", "done", "next_obs", "cut")  # of data; cut: not by a terminal
-
-
-def discounted_sums(rew, over, gamma: float):
-    """The discounted sum of rewards to the end of each row's episode (or of the array)."""
-    out, total = np.zeros(len(rew)), 0.0
-    for i in reversed(range(len(rew))):
-        total = rew[i] + gamma * (0.0 if over[i] else total)
-        out[i] = total
-    return out
-
-
-def from_episodes(c: dict, fresh, choices, args: Args, device, truth=None) -> Problem:
-    """A problem of the COLUMNS c. Trained on are the first --transitions rows with a next action
+def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem:
+    """The problem of these COLUMNS. Trained on are the first --transitions rows with a next action
     and a return of which less than 1 % is missing: it ends at a terminal, or gamma^k < 0.01 for its
     k rewards. Held out are 8,000 such rows of later episodes, thinned to 2,048."""
     what = f"--dataset {args.dataset}" if args.dataset else f"--env-id {args.env_id}"
     c = {name: np.asarray(x, np.float32) for name, x in c.items()}
     for name, x in c.items():
         if len(bad := np.argwhere(~np.isfinite(x))):
-            value, row = x[tuple(bad[0])], bad[0][0]
-            fail(f"{what}: '{name}' is {value} at row {row}, expected finite numbers", 2)
+            found = f"'{name}' is {x[tuple(bad[0])]} at row {bad[0][0]}"
+            fail(f"{what}: {found}, expected finite numbers", 2 if args.dataset else 3)
     n, done = len(c["rew"]), c["done"] > 0
     over = done | (c["cut"] > 0)
     over[-1:] = True
+    if (both := done & (c["cut"] > 0)).any():
+        say(f"{what}: {both.sum()} rows end by a terminal and a time-out, taken as terminals")
     left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
-    ends = np.arange(n) + left.astype(int) - 1
-    left[done[ends]] = np.inf
-    fits = math.floor(1_000 * 0.01 ** (1 / np.median(left))) / 1_000
+    left[done[np.arange(n) + left.astype(int) - 1]] = np.inf
+    fits = math.floor(1_000 * 0.01 ** (1 / np.median(left))) / 1_000 if n else 0
     if args.gamma is None:
         args.gamma = min(0.99, fits)
-        say(f"{what}: gamma {args.gamma}, for which half of the returns or more are whole")
+        say(f"{what}: --gamma {args.gamma}, which leaves half of the returns whole, or more")
     usable = (args.gamma**left < 0.01) & (done | ~over)
     keep = usable & (np.cumsum(usable) <= (args.transitions or n))
     if keep.sum() < 32:
         found = f"{keep.sum()} of {n} rows have a next action and a return that is whole to 1 %"
-        fail(f"{what}: {found}, expected 32; half of the rows have one with --gamma {fits}")
+        fail(f"{what}: {found}, expected 32; with --gamma {fits} half of the returns are whole")
     episode = np.cumsum(over) - over
     held = np.flatnonzero(usable & (episode > episode[keep].max()))[:8_000]
     held = held[:: math.ceil(len(held) / 2048) or 1]  # neighbours are alike
-    rew = c["rew"] / np.abs(c["rew"][keep]).max().clip(1e-30)
-    mc = discounted_sums(rew, over, args.gamma)
+    if np.ptp(c["rew"][keep]) == 0:
+        say(f"{what}: all rewards are {c['rew'][keep][0]}, there is nothing to learn")
+    scale = np.abs(c["rew"][keep]).max().clip(1e-30)
+    mc = discounted_sums(c["rew"] / scale, over, args.gamma)
     mean, std = c["obs"][keep].mean(0), c["obs"][keep].std(0) + 1e-3
-
-    def take(x, rows=keep):
-        return torch.from_numpy(np.asarray(x[rows], np.float32)).to(device)
 
     def standardise(obs):
         return (obs - mean) / std
 
+    def take(x, rows=keep):
+        return torch.from_numpy(np.asarray(x[rows], np.float32)).to(device)
+
     obs, next_obs = standardise(c["obs"]), standardise(c["next_obs"])
-    columns = (obs, c["act"], rew, c["done"], next_obs, np.roll(c["act"], -1, 0), mc)
-    problem = Problem(*map(take, columns), fresh, choices, standardise)
+    columns = (obs, c["act"], c["rew"] / scale, c["done"], next_obs, np.roll(c["act"], -1, 0), mc)
+    problem = Problem(*(take(x) for x in columns), behaviour, standardise)
     if truth:
-        return problem._replace(truth={target: take(q) for target, q in truth.items()})
+        return problem._replace(truth={name: take(q / scale) for name, q in truth.items()})
     if len(held) < 32:
         say(f"{what}: no episodes are left to be held out, nothing is said of errors")
         return problem
     return problem._replace(held=tuple(take(x, held) for x in (obs, c["act"], mc)))
 
 
-def dataset(args: Args, device) -> Problem:
-    """A file's transitions; its behaviour policy is cloned, for fresh actions."""
-    path = Path(args.dataset)
-    single = path.is_file() and not (path.parent / "metadata.json").exists()
-    c = read_d4rl(path) if single else read_minari(args.dataset)
-    discrete = c["act"].dtype.kind in "iu" and c["act"].size == len(c["act"])
-    if discrete:
-        c["act"] = np.eye(c["act"].max(initial=0) + 1)[c["act"].reshape(-1)]
-    n, shapes = len(c["rew"]), {name: x.shape for name, x in c.items()}
-    vectors = [len(shapes[name]) for name in ("obs", "next_obs", "act")] == [2, 2, 2]
-    if not vectors or {s[0] for s in shapes.values()} != {n} or shapes["obs"] != shapes["next_obs"]:
-        fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, and of one number each")
-    problem = from_episodes(c, None, None, args, device)
-    low, high = problem.act.amin(0), problem.act.amax(0)
-    every = torch.eye(len(low), device=device)
-    actor = clone(problem, discrete, args, device)
-
-    def fresh(obs, m, draw):
-        out = actor(obs).detach()
-        if discrete:
-            return every[out.softmax(-1).multinomial(m, replacement=True, generator=draw)]
-        mean, log_std = out.chunk(2, -1)
-        noise = torch.randn(len(obs), m, len(low), generator=draw, device=device)
-        act = mean[:, None] + log_std.clamp(-5, 2).exp()[:, None] * noise
-        return act.clamp(low, high)
-
-    def choices(obs, m, draw):
-        if discrete:
-            return every.expand(len(obs), -1, -1)
-        u = torch.rand(len(obs), m, len(low), generator=draw, device=device)
-        return low + u * (high - low)
-
-    return problem._replace(fresh=fresh, choices=choices)
+def discounted_sums(rew, over, gamma: float):
+    """The discounted sum of rewards from each row to the end of its episode, (N,)."""
+    sums, total = np.zeros(len(rew)), 0.0
+    for i in reversed(range(len(rew))):
+        total = rew[i] + gamma * (0.0 if over[i] else total)
+        sums[i] = total
+    return sums
 
 
-def clone(problem: Problem, discrete: bool, args: Args, device, steps: int = 3_000):
-    """A Gaussian or categorical policy by maximum likelihood."""
-    obs_dim, act_dim = problem.obs.shape[1], problem.act.shape[1]
-    layers = [nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-    layers.append(nn.Linear(256, act_dim if discrete else 2 * act_dim))
-    actor = nn.Sequential(*layers).to(device)
-    optim = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
-    for _ in range(steps):
-        rows = torch.randint(len(problem.rew), (args.batch_size,), device=device)
-        out, act = actor(problem.obs[rows]), problem.act[rows]
-        if discrete:
-            loss = F.cross_entropy(out, act)
-        else:
-            mean, log_std = out.chunk(2, -1)
-            log_std = log_std.clamp(-5, 2)
-            loss = (0.5 * ((act - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
-        optim.zero_grad()
-        loss.backward()
-        optim.step()
-    return actor
-
-
-FIRST_BYTES = {
-    b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
-    b"\x80": "a pickle, see tools/convert.py",
-    b"PK": "a zip archive, npz or of PyTorch, see tools/convert.py",
-    b"\x89HDF": "damaged or cut short",
-}
-
-
-def read_d4rl(path: Path) -> dict:
-    """The COLUMNS of a D4RL-layout file. Without timeouts, an episode ends where next_observations
-    is not the next row."""
-    import h5py
-
-    keys = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
-    keys |= {"next_obs": "next_observations", "cut": "timeouts"}
-    needed = list(keys.values())[:4]
-    with open(path, "rb") as file:
-        first = file.read(32)
-    kind = [what for start, what in FIRST_BYTES.items() if first.startswith(start)]
-    with failing(f"--dataset {path}: {', '.join(kind)}", Exception), h5py.File(path) as f:
-        if not set(needed) <= set(f):
-            fail(f"--dataset {path}: needs {', '.join(needed)}, holds {', '.join(sorted(f)[:9])}")
-        reserve(sum(4 * f[key].size for key in keys.values() if key in f), "dataset", "memory")
-        c = {name: f[key][()] for name, key in keys.items() if key in f}
-        for name in {"rew", "done", "cut"} & set(c):
-            c[name] = c[name].reshape(-1)  # (N, 1) of rlkit's buffers
-        if "cut" not in c and "next_obs" in c:
-            c["cut"] = np.append((c["next_obs"][:-1] != c["obs"][1:]).any(1), True)
-        if "cut" not in c:
-            say(f"{path}: no 'timeouts', episodes are taken to end at terminals only")
-            c["cut"] = np.zeros(len(c["rew"]))
-        return {"next_obs": np.roll(c["obs"], -1, 0)} | c
-
-
-def read_minari(name: str) -> dict:
-    """The COLUMNS of a Minari set: an id, a folder, or the file in it."""
-    path, parts = Path(name), {column: [] for column in COLUMNS}
-    path = path.parent if path.is_file() else path
-    here = f"--dataset {name}: no file, and no Minari set on this disk (minari download {name})"
-    with failing(here, Exception):
-        import minari
-
-        folder = [x for x in (path, path / "data") if (x / "metadata.json").exists()]
-        data = minari.MinariDataset(folder[0]) if folder else minari.load_dataset(name)
-        for episode in data.iterate_episodes():
-            obs = flatten(data.observation_space, episode.observations)
-            row = (obs[:-1], episode.actions, episode.rewards, episode.terminations, obs[1:])
-            for part, x in zip(parts.values(), (*row, np.arange(len(obs) - 1) == len(obs) - 2)):
-                part.append(x)
-        return {column: np.concatenate(part) for column, part in parts.items()}
-
-
-def flatten(space, x):
-    """An episode's observations, as rows of a vector by gymnasium's rule."""
-    if isinstance(space, gym.spaces.Dict):
-        parts = [flatten(part, x[name]) for name, part in space.items()]
-        return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
-    if isinstance(space, gym.spaces.Discrete):
-        return np.eye(space.n)[x - space.start]
-    return x
+def continuous(args: Args, device) -> Problem:
+    """Episodes of a uniform policy: 1,000 steps, and a tail that makes their returns whole."""
+    what, gamma = f"--env-id {args.env_id}", max(args.gamma, 1e-9)
+    tail = math.ceil(math.log(0.01) / math.log(gamma)) + 1
+    with failing(f"{what} (a package's own: --env-id package:Id)", Exception):
+        env = gym.make(args.env_id, max_episode_steps=1_000 + tail)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"{what}: found {space}, expected a Box of one dimension")
+    box = env.action_space
+    low, span = box.low.astype(float), box.high.astype(float) - box.low
+    if box.dtype.kind != "f" or not (span < 1e12).all():
+        fail(f"{what}: actions are {box}, expected floats with finite bounds")
+    rng, rows, whole = np.random.default_rng(args.seed), [], 0
+    with closing(env):
+        while whole < args.transitions + 9_000:  # 8,000 for the held-out ones
+            obs, _ = env.reset(seed=None if rows else args.seed)
+            over, began = False, len(rows)
+            while not over:
+                act = rng.uniform(-1, 1, box.shape)
+                next_obs, rew, done, cut, _ = env.step(low + (act + 1) / 2 * span)
+                rew = np.asarray(rew, dtype=float).item()  # some hand out an array of one number
+                rows.append((np.array(obs), act, rew, done, np.array(next_obs), cut))
+                obs, over = next_obs, done or cut
+            steps = len(rows) - began
+            whole += steps if done else steps - tail
+            if steps <= tail and not done:
+                fail(f"{what}: has a time limit of its own, after {steps} steps")
+    columns = [np.array(x) for x in zip(*rows)]
+    ones = torch.ones(len(low), device=device)
+    return from_episodes(dict(zip(COLUMNS, columns)), Behaviour(-ones, ones), args, device)
 
 
 def gridworld(args: Args, device) -> Problem:
     """--transitions steps of a uniform policy on a grid; a state is seen as 16 random numbers."""
     P, r = grid_model(args.grid)
-    S, rng = len(P), np.random.default_rng(args.seed)
-    features, one_hot = rng.normal(size=(S, 16)).astype(np.float32), np.eye(4, dtype=np.float32)
+    S, rng, one_hot = len(P), np.random.default_rng(args.seed), np.eye(4, dtype=np.float32)
+    features = rng.normal(size=(S, 16)).astype(np.float32)
     s, rows = 0, []
     for _ in range(args.transitions):
         a = rng.integers(4)
@@ -649,27 +554,21 @@ def gridworld(args: Args, device) -> Problem:
     state, act, after = np.array(rows).T
     done = after == S - 1
     row = (features[state], one_hot[act], np.where(done, 1, -0.1), done, features[after], 0 * done)
-    beta = evaluate_policy(P, r, np.full((S, 4), 0.25), args.gamma)
-    truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), beta[state, act])
+    uniform_q = evaluate_policy(P, r, np.full((S, 4), 0.25), args.gamma)[state, act]
+    truth = dict.fromkeys(("mc", "oracle", "sarsa", "td", "td10", "moving"), uniform_q)
     truth["q"] = optimal_q(P, r, args.gamma)[state, act]
-
-    def fresh(obs, m, draw):
-        act = torch.randint(4, (len(obs), m), generator=draw, device=device)
-        return F.one_hot(act, 4).float()
-
-    def choices(obs, m, draw):
-        return torch.eye(4, device=device).expand(len(obs), 4, 4)
-
-    problem = from_episodes(dict(zip(COLUMNS, row)), fresh, choices, args, device, truth)
+    ones = torch.ones(4, device=device)
+    behaviour = Behaviour(0 * ones, ones, discrete=True)
+    problem = from_episodes(dict(zip(COLUMNS, row)), behaviour, args, device, truth)
     seen = torch.from_numpy(problem.standardise(features)).to(device)
-    every = pairs(seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1))
+    every = torch.cat([seen.repeat_interleave(4, 0), torch.eye(4, device=device).repeat(S, 1)], -1)
 
     def greedy_returns(net):
-        q = net(every.expand(len(net.unit), -1, -1)).view(-1, S, 4)
-        returns = []
+        """From a start anywhere but at the goal, one for each network."""
+        q, returns = net(every.expand(len(net.unit), -1, -1)).view(-1, S, 4), []
         for policy in one_hot[q.cpu().numpy().argmax(-1)]:
             V = (policy * evaluate_policy(P, r, policy, args.gamma)).sum(1)
-            returns.append(V[: S - 1].mean())  # over all starts but the goal
+            returns.append(V[: S - 1].mean())
         return returns
 
     return problem._replace(greedy_returns=greedy_returns)
@@ -697,53 +596,145 @@ def evaluate_policy(P, r, policy, gamma: float):
 
 def optimal_q(P, r, gamma: float):
     """Q* by value iteration to rounding."""
-    Q, better = None, r
-    while Q is None or np.abs(better - Q).max() > 1e-12:
+    Q, better = np.inf, r
+    while np.abs(better - Q).max() > 1e-12:
         Q, better = better, r + gamma * P @ better.max(1)
     return better
 
 
+def dataset(args: Args, device) -> Problem:
+    """A file's transitions; its behaviour policy is cloned."""
+    path = Path(args.dataset)
+    single = path.is_file() and path.name != "main_data.hdf5"
+    c = read_d4rl(path) if single else read_minari(args.dataset)
+    discrete = c["act"].dtype.kind in "iu" and c["act"].size == len(c["act"])
+    if discrete:
+        c["act"] = np.eye(c["act"].max(initial=0) + 1)[c["act"].reshape(-1)]
+    vectors = c["obs"].ndim == c["act"].ndim == 2 and c["obs"].shape == c["next_obs"].shape
+    if not vectors or len({len(x) for x in c.values()}) > 1:
+        shapes = {name: x.shape for name, x in c.items()}
+        fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, and of one number each")
+    problem = from_episodes(c, None, args, device)
+    low, high = problem.act.amin(0), problem.act.amax(0)
+    policy = clone(problem, discrete, args.batch_size)
+    return problem._replace(behaviour=Behaviour(low, high, discrete, policy))
+
+
+def gaussian(out):
+    """Mean and log standard deviation, (rows, act) each, from a network's output."""
+    mean, log_std = out.chunk(2, -1)
+    return mean, log_std.clamp(-5, 2)
+
+
+def clone(problem: Problem, discrete: bool, batch_size: int, steps: int = 3_000):
+    """A Gaussian or categorical policy by maximum likelihood."""
+    (n, obs_dim), act_dim = problem.obs.shape, problem.act.shape[1]
+    layers = [nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    layers.append(nn.Linear(256, act_dim if discrete else 2 * act_dim))
+    policy = nn.Sequential(*layers).to(problem.obs.device)
+    optim = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+    for _ in range(steps):
+        rows = torch.randint(n, (batch_size,), device=problem.obs.device)
+        out, act = policy(problem.obs[rows]), problem.act[rows]
+        if discrete:
+            loss = F.cross_entropy(out, act)
+        else:
+            mean, log_std = gaussian(out)
+            loss = (0.5 * ((act - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    return policy
+
+
+def read_d4rl(path: Path) -> dict:
+    """The COLUMNS of a D4RL-layout file. Without timeouts an episode ends where next_observations
+    is not the next row."""
+    import h5py
+
+    keys = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
+    keys |= {"next_obs": "next_observations", "cut": "timeouts"}
+    needed = list(keys.values())[:4]
+    with open(path, "rb") as file:
+        what = f"--dataset {path}, which begins with {file.read(24).splitlines()[:1]}"
+    hint = "expected D4RL's HDF5, a Minari set, or what tools/convert.py makes of a pickle or npz"
+    with failing(f"{what}; {hint}", Exception), h5py.File(path) as f:
+        if not {*needed} <= {*f}:
+            fail(f"--dataset {path}: needs {', '.join(needed)}, holds {', '.join(sorted(f)[:9])}")
+        found = {name: key for name, key in keys.items() if key in f}
+        reserve(sum(4 * f[key].size for key in found.values()), "dataset", torch.device("cpu"))
+        c = {name: f[key].astype(np.float32)[()] for name, key in found.items()}
+        if f["actions"].dtype.kind in "iu":  # perhaps discrete
+            c["act"] = f["actions"][()]
+        for name in {"rew", "done", "cut"} & {*c}:
+            c[name] = c[name].reshape(-1)  # rlkit's buffers have (N, 1)
+        if "cut" not in c:
+            c["cut"] = np.zeros(len(c["rew"]))
+            if "next_obs" in c:
+                c["cut"][:-1] = (c["next_obs"][:-1] != c["obs"][1:]).any(1) & (c["done"][:-1] == 0)
+            else:
+                say(f"{path}: no 'timeouts', episodes are taken to end at terminals only")
+        return {"next_obs": np.roll(c["obs"], -1, 0)} | c
+
+
+def read_minari(name: str) -> dict:
+    """The COLUMNS of a Minari set: an id, a folder, or the file in it."""
+    path, parts = Path(name), {column: [] for column in COLUMNS}
+    path = path.parent if path.is_file() else path
+    what = f"--dataset {name}: no file, and as a Minari set (minari download {name})"
+    with failing(what, Exception):
+        import minari
+
+        folders = [x for x in (path, path / "data") if (x / "metadata.json").exists()]
+        data = minari.MinariDataset(folders[0]) if folders else minari.load_dataset(name)
+        space = data.observation_space
+        for episode in data.iterate_episodes():
+            n, done = len(episode.rewards), episode.terminations
+            seen = iterate(batch_space(space, n + 1), episode.observations)
+            obs = np.stack([gym.spaces.flatten(space, x) for x in seen])
+            last = np.arange(n) == n - 1
+            row = (obs[:-1], episode.actions, episode.rewards, done, obs[1:], last & ~done)
+            for part, x in zip(parts.values(), row):
+                part.append(x)
+        return {column: np.concatenate(part) for column, part in parts.items()}
+
+
 # -------------------------------------------------------------------------------------- measuring
-def relative_error(found, true):
-    return (found - true).pow(2).mean() / true.var().clamp(min=1e-12)
-
-
 @torch.no_grad()
 def diagnose(learner) -> list[dict]:
     """For each member, on at most 2,048 rows, in eval mode: the shared diagnostics; the regulariser
-    R with the features, and on 256 rows with the gradients of all weights in their place; mean Q;
-    and its error: q_error to the truth where that is known, else return_error to the returns that
-    followed, which a network can learn by heart, and return_error_holdout to those of episodes that
-    it was not trained on (not for q, which is after another policy's)."""
+    R with the features, and (on 256 rows) with the gradients of all weights in their place; mean Q
+    and its error: to the truth where that is known, else to the returns that followed, which a
+    network can learn by heart, and to those of held-out episodes (not for q, which is after another
+    policy's)."""
     p, net, gamma, n = learner.problem, learner.net, learner.args.gamma, len(learner.members)
     device = p.rew.device
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(device)
-    draw = torch.Generator(device).manual_seed(0)
-    fresh, choices = (f(p.next_obs[rows], 10, draw) for f in (p.fresh, p.choices))
+    batch = p.batch(rows, torch.Generator(device).manual_seed(0))
     net.eval()
-    y, next_act = backup(learner, Batch(*(x.expand(n, *x.shape) for x in (rows, fresh, choices))))
-    x = pairs(p.obs[rows], p.act[rows]).expand(n, -1, -1)
-    x_next = pairs(p.next_obs[rows].expand(n, -1, -1), next_act)
+    y, next_act = backup(learner, Batch(*(x.expand(n, *x.shape) for x in batch)))
+    x = torch.cat([p.obs[rows], p.act[rows]], -1).expand(n, -1, -1)
+    x_next = torch.cat([p.next_obs[rows].expand(n, -1, -1), next_act], -1)
     hidden, phi_next, bootstraps = net.hidden(x), net.features(x_next), 1 - p.done[rows]
-    q, phi = net.q(hidden[-1]), hidden[-1]
+    phi, q = hidden[-1], net.q(hidden[-1])
     full, full_next = gradient_dots(net, x[:, :256], x_next[:, :256])
-    q_held = net(pairs(*p.held[:2]).expand(n, -1, -1)) if p.held else None
+    q_held = net(torch.cat(p.held[:2], -1).expand(n, -1, -1)) if p.held else None
     greedy = p.greedy_returns(net) if p.greedy_returns else None
     net.train()
     found = []
     for i, m in enumerate(learner.members):
-        reg_sl, reg_sl_full = (phi[i] ** 2).sum(-1).mean(), full[i].mean()
-        dot = ((phi[i] * phi_next[i]).sum(-1) * bootstraps).mean()
+        own, dot = (phi[i] ** 2).sum(-1), (phi[i] * phi_next[i]).sum(-1) * bootstraps
+        full_dot = full_next[i] * bootstraps[:256]
         numbers = spectrum(phi[i].nan_to_num(0, 0, 0))  # svdvals raises on NaN, which Q shows, too
         numbers |= alignment(phi[i], phi_next[i], bootstraps)
         numbers |= {
             "dormant": dormant([h[i] for h in hidden]),
             "q_mean": q[i].mean(),
             "td_error": relative_error(q[i], y[i]),
-            "reg_sl": reg_sl,
-            "reg_td": reg_sl - gamma * dot,
-            "reg_sl_full": reg_sl_full,
-            "reg_td_full": reg_sl_full - gamma * (full_next[i] * bootstraps[:256]).mean(),
+            "reg_sl": own.mean(),
+            "reg_td": (own - gamma * dot).mean(),
+            "reg_sl_full": full[i].mean(),
+            "reg_td_full": (full[i] - gamma * full_dot).mean(),
         }
         if p.truth:
             true = p.truth[m.target][rows]
@@ -758,6 +749,10 @@ def diagnose(learner) -> list[dict]:
     return found
 
 
+def relative_error(found, true):
+    return (found - true).pow(2).mean() / true.var().clamp(min=1e-12)
+
+
 def gradient_dots(net: Members, x, x_next):
     """grad Q(x).grad Q(x) and grad Q(x).grad Q(x'), by all weights and biases; (n, B) each.
 
@@ -769,8 +764,8 @@ def gradient_dots(net: Members, x, x_next):
         with torch.enable_grad():
             hidden = net.hidden(inputs, sums=sums)
             gradients = torch.autograd.grad(net.q(hidden[-1]).sum(), sums)
-        ones = torch.ones_like(inputs[..., :1])
-        passes.append(list(zip([inputs, *hidden], [*gradients, ones])))
+        one = torch.ones_like(inputs[..., :1])
+        passes.append(list(zip([inputs, *hidden], [*gradients, one])))
 
     def dots(one, other):
         return sum(((a * b).sum(-1) + 1) * (g * h).sum(-1) for (a, g), (b, h) in zip(one, other))
@@ -778,48 +773,32 @@ def gradient_dots(net: Members, x, x_next):
     return dots(passes[0], passes[0]).detach(), dots(*passes).detach()
 
 
-def collect_results(learner, history: dict, num_updates: int) -> dict:
-    """results[target][cure][metric]: `quarter`, `half`, `final`, means over seeds; half the width
-    of their 95 % intervals; and the seeds' own values. history: step -> what diagnose() found."""
-    results = {}
-    at = {"quarter": num_updates / 4, "half": num_updates / 2, "final": num_updates}
-    nearest = {name: min(history, key=lambda step: abs(step - x)) for name, x in at.items()}  # noqa
+def collect_results(learner, history: dict) -> dict:
+    """results[target][cure][metric]: `quarter` and `final`, means over seeds, and half the width of
+    their 95 % intervals. history: step -> what diagnose() found."""
+    results, total = {}, learner.args.num_updates
+    quarter = min(history, key=lambda step: abs(step - total / 4))
     for m in learner.members:
         mine = learner.chosen(target=m.target, label=m.label)
-        entries = {}
-        for metric in history[nearest["final"]][mine[0]]:
-            entry = {}
-            for name, step in nearest.items():
+        entries = results.setdefault(m.target, {}).setdefault(m.label, {})
+        for metric in history[total][mine[0]]:
+            entries[metric] = {}
+            for when, step in (("quarter", quarter), ("final", total)):
                 values = np.array([history[step][i][metric] for i in mine])
-                entry[name], entry[name + "_interval"] = values.mean(), interval(values)
-                entry[name + "_seeds"] = values.tolist()
-            entries[metric] = entry
-        results.setdefault(m.target, {})[m.label] = entries
+                entries[metric] |= {when: values.mean(), when + "_interval": interval(values)}
     return results
-
-
-T_QUANTILE = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, n = 2 to 10
 
 
 def interval(values) -> float:
     """Half the width of the 95 % interval of a mean, by Student's t; 0 for a single value."""
-    n = len(values)
+    n, t = len(values), (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     if n < 2:
         return 0.0
-    t = T_QUANTILE[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)
-    return t * values.std(ddof=1) / n**0.5
+    quantile = t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)
+    return quantile * values.std(ddof=1) / n**0.5
 
 
 # --------------------------------------------------------------------------------------- training
-def memory(args: Args, inputs: int) -> int:
-    """Bytes, roughly: weights five times (target, gradient, two moments of Adam), activations of
-    ten next actions, in an update or on the 2,048 rows of a measurement."""
-    n = (len(args.targets) + len(args.cures)) * args.seeds
-    weights = args.width * (inputs + args.width * (args.depth - 1))
-    activations = 12 * max(args.batch_size, 2048) * (inputs + args.width * args.depth)
-    return 4 * n * (5 * weights + activations)
-
-
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
@@ -831,18 +810,19 @@ def train(args: Args) -> dict:
     with Run(args, args.num_updates) as run:
         make = {"continuous": continuous, "gridworld": gridworld, "dataset": dataset}
         problem = make[args.problem](args, device)
-        inputs = problem.obs.shape[1] + problem.act.shape[1]
-        reserve(memory(args, inputs), "networks and one update, roughly", device)
+        columns = [x.cpu().numpy().tobytes() for x in (*problem[:7], *(problem.held or ()))]
+        digest = hashlib.sha256(b"".join(columns)).hexdigest()
         learner = Learner(problem, args, device)
+        names = [f"{m.target}/{m.label}/{m.seed}" for m in learner.members]
         step, history = 0, {}  # of measurements, by their steps
-        columns = [x for x in (*problem, *(problem.held or ())) if isinstance(x, torch.Tensor)]
-        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in columns)).hexdigest()
         if run.saved:
             if run.saved["info"]["data_sha256"] != digest:
                 fail(f"--resume {args.resume}: that run was trained on other data")
             step, history = run.saved["step"], run.saved["history"]
             run.restore(learner, {"adam": learner.optim})
-            learner.restore_draws(run.saved["draws"])
+            with suppress(RuntimeError):  # those of another device do not fit: batches start anew
+                for draw, state in zip(learner.draws, run.saved["draws"]):
+                    draw.set_state(state)
         info = {"transitions": len(problem.rew), "members": len(learner.members)}
         run.open(**info, data_sha256=digest)
         say(f"{len(problem.rew):,} transitions, {len(learner.members)} networks")
@@ -857,23 +837,20 @@ def train(args: Args) -> dict:
             error = learner.update(step)
             measures = every(args.diagnostics_frequency, step - 1, step) or step in moments
             if measures or every(args.log_frequency, step - 1, step):
-                for m, x in zip(learner.members, error):
-                    run.log(step, {f"losses/{m.target}/{m.label}/{m.seed}": x})
+                run.log(step, {f"losses/{name}": x for name, x in zip(names, error)})
                 run.log(step, {"charts/updates_per_second": run.rate(step)})
                 run.show(step, loss=error.mean())
             if measures:
                 with run.paused():
                     history[step] = diagnose(learner)
-                for m, numbers in zip(learner.members, history[step]):
-                    tag = f"diagnostics/{m.target}/{m.label}/{m.seed}/"
-                    run.log(step, {tag + name: x for name, x in numbers.items()})
+                for name, numbers in zip(names, history[step]):
+                    run.log(step, {f"diagnostics/{name}/{k}": x for k, x in numbers.items()})
             if every(args.checkpoint_frequency, step - 1, step):
                 save()
         save()
         run.stop_if_asked()
-        results = collect_results(learner, history, args.num_updates)
-        summary = {"num_updates": step, "updates_per_second": run.rate(step), "results": results}
-        summary = run.finish(summary)
+        summary = {"num_updates": step, "updates_per_second": run.rate(step)}
+        summary = run.finish(summary | {"results": collect_results(learner, history)})
     report(run.dir)
     return summary
 
@@ -881,11 +858,12 @@ def train(args: Args) -> dict:
 def report(folder: Path):
     """Claims, table and figure by tools/report.py, where that is installed beside this script."""
     tool, figure = Path(__file__).parent / "tools" / "report.py", folder / "figure.png"
+    words = [str(folder), "--figure", str(figure)]
     if tool.exists():
-        subprocess.run([sys.executable, str(tool), str(folder), "--figure", str(figure)])
+        subprocess.run([sys.executable, str(tool), *words])
     else:
-        command = shlex.join(["python", "tools/report.py", str(folder), "--figure", str(figure)])
-        say(f"measured; what that says of the claims, as text and figure:\n  {command}")
+        command = shlex.join(["python", "tools/report.py", *words])
+        say(f"which of the claims hold, a table and a figure:\n  {command}")
 
 
 # === shared: diagnostics (canonical copy: sac.py) ===
@@ -934,7 +912,7 @@ def say(text: str, stream=None, end: str = "\n"):
     try:
         print(text, end=end, file=stream or sys.stdout, flush=True)
     except UnicodeEncodeError:
-        say(ascii(text), stream, end)
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
     except OSError:  # the reader is gone: from here on to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
@@ -1016,9 +994,7 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with failing(
-            f"{path} could not be written, what was there is intact", OSError, RuntimeError
-        ):
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
@@ -1077,42 +1053,46 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args = self.args
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
             name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
             self.dir = Path(args.resume or Path(args.run_dir) / name)
-            if not self.saved:
-                try:
-                    self.dir.mkdir(parents=True)
-                except FileExistsError:  # a sweep starts many in one second
-                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
-                    self.dir.mkdir()
+            try:
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
             self.csv = open(self.dir / "metrics.csv", "a")
-            self.lock()
-            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
-            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
-            if end == 0:
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
             self.about(**info)
-        self.wandb = self.start_wandb() if args.track else None
-        first = self.saved["step"] + 1 if self.saved else None
-        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
         say(f"run folder: {self.dir}")
-        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def lock(self):
-        """Refuse a second process on one folder; the lock ends with its process."""
-        try:
-            import fcntl
-
-            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{self.dir}: another process is running it")
-        except (ImportError, OSError) as e:  # Windows; a file system without locks
-            say(f"{self.dir} is not locked ({e}): let only one process run it")
 
     def about(self, **info):
         self.info |= info
@@ -1121,16 +1101,6 @@ class Run(ExitStack):
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
         (self.dir / "args.json").write_text(text)
-
-    def start_wandb(self):
-        args, run_id = self.args, self.saved["wandb"] if self.saved else None
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
-        with failing("--track: pip install wandb, wandb login", Exception):
-            import wandb
-
-            self.callback(wandb.finish)  # another train() in this process is another run
-            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
-            return wandb.init(sync_tensorboard=True, **where)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""

@@ -131,9 +131,9 @@ def check(args: Args):
     check_numbers(args, "seed eval_frequency checkpoint_frequency", 0, 1e12)
     check_numbers(args, "ent_coef damping critic_damping", 0, 1e12)
     check_numbers(args, "max_kl learning_rate", 1e-12, 1e12)
-    check_numbers(args, "total_timesteps log_frequency", 1, 1e12)
-    check_numbers(args, "num_envs width critic_updates cg_steps", 1, 1e6)
-    check_numbers(args, "num_steps", 2, 1e6)  # one advantage alone has no standard deviation
+    check_numbers(args, "total_timesteps log_frequency num_envs width", 1, 1e12)
+    check_numbers(args, "critic_updates cg_steps", 1, 1e12)
+    check_numbers(args, "num_steps", 2, 1e12)  # one advantage alone has no standard deviation
     check_numbers(args, "threads eval_episodes", 0, 1e4)
     check_numbers(args, "gamma stats_decay", 0, 0.99999)
     check_numbers(args, "gae_lambda", 0, 1)
@@ -148,31 +148,35 @@ def check(args: Args):
 
 
 # --------------------------------------------------------------------------------------- networks
-def mlp(fan_in: int, fan_out: int, gain: float, args: Args) -> nn.Sequential:
-    """Linear layers with tanh between; the last gain is small for a policy, so that it starts near
-    the uniform one."""
-    sizes = [fan_in] + [args.width] * args.depth
+def layer_init(layer, gain: float = 2**0.5):
+    """Orthogonal weights, zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(fan_in: int, hidden: list[int], fan_out: int, gain: float) -> nn.Sequential:
+    """Hidden layers with tanh; the last layer's gain is small for a policy, which then starts near
+    uniform."""
+    sizes = [fan_in, *hidden]
     layers = []
-    for i, o in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(i, o), nn.Tanh()]
-    layers.append(nn.Linear(sizes[-1], fan_out))
-    for layer in layers[::2]:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    for i, o in zip(sizes, hidden):
+        layers += [layer_init(nn.Linear(i, o)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(sizes[-1], fan_out), gain))
 
 
 class Agent(nn.Module):
     """Policy and value, apart. `head` is what the policy's last layer says: logits (B, actions) of
     a categorical, or the mean (B, d) of a Gaussian of independent dimensions whose log_std is a
-    parameter."""
+    parameter. A Box of actions is [-1, 1] here."""
 
     def __init__(self, obs_space, act_space, args: Args):
         super().__init__()
         self.discrete = isinstance(act_space, gym.spaces.Discrete)
         outputs = int(act_space.n) if self.discrete else act_space.shape[0]
-        self.actor = mlp(obs_space.shape[0], outputs, 0.01, args)
-        self.critic = mlp(obs_space.shape[0], 1, 1.0, args)
+        fan_in, hidden = obs_space.shape[0], [args.width] * args.depth
+        self.actor = mlp(fan_in, hidden, outputs, 0.01)
+        self.critic = mlp(fan_in, hidden, 1, 1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
 
@@ -189,7 +193,7 @@ class Agent(nn.Module):
         return [*self.actor.parameters()] + ([] if self.discrete else [self.log_std])
 
     def features(self, obs) -> dict:
-        """What the last layers of policy and value read, each (B, D), for the diagnostics."""
+        """What the last layers of policy and value read, (B, D) each, for the diagnostics."""
         return {"policy": self.actor[:-1](obs), "value": self.critic[:-1](obs)}
 
     def sample(self, head):
@@ -240,9 +244,7 @@ def tangent(net: nn.Module, obs, d: list) -> tuple:
     What d holds beyond the network's parameters, a log_std, is left out."""
     params = dict(net.named_parameters())
     return torch.func.jvp(
-        lambda p: torch.func.functional_call(net, p, (obs,)),
-        (params,),
-        (dict(zip(params, d)),),
+        lambda p: torch.func.functional_call(net, p, (obs,)), (params,), (dict(zip(params, d)),)
     )
 
 
@@ -340,7 +342,15 @@ class KFAC(nn.Module):
         """net(x), with a note of each layer's A on the way, and of where its s is in the graph:
         s itself may be overwritten by an activation in place."""
         self.notes = []
-        hooks = [m.register_forward_hook(self.note) for m in self.layers]
+
+        def note(layer, inputs, s):
+            a = inputs[0].detach()
+            if layer.bias is not None:
+                a = nn.functional.pad(a, (0, 1), value=1.0)  # homogeneous coordinates
+            edge = torch.autograd.graph.get_gradient_edge(s)
+            self.notes.append((layer, a.T @ a / len(a), edge))
+
+        hooks = [m.register_forward_hook(note) for m in self.layers]
         try:
             out = net(x)
         finally:
@@ -349,13 +359,6 @@ class KFAC(nn.Module):
         if [layer for layer, _, _ in self.notes] != self.layers:
             raise ValueError("K-FAC: expected each layer once, in the order of net.modules()")
         return out
-
-    def note(self, layer: nn.Linear, inputs: tuple, s):
-        a = inputs[0].detach()
-        if layer.bias is not None:
-            a = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # homogeneous coordinates
-        edge = torch.autograd.graph.get_gradient_edge(s)
-        self.notes.append((layer, a.T @ a / len(a), edge))
 
     @torch.no_grad()
     def update(self, scalar):
@@ -440,7 +443,7 @@ def surrogate(agent: Agent, batch: Batch, args: Args):
 
 
 class Learner(nn.Module):
-    """All that learns, with its statistics, factors and optimiser."""
+    """Agent, running statistics, factors and optimiser."""
 
     def __init__(self, obs_space, act_space, args: Args, device):
         super().__init__()
@@ -457,7 +460,7 @@ class Learner(nn.Module):
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.args.normalize_obs else obs
+        return self.obs_stats.standardise(obs).clamp(-10, 10) if self.obs_stats else obs
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
@@ -467,13 +470,15 @@ class Learner(nn.Module):
 
     def update(self, rollout, diagnosing: bool = False) -> tuple[dict, dict]:
         """One policy step, then --critic-updates value steps, each on the whole rollout: losses,
-        and what to watch."""
+        and what to watch. The observations' statistics take the rollout in last."""
         batch = self.batch_of(rollout)
         losses, numbers = self.policy_step(batch, diagnosing)
         for _ in range(self.args.critic_updates):
             losses["value_loss"] = self.critic_step(batch)
         unexplained = (batch.target - rollout.value.flatten()).var()
         losses["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
+        if self.args.normalize_obs:
+            self.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
         return losses, numbers
 
     @torch.no_grad()
@@ -571,11 +576,11 @@ class Learner(nn.Module):
         return loss.detach()
 
     def curvature(self, batch: Batch, g: list, d: list) -> dict:
-        """Of K-FAC's direction d for the gradient g: the worst condition number of the policy's
-        factors, and of the critic's before its steps; for at most 2,000 parameters, and with
-        damping, also the cosine of d, and of g itself, with the exact natural gradient at the same
-        l, in the Fisher inner product <x, y> = x^T F y. (Split over the factors l adds cross terms:
-        below 1 even where S (x) A is F.)"""
+        """Worst condition numbers of the policy's damped factors, and of the critic's before its
+        steps. For at most 2,000 parameters, and with damping, also the cosine of K-FAC's d, and of
+        g itself, with the exact natural gradient at the same l, in the Fisher inner product
+        <x, y> = x^T F y. (Split over the factors l adds cross terms: below 1 even where S (x) A is
+        F.)"""
         agent, obs = self.agent, batch.obs
         out = {"policy_condition": self.policy_factors.condition()}
         out["critic_condition"] = self.critic_factors.condition()
@@ -589,6 +594,19 @@ class Learner(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- training
+def check_spaces(envs, args: Args, device):
+    """Refuse what the networks cannot read or write, and rollouts beyond the memory."""
+    obs, act = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        fail(f"--env-id {args.env_id}: observations are {obs}, expected vectors")
+    if not isinstance(act, gym.spaces.Discrete):
+        check_boxes(envs, args.env_id)
+    elif args.log_std_init != Args.log_std_init:
+        fail("--log-std-init has no effect with discrete actions")
+    row = 16 * (obs.shape[0] + 4 * args.width * args.depth)
+    reserve(args.num_envs * args.num_steps * row, "rollout and update, roughly", device)
+
+
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
@@ -596,10 +614,12 @@ def train(args: Args) -> dict:
     with Run(args, args.total_timesteps) as run:
         envs = make_envs(args.env_id, args.num_envs, run)
         eval_envs = make_envs(args.env_id, args.eval_episodes, run)
-        obs_space, act_space = check_spaces(envs, args.env_id)
-        learner = Learner(obs_space, act_space, args, device)
-        batch_size = args.num_envs * args.num_steps
-        reserve(update_bytes(learner, batch_size), "rollout and update, roughly", device)
+        check_spaces(envs, args, device)
+        learner = Learner(envs.single_observation_space, envs.single_action_space, args, device)
+        if args.solver == "exact":  # Jacobians, their products with the metric; F and its factors
+            n = len(flat(learner.agent.policy_parameters()))
+            rows = args.num_envs * args.num_steps * learner.agent.actor[-1].out_features
+            reserve(8 * rows * n + 16 * n**2, "exact Fisher matrix, roughly", device)
         collector = Collector(envs, args)
         step, last_return, returns = 0, math.nan, np.zeros(0)
         if run.saved:
@@ -615,13 +635,11 @@ def train(args: Args) -> dict:
 
         while step < args.total_timesteps and not run.signum:
             rollout, ended = collector.collect(learner)
-            before, step = step, step + batch_size
+            before, step = step, step + args.num_envs * args.num_steps
             evaluating = every(args.eval_frequency, before, step) or step >= args.total_timesteps
             losses, numbers = learner.update(rollout, diagnosing=evaluating)
-            if args.normalize_obs:  # afterwards: the policy that played is the one updated
-                learner.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
 
-            if ended:
+            if ended:  # means of the episodes that ended in this rollout
                 last_return, length = np.mean(ended, axis=0).tolist()
                 run.log(step, {"charts/episodic_return": last_return})
                 run.log(step, {"charts/episodic_length": length})
@@ -647,26 +665,6 @@ def train(args: Args) -> dict:
             say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
             summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
         return run.finish(summary)
-
-
-def check_spaces(envs, env_id: str) -> tuple:
-    """Spaces of observations and actions; those that no policy here can have are refused."""
-    obs, act = envs.single_observation_space, envs.single_action_space
-    if not isinstance(act, gym.spaces.Discrete):
-        check_boxes(envs, env_id)
-    elif not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        fail(f"--env-id {env_id}: observations are {obs}, expected a Box of one dimension")
-    return obs, act
-
-
-def update_bytes(learner, rows: int) -> int:
-    """What a rollout of so many rows and its update take at the most, roughly."""
-    args, actor = learner.args, learner.agent.actor
-    size = 16 * rows * (actor[0].in_features + 4 * args.width * args.depth)
-    if args.solver == "exact":  # Jacobians, their products with the metric; F and its factors
-        n = len(flat(learner.agent.policy_parameters()))
-        size += 4 * (2 * rows * actor[-1].out_features * n + 4 * n**2)
-    return size
 
 
 # === shared: rollouts (canonical copy: ppo.py) ===
@@ -1004,7 +1002,7 @@ def say(text: str, stream=None, end: str = "\n"):
     try:
         print(text, end=end, file=stream or sys.stdout, flush=True)
     except UnicodeEncodeError:
-        say(ascii(text), stream, end)
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
     except OSError:  # the reader is gone: from here on to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
@@ -1086,9 +1084,7 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with failing(
-            f"{path} could not be written, what was there is intact", OSError, RuntimeError
-        ):
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
@@ -1147,42 +1143,46 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args = self.args
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
             name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
             self.dir = Path(args.resume or Path(args.run_dir) / name)
-            if not self.saved:
-                try:
-                    self.dir.mkdir(parents=True)
-                except FileExistsError:  # a sweep starts many in one second
-                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
-                    self.dir.mkdir()
+            try:
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
             self.csv = open(self.dir / "metrics.csv", "a")
-            self.lock()
-            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
-            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
-            if end == 0:
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
             self.about(**info)
-        self.wandb = self.start_wandb() if args.track else None
-        first = self.saved["step"] + 1 if self.saved else None
-        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
         say(f"run folder: {self.dir}")
-        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def lock(self):
-        """Refuse a second process on one folder; the lock ends with its process."""
-        try:
-            import fcntl
-
-            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{self.dir}: another process is running it")
-        except (ImportError, OSError) as e:  # Windows; a file system without locks
-            say(f"{self.dir} is not locked ({e}): let only one process run it")
 
     def about(self, **info):
         self.info |= info
@@ -1191,16 +1191,6 @@ class Run(ExitStack):
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
         (self.dir / "args.json").write_text(text)
-
-    def start_wandb(self):
-        args, run_id = self.args, self.saved["wandb"] if self.saved else None
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
-        with failing("--track: pip install wandb, wandb login", Exception):
-            import wandb
-
-            self.callback(wandb.finish)  # another train() in this process is another run
-            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
-            return wandb.init(sync_tensorboard=True, **where)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""

@@ -223,7 +223,7 @@ class Agent(nn.Module):
 
     def sample(self, head):
         if self.discrete:
-            return torch.distributions.Categorical(logits=head, validate_args=False).sample()
+            return torch.multinomial(head.softmax(-1), 1)[:, 0]
         return head + self.log_std.exp() * torch.randn_like(head)
 
     def mode(self, head):
@@ -380,7 +380,7 @@ class Atari(gym.vector.VectorWrapper):
         super().__init__(envs)
 
     def reset(self, *, seed: list[int], options=None):
-        seeds = np.array(seed) % 2**31  # ale_py's are 32 bits wide
+        seeds = np.array([s % 2**31 for s in seed])  # ale_py's are 32 bits wide
         obs, info = self.env.reset(seed=seeds)
         self.lives = info["lives"]
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
@@ -825,7 +825,7 @@ def say(text: str, stream=None, end: str = "\n"):
     try:
         print(text, end=end, file=stream or sys.stdout, flush=True)
     except UnicodeEncodeError:
-        say(ascii(text), stream, end)
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
     except OSError:  # the reader is gone: from here on to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
@@ -907,9 +907,7 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with failing(
-            f"{path} could not be written, what was there is intact", OSError, RuntimeError
-        ):
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
@@ -968,42 +966,46 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args = self.args
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
             name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
             self.dir = Path(args.resume or Path(args.run_dir) / name)
-            if not self.saved:
-                try:
-                    self.dir.mkdir(parents=True)
-                except FileExistsError:  # a sweep starts many in one second
-                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
-                    self.dir.mkdir()
+            try:
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
             self.csv = open(self.dir / "metrics.csv", "a")
-            self.lock()
-            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
-            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
-            if end == 0:
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
             self.about(**info)
-        self.wandb = self.start_wandb() if args.track else None
-        first = self.saved["step"] + 1 if self.saved else None
-        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
         say(f"run folder: {self.dir}")
-        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def lock(self):
-        """Refuse a second process on one folder; the lock ends with its process."""
-        try:
-            import fcntl
-
-            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{self.dir}: another process is running it")
-        except (ImportError, OSError) as e:  # Windows; a file system without locks
-            say(f"{self.dir} is not locked ({e}): let only one process run it")
 
     def about(self, **info):
         self.info |= info
@@ -1012,16 +1014,6 @@ class Run(ExitStack):
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
         (self.dir / "args.json").write_text(text)
-
-    def start_wandb(self):
-        args, run_id = self.args, self.saved["wandb"] if self.saved else None
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
-        with failing("--track: pip install wandb, wandb login", Exception):
-            import wandb
-
-            self.callback(wandb.finish)  # another train() in this process is another run
-            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
-            return wandb.init(sync_tensorboard=True, **where)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""

@@ -421,6 +421,40 @@ def evaluate(learner, envs, args) -> tuple[np.ndarray, dict]:
     return rewards.sum(0), numbers
 
 
+@torch.no_grad()
+def diagnose(learner, replay, args) -> dict:
+    """Q-values, TD error and features on at most 2,048 transitions of the replay, in eval mode.
+
+    A fresh generator each time. Every Q is learner.least_q(obs, act); the TD error is in units of
+    the variance of y; features are those of the first critic."""
+    size, device = int(replay.size), replay.device
+    draw = torch.Generator(device).manual_seed(0)
+    batch = replay.batch(torch.randperm(size, generator=draw, device=device)[:2048])
+    uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
+    learner.eval()
+    next_act, y = backup(learner, batch, args, draw)
+    q_data = learner.least_q(batch.obs, batch.act)
+    q_pi = learner.least_q(batch.obs, learner.act(batch.obs, explore=False))
+    q_rand = learner.least_q(batch.obs, uniform)
+    squared_error = (learner.critic(batch.obs, batch.act) - y).pow(2).mean()
+    hidden = [h[0] for h in learner.critic.hidden(batch.obs, batch.act)]
+    phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1][0]
+    learner.train()
+    q_bound = (replay.columns["rew"][:size].max() + learner.entropy_bonus()) / (1 - args.gamma)
+    if q_bound < 0 and replay.columns["done"][:size].any():
+        q_bound = q_bound * (1 - args.gamma)  # where every reward costs, ending at once is best
+    numbers = {
+        "q_data": q_data.mean(),
+        "q_pi": q_pi.mean(),
+        "q_rand": q_rand.mean(),
+        "q_max": torch.stack([q_data, q_pi, q_rand]).max(),
+        "q_bound": q_bound,
+        "td_error": squared_error / y.var(correction=0).clamp(min=1e-12),
+        "dormant": dormant(hidden),
+    }
+    return numbers | spectrum(hidden[-1]) | alignment(hidden[-1], phi_next, 1 - batch.done)
+
+
 # === shared: environments (canonical copy: sac.py) ===
 # Needs fail(), failing() and say() of the block "run".
 class Episodes(gym.Wrapper):
@@ -525,7 +559,7 @@ def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 # === shared: replay (canonical copy: sac.py) ===
 # Needs Batch, whose fields are columns here; to_env() of the block "environments"; fail(), say(),
-# reserve() and write_beside() of "run". diagnose() also needs backup() and the block "diagnostics".
+# reserve() and write_beside() of "run".
 class Replay:
     """A ring of transitions on the device. `size` is a tensor so that CUDA graphs can read it."""
 
@@ -591,40 +625,6 @@ class Replay:
             f["rewards"], f["terminals"], f["timeouts"] = c["rew"], done, (c["cut"] > 0) & ~done
             f.attrs.update(attributes)
         say(f"{path}: {self.added:,} transitions, {done.sum():,} of them terminal")
-
-
-@torch.no_grad()
-def diagnose(learner, replay: Replay, args) -> dict:
-    """Q-values, TD error and features on at most 2,048 transitions of the replay, in eval mode.
-
-    A fresh generator each time. Every Q is learner.least_q(obs, act); the TD error is in units of
-    the variance of y; features are those of the first critic."""
-    size, device = int(replay.size), replay.device
-    draw = torch.Generator(device).manual_seed(0)
-    batch = replay.batch(torch.randperm(size, generator=draw, device=device)[:2048])
-    uniform = torch.rand(batch.act.shape, generator=draw, device=device) * 2 - 1
-    learner.eval()
-    next_act, y = backup(learner, batch, args, draw)
-    q_data = learner.least_q(batch.obs, batch.act)
-    q_pi = learner.least_q(batch.obs, learner.act(batch.obs, explore=False))
-    q_rand = learner.least_q(batch.obs, uniform)
-    squared_error = (learner.critic(batch.obs, batch.act) - y).pow(2).mean()
-    hidden = [h[0] for h in learner.critic.hidden(batch.obs, batch.act)]
-    phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1][0]
-    learner.train()
-    q_bound = (replay.columns["rew"][:size].max() + learner.entropy_bonus()) / (1 - args.gamma)
-    if q_bound < 0 and replay.columns["done"][:size].any():
-        q_bound = q_bound * (1 - args.gamma)  # where every reward costs, ending at once is best
-    numbers = {
-        "q_data": q_data.mean(),
-        "q_pi": q_pi.mean(),
-        "q_rand": q_rand.mean(),
-        "q_max": torch.stack([q_data, q_pi, q_rand]).max(),
-        "q_bound": q_bound,
-        "td_error": squared_error / y.var(correction=0).clamp(min=1e-12),
-        "dormant": dormant(hidden),
-    }
-    return numbers | spectrum(hidden[-1]) | alignment(hidden[-1], phi_next, 1 - batch.done)
 
 
 # === end shared ===
@@ -709,7 +709,7 @@ def say(text: str, stream=None, end: str = "\n"):
     try:
         print(text, end=end, file=stream or sys.stdout, flush=True)
     except UnicodeEncodeError:
-        say(ascii(text), stream, end)
+        say(text.encode("ascii", "backslashreplace").decode(), stream, end)
     except OSError:  # the reader is gone: from here on to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
@@ -791,9 +791,7 @@ def write_beside(path: Path):
     """A temporary path beside the target; flushed, and moved into place on success."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with failing(
-            f"{path} could not be written, what was there is intact", OSError, RuntimeError
-        ):
+        with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
@@ -852,42 +850,46 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args = self.args
+        args, saved = (
+            self.args,
+            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
+        )
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
             name = re.sub(r'[<>:"/\\|?*\s]', "_", name)  # what Windows or rsync refuse
             self.dir = Path(args.resume or Path(args.run_dir) / name)
-            if not self.saved:
-                try:
-                    self.dir.mkdir(parents=True)
-                except FileExistsError:  # a sweep starts many in one second
-                    self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
-                    self.dir.mkdir()
+            try:
+                self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            except FileExistsError:  # a sweep starts many in one second
+                self.dir = self.dir.with_name(f"{name}-{time.time_ns()}")
+                self.dir.mkdir()
             self.csv = open(self.dir / "metrics.csv", "a")
-            self.lock()
-            end = min(self.csv.tell(), self.saved["csv_bytes"] if self.saved else 0)
-            self.csv.seek(self.csv.truncate(end))  # rows after the checkpoint come again
-            if end == 0:
+            try:  # a second process on one folder is refused; the lock ends with its process
+                import fcntl
+
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir}: another process is running it")
+            except (ImportError, OSError) as e:  # Windows; a file system without locks
+                say(f"{self.dir} is not locked ({e}): let only one process run it")
+            end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
+            if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
             self.about(**info)
-        self.wandb = self.start_wandb() if args.track else None
-        first = self.saved["step"] + 1 if self.saved else None
-        self.writer = SummaryWriter(str(self.dir), purge_step=first)
+        self.wandb = None
+        if args.track:
+            with failing("--track: pip install wandb, wandb login", Exception):
+                import wandb
+
+                where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                where |= {"id": saved["wandb"], "resume": "allow", "name": self.dir.name}
+                self.callback(wandb.finish)  # another train() in this process is another run
+                self.wandb = wandb.init(config=asdict(args), sync_tensorboard=True, **where)
+        self.writer = SummaryWriter(str(self.dir), purge_step=saved["step"] + 1)
         say(f"run folder: {self.dir}")
-        self.clock = time.perf_counter() - (self.saved["busy"] if self.saved else 0)
+        self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def lock(self):
-        """Refuse a second process on one folder; the lock ends with its process."""
-        try:
-            import fcntl
-
-            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{self.dir}: another process is running it")
-        except (ImportError, OSError) as e:  # Windows; a file system without locks
-            say(f"{self.dir} is not locked ({e}): let only one process run it")
 
     def about(self, **info):
         self.info |= info
@@ -896,16 +898,6 @@ class Run(ExitStack):
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
         (self.dir / "args.json").write_text(text)
-
-    def start_wandb(self):
-        args, run_id = self.args, self.saved["wandb"] if self.saved else None
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
-        with failing("--track: pip install wandb, wandb login", Exception):
-            import wandb
-
-            self.callback(wandb.finish)  # another train() in this process is another run
-            where |= {"name": self.dir.name, "config": asdict(args), "resume": "allow"}
-            return wandb.init(sync_tensorboard=True, **where)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""

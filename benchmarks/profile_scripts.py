@@ -30,27 +30,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-QUIET = dict(eval_episodes=0, checkpoint_frequency=0, diagnostics_frequency=0, cuda=False)
-ONLINE = QUIET | dict(env_id="HalfCheetah-v5", total_timesteps=1_000)
-ROLLOUT = ONLINE | dict(total_timesteps=4_096, num_envs=1, num_steps=2_048)
+QUIET = {"checkpoint_frequency": 0, "cuda": False, "threads": 1}
+OFFLINE = QUIET | {"eval_episodes": 0, "diagnostics_frequency": 0}
+ONLINE = QUIET | {"eval_episodes": 0, "eval_frequency": 0, "env_id": "HalfCheetah-v5"}
+STEPS = ONLINE | {"total_timesteps": 1_000, "learning_starts": 1}
+ROLLOUT = ONLINE | {"num_envs": 1, "num_steps": 2_048}
 RUNS = {  # the settings of speed.py, and kfac_npg.py's and dr3_analysis.py's own
-    "cql_continuous": QUIET
-    | dict(
-        critic_depth=3,
-        policy_depth=3,
-        cql_samples=10,
-        num_updates=60,
-        bc_steps=0,
-        collect_steps=1_100,
-    ),
-    "cql_atari": QUIET | dict(num_updates=60, collect_steps=2_000),
-    "dr3_analysis": dict(
-        cuda=False, num_updates=120, checkpoint_frequency=0, diagnostics_frequency=0
-    ),
-    "sac": ONLINE | dict(learning_starts=1),
-    "td3": ONLINE | dict(learning_starts=1),
-    "ppo": ROLLOUT | dict(total_timesteps=2_048, num_minibatches=32, update_epochs=10),
-    "kfac_npg": ROLLOUT,
+    "cql_continuous": OFFLINE
+    | {"depth": 3, "cql_samples": 10, "num_updates": 60, "bc_steps": 0, "collect_steps": 1_100},
+    "cql_atari": OFFLINE | {"num_updates": 60, "collect_steps": 2_000},
+    "dr3_analysis": QUIET | {"num_updates": 120, "diagnostics_frequency": 0},
+    "sac": STEPS,
+    "td3": STEPS,
+    "ppo": ROLLOUT | {"total_timesteps": 2_048, "num_minibatches": 32, "update_epochs": 10},
+    "kfac_npg": ROLLOUT | {"total_timesteps": 4_096},
 }
 
 
@@ -68,7 +61,10 @@ def measure(script: str, top: int) -> dict:
     """One row of the table; called in a process of its own."""
     module, settings = importlib.import_module(script), RUNS[script]
     counted = "num_updates" if "num_updates" in settings else "total_timesteps"
-    train = lambda **changes: module.train(module.Args(**settings | changes))
+
+    def train(**changes) -> dict:
+        return module.train(module.Args(**settings | changes))
+
     if "collect_steps" in settings:
         train(num_updates=1)  # makes the data
     limit = product_limit()
@@ -121,14 +117,8 @@ def main():
             rows = {r["script"]: r for r in csv.DictReader(f)}
     for script in options.scripts:
         with tempfile.TemporaryDirectory() as folder:  # datasets and runs are made there
-            line = [
-                sys.executable,
-                str(HERE / "profile_scripts.py"),
-                script,
-                "--here",
-                "--top",
-                str(options.top),
-            ]
+            line = [sys.executable, str(HERE / "profile_scripts.py"), script, "--here"]
+            line += ["--top", str(options.top)]
             done = subprocess.run(
                 line, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ
             )

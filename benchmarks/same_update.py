@@ -153,9 +153,8 @@ def sac(updates: int, alpha: float | None):
 
     batches = random_batches(updates, module.Batch)
     title = f"sac.py, alpha {alpha or 'tuned'}, and Stable-Baselines3"
-    compare(
-        title, pairs, batches, update, tolerance=1e-10 if alpha else 1e-4
-    )  # the two forms differ a little
+    tolerance = 1e-10 if alpha else 1e-4  # the two forms differ a little
+    compare(title, pairs, batches, update, tolerance)
 
 
 def td3(updates: int):
@@ -192,8 +191,7 @@ def td3(updates: int):
 
 def ppo(updates: int):
     """One minibatch an epoch, the whole rollout, since both shuffle. Their vf_coef multiplies the
-    squared
-    error, ours half of it."""
+    squared error, ours half of it."""
     import ppo as module
     import stable_baselines3 as sb3
 
@@ -201,54 +199,52 @@ def ppo(updates: int):
     args = module.Args(num_minibatches=1, update_epochs=10, clip_vloss=False, vf_coef=1.0)
     ours = module.Learner(Shapes.observation_space, Shapes.action_space, args, torch.device("cpu"))
     peer = sb3.PPO(
-        "MlpPolicy", Shapes(), n_steps=B, batch_size=B, n_epochs=10, device="cpu", gamma=args.gamma,
-        learning_rate=args.learning_rate, gae_lambda=args.gae_lambda, ent_coef=args.ent_coef, vf_coef=0.5,
-        max_grad_norm=args.max_grad_norm, clip_range=args.clip_coef,
+        "MlpPolicy", Shapes(), n_steps=B, batch_size=B, n_epochs=10, device="cpu",
+        learning_rate=args.learning_rate, gamma=args.gamma, gae_lambda=args.gae_lambda,
+        ent_coef=args.ent_coef, vf_coef=0.5, max_grad_norm=args.max_grad_norm,
+        clip_range=args.clip_coef,
     )  # fmt: skip
     peer._logger = SimpleNamespace(record=lambda *a, **k: None)
     peer.rollout_buffer = sb3.common.buffers.RolloutBuffer(
         B, peer.observation_space, peer.action_space, "cpu", args.gae_lambda, args.gamma
     )
-    net = peer.policy
+    net, theirs = peer.policy, peer.policy.mlp_extractor
     pairs = {
         "actor": (
             lambda: [*of_linears(ours.agent.actor), ours.agent.log_std],
-            lambda: [
-                *of_linears(net.mlp_extractor.policy_net),
-                *of_linears(net.action_net),
-                net.log_std,
-            ],
+            lambda: [*of_linears(theirs.policy_net), *of_linears(net.action_net), net.log_std],
         ),
         "critic": (
             lambda: of_linears(ours.agent.critic),
-            lambda: [*of_linears(net.mlp_extractor.value_net), *of_linears(net.value_net)],
+            lambda: [*of_linears(theirs.value_net), *of_linears(net.value_net)],
         ),
     }
 
     def rollouts():
+        """Of random steps; each end is a terminal one."""
         for _ in range(updates):
-            obs, act, rew = torch.randn(B + 1, 1, OBS), torch.randn(B, 1, ACT), torch.randn(B, 1)
-            over = (
-                torch.rand(B, 1) < 0.05
-            ).float()  # each end a terminal one, no rows spent on resets
+            states, act, rew = torch.randn(B + 1, OBS), torch.randn(B, 1, ACT), torch.randn(B, 1)
+            over = torch.rand(B, 1) < 0.05
+            ends = over, torch.zeros_like(over)
             with torch.no_grad():
-                head, value = module.in_chunks(ours.agent, obs)
-                logp = ours.agent.log_prob(head[:-1, 0], act[:, 0])[:, None]
-            yield module.Rollout(obs, act, logp, value, rew, over, over, over >= 0, None)
+                head, value, next_value = module.assess(ours.agent, states, *ends)
+                logp = ours.agent.log_prob(head, act[:, 0])[:, None]
+                last = ours.agent(states[-1:])[1]
+            yield module.Rollout(states, act, logp, value, next_value, rew, *ends, []), last
 
-    def update(i, r):
+    def update(i, drawn_rollout):
+        r, last = drawn_rollout
         peer.rollout_buffer.reset()
-        first = np.append(1.0, r.over[:-1].numpy())
+        first = np.append(1.0, r.terminated[:-1].numpy())
         for t in range(B):
-            row = (r.obs[t].numpy(), r.act[t].numpy(), r.rew[t].numpy(), first[t : t + 1])
-            peer.rollout_buffer.add(*row, r.value[t], r.logp[t])
-        peer.rollout_buffer.compute_returns_and_advantage(r.value[B], r.over[-1].numpy())
+            row = (r.states[t : t + 1].numpy(), r.act[t].numpy(), r.rew[t].numpy())
+            peer.rollout_buffer.add(*row, first[t : t + 1], r.value[t], r.logp[t])
+        peer.rollout_buffer.compute_returns_and_advantage(last, r.terminated[-1].numpy())
         peer.train()
         ours.update(r)
 
-    compare(
-        "ppo.py and Stable-Baselines3", pairs, rollouts(), update, tolerance=1e-5
-    )  # its buffer is fp32
+    title = "ppo.py and Stable-Baselines3"
+    compare(title, pairs, rollouts(), update, tolerance=1e-5)  # its buffer is fp32
 
 
 def sb3_update(peer, batch):

@@ -150,6 +150,7 @@ TWINS = {  # parts of the algorithms, too small for a block and told again in ea
     "Learner.minimise": ("sac", "td3", "cql_continuous"),
     "Learner.polyak": ("sac", "td3", "cql_continuous"),
     "evaluate": ("sac", "td3"),
+    "diagnose": ("sac", "td3"),
     "Agent.sample": ("ppo", "kfac_npg"),
     "Agent.mode": ("ppo", "kfac_npg"),
     "Agent.log_prob": ("ppo", "kfac_npg"),

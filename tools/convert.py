@@ -184,7 +184,9 @@ def main():
         else:
             write_minari(c, options.target, options.env, options.source.name)
     except Exception as e:
-        sys.exit(f"error: {options.source} to {target}: {type(e).__name__} {e}"[:500])
+        message = f"error: {options.source} to {target}: {type(e).__name__} {e}"
+        print(" ".join(message.split())[:500], file=sys.stderr)
+        raise SystemExit(2) from e
     n, terminals, timeouts = len(c["rewards"]), c["terminals"].sum(), c["timeouts"].sum()
     print(f"{target}: {n:,} transitions, {terminals:,} terminals, {timeouts:,} time-outs")
     if terminals and timeouts <= 1:

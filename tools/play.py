@@ -3,10 +3,10 @@
   python tools/play.py runs/THAT_RUN    # writes runs/THAT_RUN/film.mp4
   python tools/play.py runs/THAT_RUN/selected.pt --episodes 3 --out film.gif
 
-RUN is a run folder (its checkpoint.pt) or a checkpoint file of any script here. Each episode is one
-call of the script's own evaluate(), without exploration; its return is printed. Atari's native
-environments cannot render: the film shows what the policy sees, 84 x 84 and grey. MuJoCo on a
-machine without a display renders with MUJOCO_GL=egl (or osmesa) in front of the command.
+RUN is a run folder (its checkpoint.pt) or a checkpoint of any script here. Each episode is one call
+of the script's own evaluate(); its return is printed. Atari's native environments cannot render:
+the film shows what the policy sees, 84 x 84 and grey. MuJoCo on a machine without a display renders
+with MUJOCO_GL=egl (or osmesa) in front of the command.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import importlib
 import os
 import sys
 import warnings
-import zipfile
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -28,37 +27,42 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def load(run: str):
     """(the script's module, its arguments, the checkpoint) of a run folder or a checkpoint file."""
     path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("no such file" if not path.exists() else "not a file of torch.save")
-        saved = torch.load(path, "cpu", weights_only=True, mmap=True)  # a replay stays on the disk
-        script = saved["script"]
-        if not (script.isidentifier() and (ROOT / f"{script}.py").exists()):
-            raise ValueError(f"of a script {script}, which is not here")
-    except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        sys.exit(f"error: {path}: expected a run folder or a checkpoint ({reason[:200]})")
     sys.path.insert(0, str(ROOT))
-    module = importlib.import_module(script)
-    if saved["format"] != module.FORMAT:
-        sys.exit(f"error: {path}: of format {saved['format']}, {script}.py has {module.FORMAT}")
-    known = {f.name: saved["args"][f.name] for f in fields(module.Args) if f.name in saved["args"]}
-    return module, module.Args(**known), saved
+    try:
+        script = torch.load(path, "cpu", weights_only=True, mmap=True)["script"]
+        (found,) = (x.stem for x in ROOT.glob("*.py") if x.stem == script)
+    except Exception as e:
+        fail(f"{path}: expected a run folder or a checkpoint of a script here ({type(e).__name__})")
+    module = importlib.import_module(found)
+    saved = module.load_checkpoint(path.parent, path.name)
+    return module, module.Args(**saved["args"]), saved
 
 
-def restored(module, args, saved, envs):
-    """The script's learner with the networks of a checkpoint."""
-    device = torch.device("cpu")
-    if hasattr(module, "check_boxes"):
-        sizes = module.check_boxes(envs, args.env_id)
-    else:
+def prepared(module, args, saved, stack: ExitStack):
+    """One environment as the script's evaluations have it, and the learner of a checkpoint."""
+    if module.SCRIPT == "cql_atari":
+        games = [module.Envs(env_id, 1, stack) for env_id in args.env_id]
+        envs, sizes = games[0], (games[0].shape, [game.actions for game in games])
+    elif module.SCRIPT in ("ppo", "kfac_npg"):
+        ppo = module.SCRIPT == "ppo"
+        envs = (
+            module.make(args, 1, stack, False) if ppo else module.make_envs(args.env_id, 1, stack)
+        )
         sizes = envs.single_observation_space, envs.single_action_space
-    learner = module.Learner(*sizes, args, device)
+    else:
+        envs = module.make_envs(args.env_id, 1, stack)
+        sizes = module.check_boxes(envs, args.env_id)
+    learner = module.Learner(*sizes, args, torch.device("cpu"))
     learner.load_state_dict(saved["networks"])
-    return learner
+    return envs, learner
 
 
 class Film(gym.vector.VectorWrapper):
@@ -71,14 +75,16 @@ class Film(gym.vector.VectorWrapper):
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
+        self.total = 0.0
         self.show(obs)
         return obs, info
 
     def step(self, actions):
-        obs, rew, terminated, truncated, infos = self.env.step(actions)
-        if not (terminated | truncated).any():
+        obs, rew, *ends, infos = self.env.step(actions)
+        self.total += float(rew[0])
+        if not np.any(ends):
             self.show(obs)
-        return obs, rew, terminated, truncated, infos
+        return obs, rew, *ends, infos
 
     def show(self, obs):
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
@@ -103,25 +109,28 @@ def main():
     parser.add_argument("--out", type=Path, help=".mp4 or .gif; not given: film.mp4 beside RUN")
     options = parser.parse_args()
     module, args, saved = load(options.run)
-    beside = Path(options.run) if Path(options.run).is_dir() else Path(options.run).parent
-    out = options.out or beside / "film.mp4"
+    if module.SCRIPT == "dr3_analysis":
+        module.fail("dr3_analysis.py has no policy that plays")
+    run = Path(options.run)
+    out = options.out or (run if run.is_dir() else run.parent) / "film.mp4"
     first = args.seed if options.seed is None else options.seed
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame asks for no display
     warnings.filterwarnings("ignore", module="glfw")  # the error below says what it means
-    rendering = partial(gym.make, render_mode="rgb_array")
-    with ExitStack() as stack:
+    hint = "no film (without a display: MUJOCO_GL=egl python tools/play.py ...)"
+    with ExitStack() as stack, module.failing(hint, Exception):
+        rendering = partial(gym.make, render_mode="rgb_array")
         stack.enter_context(mock.patch.object(gym, "make", rendering))
-        envs = module.make_envs(args.env_id, 1, stack)
-        learner = restored(module, args, saved, envs)
-        try:
+        envs, learner = prepared(module, args, saved, stack)
+        if module.SCRIPT == "cql_atari":
+            film = envs.envs = Film(envs.envs, out)
+            what = learner, envs, 0  # the first game
+        else:
             film = Film(envs, out)
-            for i in range(options.episodes):
-                returns, _ = module.evaluate(learner, film, replace(args, seed=first + i))
-                print(f"episode {i + 1}: return {returns[0]:.1f}")
-            film.file.close()
-        except Exception as e:
-            hint = "on a machine without a display: MUJOCO_GL=egl python tools/play.py ..."
-            sys.exit(f"error: {args.env_id} could not be filmed ({type(e).__name__} {e}); {hint}")
+            what = learner, film
+        for i in range(options.episodes):
+            module.evaluate(*what, replace(args, seed=first + i))
+            print(f"episode {i + 1}: return {film.total:.1f}")
+        film.file.close()
     print(out)
 
 

@@ -11,13 +11,12 @@ where the steps end.
 
 import argparse
 import math
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
-from play import load, restored
+from play import fail, load, prepared
 
 
 def roll_out(module, args, saved, steps: int, explore: bool, seed: int, out: Path, source: str):
@@ -25,8 +24,8 @@ def roll_out(module, args, saved, steps: int, explore: bool, seed: int, out: Pat
     torch.set_num_threads(1)
     returns = []
     with ExitStack() as stack:
-        envs = module.make_envs(args.env_id, 1, stack)
-        learner = restored(module, args, saved, envs).eval()
+        envs, learner = prepared(module, args, saved, stack)
+        learner.eval()
         torch.manual_seed(seed)
         # [seed, 0] and [seed, 1] are the streams of training and evaluation
         stream = np.random.SeedSequence([seed, 2])
@@ -61,12 +60,12 @@ def main():
     parser.add_argument("--seed", type=int, help="not given: the run's")
     options = parser.parse_args()
     if options.out.exists() or not options.out.parent.is_dir():
-        sys.exit(f"error: --out {options.out} exists already, or its folder does not")
+        fail(f"--out {options.out} exists already, or its folder does not")
     if options.steps < 1:
-        sys.exit(f"error: --steps {options.steps}: expected at least 1")
+        fail(f"--steps {options.steps}: expected at least 1")
     module, args, saved = load(options.run)
     if module.SCRIPT not in ("sac", "td3"):
-        sys.exit(f"error: {options.run} is of {module.SCRIPT}.py, expected sac.py or td3.py")
+        fail(f"{options.run} is of {module.SCRIPT}.py, expected sac.py or td3.py")
     seed = args.seed if options.seed is None else options.seed
     explore = not options.greedy
     try:
@@ -74,7 +73,7 @@ def main():
             module, args, saved, options.steps, explore, seed, options.out, options.run
         )
     except KeyboardInterrupt:
-        sys.exit("\nstopped: nothing is kept, the same command starts again")
+        fail("stopped: nothing is kept, the same command starts again")
     if returns:
         print(f"{len(returns)} whole episodes, mean return {np.mean(returns):.1f}")
 

@@ -13,6 +13,7 @@ benchmarks/raw/gae_bias.csv.
 import csv
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,29 +29,31 @@ LAMBDAS, N, T, STATES = (0, 0.5, 0.9, 0.95, 0.99, 1), 128, 500, 10
 
 @torch.no_grad()
 def continuations(agent, envs, state, seed: int):
-    """rew (T, N), V (T + 1, N), end, over (T, N) of N episodes from one state; what follows the
-    first end of
-    each goes nowhere, since gae() cuts there."""
-    envs.reset(seed=seed)
+    """rew, V(s), V(s') and over, each (T, N), of N episodes from one state; what follows the first
+    end of each goes nowhere, since gae() cuts there."""
+    envs.reset(seed=ppo.env_seeds(seed, N))
     for env in envs.envs:
         env.unwrapped.state = np.array(state)
-    obs = np.tile(np.float32(state), (N, 1))
-    observations, columns = [obs], []
+    obs, columns = np.tile(np.float32(state), (N, 1)), []
     for _ in range(T):
-        act = agent.sample(agent.policy(torch.from_numpy(obs)))
-        obs, rew, terminated, truncated, _ = envs.step(act.numpy())
-        observations.append(obs)
-        columns.append((rew, terminated, terminated | truncated))
-    value = agent(torch.from_numpy(np.stack(observations)).flatten(0, 1))[1].view(T + 1, N)
-    rew, end, over = (np.stack(x).astype(np.float64) for x in zip(*columns))
-    return rew, value.double().numpy(), end, over
+        x = torch.from_numpy(obs)
+        act = agent.sample(agent.policy(x))
+        value, (obs, rew, terminated, truncated, infos) = agent(x)[1], envs.step(act.numpy())
+        over, last_obs = terminated | truncated, obs.copy()
+        if over.any():
+            last_obs[over] = np.stack(infos["final_obs"][over])
+        next_value = agent(torch.from_numpy(last_obs))[1] * torch.from_numpy(~terminated)
+        tensors = (torch.from_numpy(rew), value, next_value, torch.from_numpy(over))
+        columns.append(tensors)
+    rew, value, next_value, over = (torch.stack(x) for x in zip(*columns))
+    return rew, value.double(), next_value.double(), over
 
 
 @torch.no_grad()
-def states_of(agent, seed: int):
+def states_of(agent, stack, seed: int):
     """STATES observations of its own episodes, every 17th."""
-    envs, found = ppo.make_envs("CartPole-v1", 1), []
-    obs, _ = envs.reset(seed=seed)
+    envs, found = ppo.make_envs("CartPole-v1", 1, stack), []
+    obs, _ = envs.reset(seed=ppo.env_seeds(seed, 1))
     for t in range(17 * STATES):
         if t % 17 == 0:
             found.append(obs[0])
@@ -58,41 +61,40 @@ def states_of(agent, seed: int):
     return found
 
 
+def errors(agent, envs, stack, seed: int, gamma: float) -> dict:
+    """lambda -> (bias, spread), root mean squares over the states."""
+    found = {x: [] for x in LAMBDAS}
+    for i, state in enumerate(states_of(agent, stack, seed)):
+        rew, value, next_value, over = continuations(agent, envs, state, 1000 * seed + i)
+        targets = {x: ppo.gae(rew, value, next_value, over, gamma, x) + value for x in LAMBDAS}
+        worth = targets[1][0, : N // 2].mean()
+        for x, target in targets.items():
+            sample = target[0, N // 2 :]
+            found[x].append((sample.mean() - worth, sample.std(correction=0)))
+    return {x: np.sqrt(np.mean(np.square(pairs), axis=0)).tolist() for x, pairs in found.items()}
+
+
 def main():
-    rows, envs = [], ppo.make_envs("CartPole-v1", N)
-    for seed in (1, 2, 3):
-        with tempfile.TemporaryDirectory() as folder:
-            quiet = dict(
-                eval_episodes=0, diagnostics_frequency=0, checkpoint_frequency=0, anneal_lr=False
-            )
-            args = ppo.Args(seed=seed, run_dir=folder, **quiet)
+    rows = []
+    with ExitStack() as stack:
+        envs = ppo.make_envs("CartPole-v1", N, stack)
+        spaces = envs.single_observation_space, envs.single_action_space
+        for seed in (1, 2, 3):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            quiet = dict(eval_episodes=0, eval_frequency=0, checkpoint_frequency=0)
+            args = ppo.Args(seed=seed, run_dir=folder, anneal_lr=False, cuda=False, **quiet)
             for steps in (4_000, 40_000):
                 runs = [str(p) for p in Path(folder).iterdir()]
                 args = replace(args, total_timesteps=steps, resume=runs[0] if runs else None)
                 ppo.train(args)
                 (run,) = Path(folder).iterdir()
+                learner = ppo.Learner(*spaces, args, torch.device("cpu"))
                 saved = torch.load(run / "checkpoint.pt", weights_only=True)
-                learner = ppo.Learner(
-                    envs.single_observation_space, envs.single_action_space, args, "cpu"
-                )
-                learner.load_state_dict(saved["learner"]["networks"])
-                errors = {x: [] for x in LAMBDAS}
-                for i, state in enumerate(states_of(learner.agent, seed)):
-                    rew, value, end, over = continuations(
-                        learner.agent, envs, state, 1000 * seed + i
-                    )
-                    target = lambda x: (ppo.gae(rew, value, end, over, args.gamma, x) + value[:-1])[
-                        0
-                    ]  # noqa: B023
-                    worth = target(1)[: N // 2].mean()
-                    for x in LAMBDAS:
-                        sample = target(x)[N // 2 :]
-                        errors[x].append((sample.mean() - worth, sample.std()))
-                for x in LAMBDAS:
-                    bias, spread = (float(np.sqrt(np.mean(np.square(e)))) for e in zip(*errors[x]))
-                    rows.append(
-                        {"seed": seed, "step": steps, "lambda": x, "bias": bias, "spread": spread}
-                    )
+                learner.load_state_dict(saved["networks"])
+                found = errors(learner.agent, envs, stack, seed, args.gamma)
+                for x, (bias, spread) in found.items():
+                    row = {"seed": seed, "step": steps, "lambda": x, "bias": bias}
+                    rows.append(row | {"spread": spread})
                     print({k: round(v, 3) for k, v in rows[-1].items()}, flush=True)
     with open(HERE / "raw" / "gae_bias.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])

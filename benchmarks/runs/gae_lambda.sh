@@ -9,7 +9,7 @@ for seed in ${1-1 2 3}; do
       --eval-frequency 10_000
     python ppo.py --env Hopper-v5 --seed $seed --gae-lambda $lambda --exp-name lambda_$lambda --total-timesteps 100_000 \
       --num-envs 8 --num-steps 256 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 \
-      --no-clip-vloss --norm-adv none --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward \
+      --no-clip-vloss --no-norm-adv --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward \
       --eval-frequency 10_000
   done
 done

@@ -23,7 +23,7 @@ for env in $envs; do
     *)
       steps=500_000 npg="--num-envs 1 --num-steps 2048 $normal" none="$none $normal"
       ppo="--num-envs 8 --num-steps 256 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0"
-      ppo="$ppo --no-clip-vloss --norm-adv none --recompute-advantages --log-std-init -0.5 $normal"
+      ppo="$ppo --no-clip-vloss --no-norm-adv --recompute-advantages --log-std-init -0.5 $normal"
       usual="--num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 $normal" ;;
   esac
   steps=$((${steps//_/} < ${most//_/} ? ${steps//_/} : ${most//_/}))

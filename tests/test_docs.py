@@ -1,0 +1,137 @@
+"""README.md, docs/ and benchmarks/: commands, line counts, links, sizes. `python tests/test_docs.py
+--fix` writes the scripts' line counts into README.md, and those of pieces into docs/copying.md."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README, COPYING = ROOT / "README.md", ROOT / "docs" / "copying.md"
+PAGES = [README, *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+ROW = re.compile(r"(\| \[(\w+\.py)\]\((?:\.\./)?\w+\.py\)([^|]*)\| )([\d,]+) \|")
+
+
+def lines(script: str, pieces: list[str]) -> int:
+    """Of the script, or of those functions and classes in it."""
+    text = (ROOT / script).read_text()
+    if not pieces:
+        return text.count("\n")
+    found = {x.name: x for x in ast.parse(text).body if hasattr(x, "name")}
+    return sum(found[p].end_lineno - found[p].lineno + 1 for p in pieces)
+
+
+def counted(text: str) -> str:
+    """A page with the right counts in its tables' rows `| [script](script) `pieces` | lines |`."""
+
+    def row(match):
+        pieces = re.findall(r"`(\w+)`", match[3])
+        return f"{match[1]}{lines(match[2], pieces):,} |"
+
+    return ROW.sub(row, text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each `python script.py ...` in a page, a docstring or a log of commands."""
+    text = re.sub(r"\\+\n\s*", "", text)
+    found = re.findall(r"python ((?:\w+/)*\w+\.py)([^`\n|#;&()]*)", text)
+    return [[script, *shlex.split(words)] for script, words in found if not {*"'$"} & {*words}]
+
+
+def parsed(words: list[str]):
+    """A command line read and checked as the script itself would."""
+    import tyro
+
+    sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(words[0].removesuffix(".py"))
+    try:
+        args = tyro.cli(script.Args, args=words[1:])
+        if not args.resume:
+            script.check(args)
+    except SystemExit as e:
+        raise AssertionError(f"refused: {shlex.join(words)}") from e
+
+
+def test_the_two_commands_of_the_readme():
+    install = "pip install -r requirements.txt && "
+    for line in ("python cql_continuous.py", "python -m pytest"):
+        assert f"```bash\n{install}{line}\n```" in README.read_text()
+    needed = (ROOT / "requirements.txt").read_text()
+    for package in ("torch", "gymnasium", "tyro", "tensorboard", "h5py", "pytest", "minari"):
+        assert re.search(rf"^{package}[\[=]", needed, re.M), package
+
+
+def test_line_counts():
+    assert {match[1] for match in ROW.findall(README.read_text())} == {s + ".py" for s in SCRIPTS}
+    for page in (README, COPYING):
+        assert counted(page.read_text()) == page.read_text(), f"{page.name}: test_docs.py --fix"
+
+
+def test_every_link_and_path_exists():
+    for page in PAGES:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+        for path in re.findall(r"\b((?:benchmarks|tools|docs|tests)/[\w/.-]*\w)", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"`(?:\w+/)*([\w-]+\.csv)`", text):
+            known = name == "metrics.csv" or (ROOT / "benchmarks" / "raw" / name).exists()
+            assert known, f"{page.name}: {name}"
+
+
+def test_sizes():
+    assert len(README.read_text().split()) <= 900
+    assert len(PAGES[-1].read_text().split()) <= 2500
+    for page in PAGES:
+        cells = [c for x in page.read_text().splitlines() if x[:1] == "|" for c in x.split("|")]
+        assert max(map(len, cells), default=0) <= 200, f"{page.name}: {max(cells, key=len)}"
+
+
+def test_commands_of_pages_and_docstrings_are_understood():
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    texts = [page.read_text() for page in PAGES]
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in programs]
+    found = [words for text in texts for words in commands(text)]
+    assert len(found) > 60
+    for words in found:
+        if words[0].removesuffix(".py") in SCRIPTS:
+            parsed(words)
+        else:
+            flags = [word for word in words[1:] if word.startswith("--")]
+            assert all(f'"{flag}"' in (ROOT / words[0]).read_text() for flag in flags), words
+
+
+def test_commands_of_the_benchmarks_are_understood(tmp_path):
+    """Each shell script runs with a stand-in for python that only notes its arguments."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = - ] || echo "python $*" >> log\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "datasets" / "ALE_SpaceInvaders-v5_random_40000_seed1_0").mkdir(parents=True)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    scripts = sorted((ROOT / "benchmarks" / "runs").glob("*.sh"))
+    for script in scripts:
+        subprocess.run(["bash", script], cwd=tmp_path, env=env, check=True, capture_output=True)
+    found = {re.sub(r"--seed \d", "", line) for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(scripts) > 9 and len(found) > 80
+    for words in (words for line in found for words in commands(line)):
+        if words[0].removesuffix(".py") in SCRIPTS:
+            parsed(words)
+
+
+if __name__ == "__main__" and "--fix" in sys.argv:
+    for path in (README, COPYING):
+        path.write_text(counted(path.read_text()))

@@ -85,7 +85,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seeds network, minibatches, recording and evaluation
+    seed: int = 1  # seeds network, minibatches, random play and evaluation
     cuda: bool = True  # use the GPU if there is one
     threads: int = 1  # CPU threads of PyTorch (0: all cores; slow where something else runs too)
     compile: bool = False  # run the loss through torch.compile
@@ -108,10 +108,10 @@ class Args:
     num_updates: int = 6_000  # gradient steps (12_500_000 in the authors' defaults)
     batch_size: int = 32  # B, transitions in a minibatch of all games and processes together
     # for each environment a DQN Replay folder, a Minari id or folder, or what this script has made
-    # under --data-dir; not given: random play is recorded
+    # under --data-dir; not given: collect random play and keep it
     dataset: tuple[str, ...] = ()
-    data_dir: str = "datasets"  # folder that keeps what is recorded or unpacked
-    collect_steps: int = 40_000  # rows of recorded play of each game
+    data_dir: str = "datasets"  # folder that keeps what is collected or unpacked
+    collect_steps: int = 40_000  # rows of random play of each game
     collect_repeat: float = 0.95  # chance that random play repeats its action: moves reach further
     fraction: float = 1.0  # share of a DQN Replay folder that is read
     # its first rows of every file (the authors' loader), whole episodes of all, or its oldest rows
@@ -149,12 +149,10 @@ def check(args: Args):
     """Refuse what no run could use, before anything starts."""
     check_numbers(args, "seed checkpoint_frequency eval_frequency diagnostics_frequency", 0, 1e12)
     check_numbers(args, "log_frequency num_updates batch_size target_network_frequency", 1, 1e12)
-    check_numbers(args, "threads eval_episodes", 0, 1e4)
-    check_numbers(args, "cql_alpha dr3_coef", 0, 1e9)
+    check_numbers(args, "threads eval_episodes cql_alpha dr3_coef", 0, 1e4)
     check_numbers(args, "gamma dropout holdout collect_repeat", 0, 0.99999)
-    check_numbers(args, "collect_steps", 100, 1e12)
-    check_numbers(args, "n_step", 1, 100)
-    check_numbers(args, "width", 1, 4096)
+    check_numbers(args, "n_step width", 1, 4096)
+    check_numbers(args, "collect_steps", 2, 1e12)
     check_numbers(args, "fraction learning_rate", 1e-12, 1)
     check_numbers(args, "v_min v_max", -1e12, 1e12)
     games, sets = len(args.env_id), len(args.dataset)
@@ -597,7 +595,7 @@ def evaluate(learner, envs: Envs, game: int, args: Args) -> tuple[np.ndarray, fl
     return returns, float((predicted - discounted).mean())
 
 
-def record(env_id: str, args: Args, run) -> Path:
+def collect(env_id: str, args: Args, run) -> Path:
     """Random play in long moves, kept under --data-dir: --collect-steps rows; after an episode's
     last transition comes one that holds its last frame."""
     name = f"{env_id}_random_{args.collect_steps}_{args.collect_repeat}_seed{args.seed}"
@@ -606,9 +604,9 @@ def record(env_id: str, args: Args, run) -> Path:
         say(f"no --dataset: using {folder}, made by an earlier run")
         return folder
     with failing(f"--run-dir {args.run_dir}", OSError):  # said now, not after the work
-        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        os.makedirs(args.run_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=args.run_dir).close()
-    say(f"no --dataset: recording {args.collect_steps:,} steps of random play of {env_id}")
+    say(f"no --dataset: {args.collect_steps:,} steps of random play of {env_id}")
     rows, draw = args.collect_steps, np.random.default_rng(args.seed)
     with ExitStack() as stack, new_set(folder) as make:
         envs = Envs(env_id, 1, stack)
@@ -637,7 +635,7 @@ def record(env_id: str, args: Args, run) -> Path:
                 at += 1
                 first = at
             if run.signum:
-                say("stopped while recording: nothing is kept, the same command starts again")
+                say("stopped while collecting: nothing is kept, the same command starts again")
                 raise SystemExit(128 + run.signum)
     return folder
 
@@ -681,6 +679,8 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
     """The numbers of one moment, in eval mode, on at most 2,048 transitions, always the same: means
     over games, but for q_max and the bounds. v_s0 is at the data's first states."""
     moments, features, activity = [], [], []
+    if not all(x.isfinite().all() for x in learner.parameters()):
+        return {"td_error": math.nan}  # ends the run; the singular values would not be found
 
     def probe(rows):
         n = min(2048 // len(games), len(rows))
@@ -710,9 +710,10 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
         units = [torch.cat(layer).mean(0, keepdim=True) for layer in zip(*activity)]
         out = spectrum(phi) | alignment(phi, phi_next, bootstraps) | {"dormant": dormant(units)}
     learner.net.train()
-    for name in set.intersection(*map(set, moments)):
-        join = max if name in ("q_max", "q_bound", "q_range", "q_lift") else np.mean
-        out[name] = join([m[name] for m in moments])
+    for name in moments[0]:
+        if all(name in m for m in moments):
+            join = max if name in ("q_max", "q_bound", "q_range", "q_lift") else np.mean
+            out[name] = join([m[name] for m in moments])
     return {name: float(x) for name, x in out.items()}
 
 
@@ -762,9 +763,9 @@ def train(args: Args) -> dict:
         if rank == 0:
             run.open(**facts)
 
-        def save(name: str = "checkpoint.pt"):
+        def save():
             state = {"history": history, "scores": scores}
-            run.save(step, learner, {"net": learner.optim}, name, **state)
+            run.save(step, learner, {"net": learner.optim}, **state)
 
         def update() -> dict:
             n = args.batch_size // len(games)
@@ -782,19 +783,20 @@ def train(args: Args) -> dict:
             if rank > 0:
                 continue
 
-            if every(args.log_frequency, before, step):
+            diagnosing = every(args.diagnostics_frequency, before, step)
+            scoring = every(args.eval_frequency, before, step) or step == args.num_updates
+            if every(args.log_frequency, before, step) or diagnosing:
                 rate = run.rate(step)
                 run.log(step, {"losses/" + name: x for name, x in info.items()})
                 run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
                 run.show(step, loss=info["loss"], Q=info["q_values"], last_return=last_return)
-            if every(args.diagnostics_frequency, before, step):
+            if diagnosing:
                 with run.paused():
                     moment = diagnose(learner, games, args)
                 run.log(step, {"diagnostics/" + name: x for name, x in moment.items()})
                 history.append(moment | {"step": step})
                 if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                    save("selected.pt")
-            scoring = step == args.num_updates or every(args.eval_frequency, before, step)
+                    run.save(step, learner, {}, "selected.pt")
             if args.eval_episodes and scoring:
                 with run.paused():
                     scores = score(learner, envs, args)
@@ -816,7 +818,9 @@ def train(args: Args) -> dict:
             summary |= summary_of("selected", score(learner, envs, args), envs)
             summary["selected_step"] = chosen["step"]
         known = replace(args, encoder=learner.net.kind)
-        name, sentence = verdict(history, known, max(data.rewarded for data in games))
+        settling = args.target_network_frequency / (1 - args.gamma**args.n_step)
+        rewarded = max(data.rewarded for data in games)
+        name, sentence = verdict(history, known, rewarded, settling)
         sentence += evaluated(summary | facts)
         say(f"verdict: {name}. {sentence}")
         return run.finish(summary | {"verdict": name, "verdict_text": sentence})
@@ -856,12 +860,12 @@ def summary_of(kind: str, scores: list[dict], envs: list[Envs]) -> dict:
 
 # ---------------------------------------------------------------------------------- files of data
 def load_games(args: Args, envs: list[Envs], device, run) -> tuple[list[Data], dict]:
-    """The data of each environment, and what is known of all. What has to be recorded or unpacked
+    """The data of each environment, and what is known of all. What has to be collected or unpacked
     first, the first process makes, and the others wait."""
     rank, making = processes()[0], not args.dataset or args.storage == "mmap"
     if making and rank > 0:
         agree(0)
-    paths = args.dataset or [str(record(name, args, run)) for name in args.env_id]
+    paths = args.dataset or [str(collect(name, args, run)) for name in args.env_id]
     games = [load(path, args, e, device) for path, e in zip(paths, envs)]
     if making and rank == 0:
         agree(0)
@@ -949,7 +953,8 @@ def prepare(path, frames, columns: dict, args: Args, actions: int, device) -> Da
     say(f"  {len(first):,} episodes, {ended.sum():,} ended by a terminal state; returns of {of}:")
     say(f"  {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}")
     if data.rewarded <= 0.001:
-        say(f"  only {data.rewarded:.2%} of the rewards differ from the others")
+        signs = "'s signs" if args.clip_rewards else "s"
+        say(f"  only {data.rewarded:.2%} of the reward{signs} differ from the others")
     return data
 
 
@@ -1106,24 +1111,33 @@ def read_dqn_replay(folder: Path, args: Args, envs: Envs, make) -> tuple:
     return frames, columns
 
 
-def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
-    """A Minari set by its id or folder, an episode at a time; each has one observation more than
-    actions."""
-    path = Path(name).parent if Path(name).is_file() else Path(name)
-    folders = [p for p in (path, path / "data") if (p / "metadata.json").is_file()]
-    hint = "neither a folder of this script's or of DQN Replay nor a Minari set on this disk"
-    with failing(f"--dataset {name}: {hint} (minari download {name})", Exception):
-        import minari
+def find_minari(name: str) -> Path | None:
+    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
+    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
+    at = Path(name)
+    places = [at, at / "data", Path(root) / name / "data"]
+    places += [at.parent] if at.name == "main_data.hdf5" else []
+    return next((p for p in places if (p / "metadata.json").is_file()), None)
 
-        data = minari.MinariDataset(folders[0]) if folders else minari.load_dataset(name)
-    space, indices, at, unit = data.observation_space, data.episode_indices, 0, None
+
+def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
+    """A Minari set, an episode at a time; each has one observation more than actions."""
+    folder = find_minari(name)
+    if folder is None:
+        fail(f"--dataset {name}: no set of a known kind, nor in Minari; `minari download {name}`")
+    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
+        import minari
+        from minari.dataset.minari_storage import is_image_space
     with failing(f"--dataset {name}", Exception):
+        data = minari.MinariDataset(folder)
+        space, indices, at, unit = data.observation_space, data.episode_indices, 0, None
         lengths = [m["total_steps"] for m in data.storage.get_episode_metadata(indices)]
         if envs.frames:
             say(f"{name}: {space.dtype} {space.shape} become grey frames {envs.frame_shape}")
             size = (max(lengths, default=0) + 1) * math.prod(space.shape) * space.dtype.itemsize
+            size *= 3 if data.storage.FORMAT == "arrow" else 1  # its copies on the way
             reserve(size, "its longest episode, decoded", torch.device("cpu"))
-            if minari.dataset.minari_storage.is_image_space(space) and data.storage.jpeg_encoding:
+            if is_image_space(space) and data.storage.jpeg_encoding:
                 say("  kept as JPEG: up to 40 of 255 off what the environment shows in evaluations")
         frames, columns = make((sum(lengths) + len(indices), *envs.frame_shape), envs.dtype)
         for i in indices:

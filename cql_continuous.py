@@ -559,6 +559,7 @@ def collect(args: Args, env, run, device) -> Path:
     """The replay of a soft actor-critic trained online, kept as a D4RL-layout file in --data-dir.
 
     The collector has its paper's settings (arXiv 1812.05905): networks and rates of its own."""
+    sizes = check_boxes(env, args.env_id)
     name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v2.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
@@ -570,7 +571,6 @@ def collect(args: Args, env, run, device) -> Path:
             tempfile.TemporaryFile(dir=folder).close()
     say(f"no --dataset: {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}")
     online = Args(env_id=args.env_id, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
-    sizes = check_boxes(env, args.env_id)
     learner = Learner(*sizes, online, device)
     replay = Replay(args.collect_steps, *sizes, device)
     obs, returns = env.reset(seed=env_seeds(args.seed, 1))[0], [math.nan]
@@ -620,22 +620,19 @@ def read_minari(folder: Path, device) -> dict:
 
         found = minari.MinariDataset(folder)
     spaces = found.observation_space, found.action_space
-    widths = [gym.spaces.flatdim(space) for space in spaces]
-    reserve(8 * found.total_steps * (2 + sum(widths)), "dataset, roughly", device)
-    columns = {"observations": [], "next_observations": [], "actions": [], "rewards": []}
-    columns |= {"terminals": [], "timeouts": []}
+    width = 2 * gym.spaces.flatdim(spaces[0]) + gym.spaces.flatdim(spaces[1]) + 3
+    reserve(8 * found.total_steps * width, "dataset, roughly", device)
+    keys = "observations next_observations actions rewards terminals timeouts".split()
+    columns = {key: [] for key in keys}
     for e in found.iterate_episodes():
-        obs, act, steps = (
-            flat(spaces[0], e.observations),
-            flat(spaces[1], e.actions),
-            len(e.rewards),
-        )
-        if len(obs) != steps + 1:
-            fail(f"{folder}, episode {e.id}: {len(obs)} observations beside {steps} rewards")
-        last = np.arange(steps) == steps - 1
-        rows = obs[:-1], obs[1:], act, e.rewards, e.terminations, last & ~e.terminations
-        for column, x in zip(columns.values(), rows):
-            column.append(x)
+        obs, act = flat(spaces[0], e.observations), flat(spaces[1], e.actions)
+        if len(obs) != len(e.rewards) + 1:
+            fail(f"{folder}, episode {e.id}: {len(obs)} observations, {len(e.rewards)} rewards")
+        timeout = ~np.asarray(e.terminations)
+        timeout[:-1] = False
+        rows = obs[:-1], obs[1:], act, e.rewards, e.terminations, timeout
+        for key, x in zip(keys, rows):
+            columns[key].append(x)
     if parts := parts_of(spaces[0]):
         say(f"{folder}: observations flattened in this order: {parts}")
     return {key: np.concatenate(x or [[]]) for key, x in columns.items()}
@@ -664,17 +661,18 @@ def read_hdf5(path: Path, device) -> dict:
             optional = "next_observations timeouts episode_terminals".split()
             keys += ["terminals"] + [key for key in optional if key in f]
             columns = {key: column(key) for key in keys}
-            if "episode_terminals" in columns:  # d3rlpy 1: time-outs and terminals
-                timeouts = columns.pop("episode_terminals") * (1 - columns["terminals"])
-                columns["timeouts"] = timeouts
+            if "episode_terminals" in columns:  # d3rlpy 1: both kinds of end
+                ends = columns.pop("episode_terminals")
+                columns["timeouts"] = ends * (1 - columns["terminals"])
             return columns
         episodes = range(sum(key.startswith("rewards_") for key in f))
         columns = {k: np.concatenate([column(f"{k}_{i}") for i in episodes]) for k in keys}
         last = np.cumsum([len(f[f"rewards_{i}"]) for i in episodes]) - 1
-        terminated = np.array([bool(column(f"terminated_{i}")) for i in episodes])
+        ended = np.array([bool(column(f"terminated_{i}")) for i in episodes])
         rows = np.arange(len(columns["rewards"]))
-        flags = {"terminals": np.isin(rows, last[terminated])}
-        return columns | flags | {"timeouts": np.isin(rows, last[~terminated])}
+        columns["terminals"] = np.isin(rows, last[ended])
+        columns["timeouts"] = np.isin(rows, last[~ended])
+        return columns
 
 
 def read(name: str, device) -> dict:
@@ -731,7 +729,7 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
         timeout = (columns["next_observations"] != np.roll(columns["observations"], -1, 0)).any(1)
         timeout &= ~terminal
     elif timeout is None:
-        note = f"no timeouts: cut after the environment's limit of {limit} steps"
+        note = f"no timeouts: cut at the environment's limit, {limit or 'unknown'}"
         begins = np.append(0, np.flatnonzero(terminal) + 1)
         step = rows - begins[np.searchsorted(begins, rows, "right") - 1] + 1
         timeout = step % (limit or len(rows)) == 0
@@ -893,11 +891,11 @@ def diagnose(learner, data, args: Args) -> dict:
     # the most that the rewards allow, with a uniform policy's entropy if the backup is soft
     low, high, horizon = data.info["reward_min"], data.info["reward_max"], 1 / (1 - args.gamma)
     if args.backup_entropy:
-        high += args.gamma * float(learner.log_alpha.exp()) * learner.act_dim * math.log(2)
+        high += args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
     ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
     numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
     # the data's actions come to rest at 2 (Q - y) <= weight, at every step of the backup
-    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.exp())
+    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
     numbers["q_lift"] = horizon * weight / 2
     return {name: float(x) for name, x in numbers.items()}
 
@@ -1016,14 +1014,12 @@ def train(args: Args) -> dict:
             before, step = step, step + 1
             diagnosing = every(args.diagnostics_frequency, before, step)
             scoring = every(args.eval_frequency, before, step) or step in (args.bc_steps, total)
-
             if online and ended:
                 run.log(step, {"charts/online_return": ended[0]})
             if every(args.log_frequency, before, step) or diagnosing:
                 run.log(step, {"losses/" + name: x for name, x in info.items()})
-                run.log(
-                    step, {f"charts/{x}": run.rate(step) for x in ("updates_per_second", "SPS")}
-                )
+                rate = run.rate(step)
+                run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
                 last_return = results.get("final_return_mean", math.nan)
                 run.show(step, loss=info["qf_loss"], Q=info["qf1_values"], last_return=last_return)
             if diagnosing:

@@ -27,9 +27,8 @@ no layer: their Fisher matrix is 2 I exactly.
   symbol      in the code                  shape
   a, s        a layer's input, output      (B, in), (B, out)
   A, S        buffers of KFAC              (in + 1, in + 1), (out, out)
-  g, d        lists like the parameters
+  g, d        g, d                         lists, shaped like the parameters
   delta, l    --max-kl, --damping          scalars
-  d^T F d     quadratic()                  scalar
 
 K-FAC; TRPO; the exact F; the plain gradient, an advantage actor-critic; K-FAC's direction beside
 the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJoCo:
@@ -43,7 +42,9 @@ the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJo
 
 While it trains, `eval/episodic_return` should rise and `diagnostics/kl` stay near --max-kl. What
 the factors alone say, `kl_kfac`, can be several times smaller: they leave out what the layers do
-together. Left out on purpose: pixels (KFC), momentum, EKFAC, several epochs on a batch (ppo.py).
+together. Networks to Learner are the algorithm, train() is the loop; the blocks marked "shared" can
+wait. Known limits: observation vectors, Box or Discrete actions. Left out on purpose: convolutions
+(KFC), momentum, EKFAC, several epochs on a rollout (ppo.py).
 """
 
 import ctypes
@@ -119,7 +120,7 @@ class Args:
     # networks
     width: int = 64  # units in a hidden layer
     depth: int = 2  # hidden layers, tanh (0: linear)
-    log_std_init: float = 0.0  # log standard deviation of a continuous policy at the start
+    log_std_init: float = 0.0  # of a continuous policy at the start; the action box is [-1, 1]
 
 
 # a resumed run must have these as before: its networks and environments would not fit
@@ -131,13 +132,12 @@ def check(args: Args):
     check_numbers(args, "seed eval_frequency checkpoint_frequency", 0, 1e12)
     check_numbers(args, "ent_coef damping critic_damping", 0, 1e12)
     check_numbers(args, "max_kl learning_rate", 1e-12, 1e12)
-    check_numbers(args, "total_timesteps log_frequency num_envs width", 1, 1e12)
-    check_numbers(args, "critic_updates cg_steps", 1, 1e12)
+    check_numbers(args, "total_timesteps log_frequency num_envs", 1, 1e12)
+    check_numbers(args, "width critic_updates cg_steps", 1, 1e12)
     check_numbers(args, "num_steps", 2, 1e12)  # one advantage alone has no standard deviation
-    check_numbers(args, "threads eval_episodes", 0, 1e4)
+    check_numbers(args, "threads eval_episodes depth", 0, 1e4)
     check_numbers(args, "gamma stats_decay", 0, 0.99999)
     check_numbers(args, "gae_lambda", 0, 1)
-    check_numbers(args, "depth", 0, 64)
     check_numbers(args, "log_std_init", -20, 20)
     if args.solver != "none" and args.learning_rate != Args.learning_rate:
         fail(f"--learning-rate has no effect with --solver {args.solver}: --max-kl sets the step")
@@ -311,21 +311,21 @@ def conjugate_gradients(product, g: list, steps: int) -> list:
 class KFAC(nn.Module):
     """The factors A and S of a network's linear layers, their running averages, and (S (x) A)^-1.
 
-    Needs PyTorch alone. All parameters of `net` must be those of nn.Linear layers, with bias or
-    without, each used once in a pass, on rows (B, in), in the order of net.modules(); what follows
-    a layer may be in place. Use fp32 without tf32.
+    Needs PyTorch alone. `net` is an nn.Sequential of nn.Linear layers, with bias or without, and of
+    activations, in place or not; x are rows (B, in); fp32 without tf32.
 
       out = kfac.record(net, x)
       g = torch.autograd.grad(loss(out), list(net.parameters()), retain_graph=True)
       kfac.update(log_prob(out, sampled).sum())
       d = kfac.solve(g)"""
 
-    def __init__(self, net: nn.Module, damping: float, decay: float):
+    def __init__(self, net: nn.Sequential, damping: float, decay: float):
         super().__init__()
-        self.layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
-        covered = [p for m in self.layers for p in m.parameters()]
-        if list(map(id, covered)) != list(map(id, net.parameters())):
-            raise ValueError("K-FAC: expected nn.Linear layers, and no parameters but theirs")
+        parts = net if isinstance(net, nn.Sequential) else []
+        self.layers = [m for m in parts if isinstance(m, nn.Linear)]
+        covered = [id(p) for m in self.layers for p in m.parameters()]
+        if covered != [id(p) for p in net.parameters()]:
+            raise ValueError("K-FAC: expected an nn.Sequential with no parameters but nn.Linear's")
         self.least_damping = self.damping = damping
         self.decay = decay
         for i, m in enumerate(self.layers):
@@ -338,27 +338,18 @@ class KFAC(nn.Module):
         """(A, S) of each layer."""
         return [(getattr(self, f"A{i}"), getattr(self, f"S{i}")) for i in range(len(self.layers))]
 
-    def record(self, net: nn.Module, x):
+    def record(self, net: nn.Sequential, x):
         """net(x), with a note of each layer's A on the way, and of where its s is in the graph:
         s itself may be overwritten by an activation in place."""
         self.notes = []
-
-        def note(layer, inputs, s):
-            a = inputs[0].detach()
-            if layer.bias is not None:
-                a = nn.functional.pad(a, (0, 1), value=1.0)  # homogeneous coordinates
-            edge = torch.autograd.graph.get_gradient_edge(s)
-            self.notes.append((layer, a.T @ a / len(a), edge))
-
-        hooks = [m.register_forward_hook(note) for m in self.layers]
-        try:
-            out = net(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if [layer for layer, _, _ in self.notes] != self.layers:
-            raise ValueError("K-FAC: expected each layer once, in the order of net.modules()")
-        return out
+        for m in net:
+            a, x = x.detach(), m(x)
+            if isinstance(m, nn.Linear):
+                if m.bias is not None:
+                    a = nn.functional.pad(a, (0, 1), value=1.0)  # homogeneous coordinates
+                edge = torch.autograd.graph.get_gradient_edge(x)
+                self.notes.append((a.T @ a / len(a), edge))
+        return x
 
     @torch.no_grad()
     def update(self, scalar):
@@ -370,8 +361,8 @@ class KFAC(nn.Module):
         of several outputs it would be (out * torch.randn_like(out)).sum()."""
         self.count += 1
         weight = 1 - min(1 - 1 / int(self.count), self.decay)
-        slopes = torch.autograd.grad(scalar, [edge for _, _, edge in self.notes])
-        for (A, S), (_, new_A, _), e in zip(self.factors(), self.notes, slopes):
+        slopes = torch.autograd.grad(scalar, [edge for _, edge in self.notes])
+        for (A, S), (new_A, _), e in zip(self.factors(), self.notes, slopes):
             A.lerp_(new_A, weight)
             S.lerp_(e.T @ e / len(e), weight)
         self.notes = []
@@ -496,23 +487,22 @@ class Learner(nn.Module):
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
         objective = surrogate(agent, batch, args)
         g = torch.autograd.grad(objective, params)
-        objective, old = objective.detach(), [p.detach().clone() for p in params]
         with torch.no_grad():
-            head = agent.actor(batch.obs)
-            losses = {"policy_loss": -objective, "entropy": agent.entropy(head).mean()}
+            head, old = agent.actor(batch.obs), [p.clone() for p in params]
+            losses = {"policy_loss": -objective.detach(), "entropy": agent.entropy(head).mean()}
         numbers = {"grad_norm": flat(g).norm()}
 
         @torch.no_grad()
-        def moved() -> tuple:
+        def moved() -> dict:
             """KL from the old policy, and what the surrogate has gained."""
             kl = agent.kl(head, None if agent.discrete else old[-1], agent.actor(batch.obs))
-            return kl.mean(), surrogate(agent, batch, args) - objective
+            return {"kl": kl.mean(), "gain": surrogate(agent, batch, args) - objective}
 
         if args.solver == "none":
             for p, x in zip(params, g):
                 p.grad = -x  # Adam minimises
             self.optim["policy"].step()
-            return losses, numbers | {"kl": moved()[0]}
+            return losses, numbers | moved()
         d = self.natural(batch, g)
         if diagnosing and args.solver == "kfac":
             numbers |= self.curvature(batch, g, d)
@@ -525,10 +515,10 @@ class Learner(nn.Module):
             with torch.no_grad():
                 for p, p_old, x in zip(params, old, d):
                     p.copy_(p_old + scale * x)
-            kl, gain = moved()
-            if kl <= args.max_kl and gain > 0:
+            step = moved()
+            if step["kl"] <= args.max_kl and step["gain"] > 0:
                 break
-        numbers |= {"step_scale": scale, "backtracks": backtracks, "kl": kl, "gain": gain}
+        numbers |= step | {"step_scale": scale, "backtracks": backtracks}
         numbers["kl_predicted"] = 0.5 * scale**2 * dFd
         numbers["gain_predicted"] = scale * flat(g) @ flat(d)
         if args.solver == "kfac":
@@ -671,7 +661,7 @@ def train(args: Args) -> dict:
 # Needs env_seeds(), play() and to_env() of the block "environments", fail() and say() of "run",
 # and for diagnose() the block "diagnostics". A learner has .agent, .device, .standardised(obs),
 # .return_stats, .act(obs, explore); an agent .policy(obs) -> head, .sample(head), .log_prob(head,
-# act), .features(obs) and, when called with obs, head and V(s).
+# act), .features(obs) -> {"policy": phi, "value": phi}, and itself: agent(obs) -> head, V(s).
 class RunningMeanStd(nn.Module):
     """Running mean and variance, merged batch by batch (Chan et al.), in float64; as buffers they
     are part of the checkpoint."""
@@ -804,7 +794,7 @@ class Collector:
             if not env.load_state_dict(state):
                 say(f"environment {i} does not repeat itself from its seed: a new episode starts")
                 self.discounted[i] = 0
-        self.obs = np.stack([env.obs for env in self.envs.envs])
+        self.obs = np.stack([env.obs for env in self.envs.envs]).astype(self.obs.dtype)
 
 
 def finite(x, what: str):

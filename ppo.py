@@ -26,7 +26,7 @@ after 500,000 steps, where CleanRL's 1 x 2,048 steps with value clipping end at 
       --update-epochs 20 --learning-rate 1e-3 --gamma 0.98 --gae-lambda 0.8 --ent-coef 0
   python ppo.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --num-envs 8 --num-steps 256 \
       --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0 --no-clip-vloss \
-      --no-norm-adv --recompute-advantages --log-std-init -0.5 --normalize-obs --normalize-reward
+      --no-norm-adv --recompute-advantages --normalize-obs --normalize-reward
   python ppo.py --env ALE/Pong-v5 --total-timesteps 10_000_000 --num-envs 8 --clip-coef 0.1
 
 While it trains, `charts/episodic_return` should rise, `losses/explained_variance` approach 1,
@@ -118,7 +118,8 @@ class Args:
     # networks (vectors; Atari has the Nature network)
     width: int = 64  # units in a hidden layer
     depth: int = 2  # hidden layers
-    log_std_init: float = 0.0  # log standard deviation of a continuous policy at the start
+    # log standard deviation of a continuous policy at the start, on [-1, 1] (CleanRL: 0)
+    log_std_init: float = -0.5
 
 
 # a resumed run must have these as before: its networks and environments would not fit
@@ -434,7 +435,7 @@ def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
     check(args)
     device = set_up(args)
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in full precision: ranks need it
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # no tf32: ranks need full precision
     with Run(args, args.total_timesteps) as run:
         envs = make(args, args.num_envs, run, training=True)
         eval_envs = make(args, args.eval_episodes, run, training=False)
@@ -484,7 +485,7 @@ def train(args: Args) -> dict:
         save()
         run.stop_if_asked()
         summary = {"global_step": step, "steps_per_second": run.rate(step)}
-        if eval_envs:
+        if len(returns):
             say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
             summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
         return run.finish(summary)
@@ -494,7 +495,7 @@ def train(args: Args) -> dict:
 # Needs env_seeds(), play() and to_env() of the block "environments", fail() and say() of "run",
 # and for diagnose() the block "diagnostics". A learner has .agent, .device, .standardised(obs),
 # .return_stats, .act(obs, explore); an agent .policy(obs) -> head, .sample(head), .log_prob(head,
-# act), .features(obs) and, when called with obs, head and V(s).
+# act), .features(obs) -> {"policy": phi, "value": phi}, and itself: agent(obs) -> head, V(s).
 class RunningMeanStd(nn.Module):
     """Running mean and variance, merged batch by batch (Chan et al.), in float64; as buffers they
     are part of the checkpoint."""
@@ -627,7 +628,7 @@ class Collector:
             if not env.load_state_dict(state):
                 say(f"environment {i} does not repeat itself from its seed: a new episode starts")
                 self.discounted[i] = 0
-        self.obs = np.stack([env.obs for env in self.envs.envs])
+        self.obs = np.stack([env.obs for env in self.envs.envs]).astype(self.obs.dtype)
 
 
 def finite(x, what: str):

@@ -1,14 +1,14 @@
-"""Draws the figures of README.md, docs/ and benchmarks/README.md from benchmarks/raw, and prints their
-tables.
+"""Draws the figures of README.md, docs/ and benchmarks/ from benchmarks/raw, and prints tables.
 
-  python benchmarks/figures.py                 # all whose numbers are there
+  python benchmarks/figures.py    # all whose numbers are there
   python benchmarks/figures.py online triad
 
-The numbers come from `report.py runs/* --curves benchmarks/raw/NAME.csv` after the script that is
-named beside each figure below, and from the peers' scripts. A curve is the mean over seeds, its
-band runs from the lowest to the highest seed. In tables: interquartile mean over seeds [95 %
-bootstrap interval, arXiv 2108.13264; with fewer than five seeds the lowest and the highest, since
-that bootstrap of three covers the truth in three cases of four only], then the seeds themselves.
+The numbers come from `python tools/report.py runs/* --curves benchmarks/raw/NAME.csv` after the
+script that is named beside each figure below, and from the peers' scripts. A curve is the mean
+over seeds, its band runs from the lowest to the highest seed. In tables: interquartile mean over
+seeds [95 % bootstrap interval, arXiv 2108.13264; with fewer than five seeds the lowest and the
+highest, since that bootstrap of three covers the truth in three cases of four only], then the
+seeds themselves.
 """
 
 import csv
@@ -69,7 +69,7 @@ def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:
 
 
 def plot(axis, rows, env: str, names: dict, tag: str = RETURN, scale=None):
-    """A line with its band for each of `names` (exp_name: label); scale(name): units of x a step."""
+    """A line with its band for each of `names` (exp_name: label); scale(name): x of a step."""
     for i, (name, label) in enumerate(names.items()):
         points = curves(rows, env, name, tag)
         n = max((len(v) for v in points.values()), default=0)
@@ -148,7 +148,7 @@ def updates_per_step():
 
 
 def datasets():
-    """datasets.sh: return by kind of data and method; return, Q, held-out TD error by its amount."""
+    """datasets.sh: return by kind of data and method; return, Q, held-out error by its amount."""
     with open(HERE / "raw" / "datasets.csv") as f:
         rows = list(csv.DictReader(f))
     of = defaultdict(list)
@@ -212,7 +212,7 @@ def triad():
     the range of the runs that stay before that."""
     rows, env, utds, shares = read("triad.csv"), "Hopper-v5", (1, 4, 16), {}
     print(
-        "| target network | updates a step | Q beyond its bound | first seen at step | growth of norm |"
+        "| target network | updates a step | Q beyond its bound | first at step | growth of norm |"
     )
     for target in ("target", "no_target"):
         for utd in utds:

@@ -264,7 +264,7 @@ def cql(updates: int):
     from d3rlpy.torch_utility import TorchMiniBatch
 
     args = module.Args(
-        backup="mean", alpha=0.2, cql_proposals="three-sets", critic_depth=2, policy_depth=2
+        backup="mean", alpha=0.2, cql_proposals="three-sets", depth=2
     )
     ours, n = our_learner(module, args), args.cql_samples
     encoder = VectorEncoderFactory([WIDTH, WIDTH])
@@ -285,8 +285,8 @@ def cql(updates: int):
     def update(i, batch):
         rew, done = batch.rew[:, None], batch.done[:, None]
         seen = TorchMiniBatch(
-            batch.obs, batch.act, rew, batch.next_obs, batch.next_act, returns_to_go=rew, terminals=done,
-            intervals=torch.ones(B, 1), device="cpu",
+            batch.obs, batch.act, rew, batch.next_obs, batch.next_act, returns_to_go=rew,
+            terminals=done, intervals=torch.ones(B, 1), device="cpu",
         )  # fmt: skip
         normal = [torch.randn(B, n, ACT), torch.randn(B, n, ACT), torch.randn(B, 1, ACT)]
         uniform = torch.rand(B, n, ACT)
@@ -313,8 +313,9 @@ def atari(updates: int):
     torch.manual_seed(0)
     args = module.Args(env_id=("CartPole-v1",), n_step=1, cql_alpha=4.0, width=WIDTH // 16)
     ours = module.Learner((OBS,), [ACT], args, torch.device("cpu"))
+    adam_eps = 0.01 / 32
     peer = d3rlpy.algos.DiscreteCQLConfig(
-        learning_rate=args.learning_rate, optim_factory=d3rlpy.optimizers.AdamFactory(eps=0.01 / 32),
+        learning_rate=args.learning_rate, optim_factory=d3rlpy.optimizers.AdamFactory(eps=adam_eps),
         alpha=args.cql_alpha, n_critics=1, target_update_interval=3,
         q_func_factory=d3rlpy.models.QRQFunctionFactory(n_quantiles=200),
         encoder_factory=d3rlpy.models.encoders.VectorEncoderFactory([WIDTH, WIDTH]),
@@ -329,8 +330,8 @@ def atari(updates: int):
     def update(i, batch):
         rew, done = batch.rew[:, None], (batch.discount == 0).float()[:, None]
         seen = TorchMiniBatch(
-            batch.obs, batch.act[:, None], rew, batch.next_obs, batch.act[:, None], returns_to_go=rew,
-            terminals=done, intervals=torch.ones(B, 1), device="cpu",
+            batch.obs, batch.act[:, None], rew, batch.next_obs, batch.act[:, None],
+            returns_to_go=rew, terminals=done, intervals=torch.ones(B, 1), device="cpu",
         )  # fmt: skip
         ours.update([batch])
         if i % 3 == 0:

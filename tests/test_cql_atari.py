@@ -1,8 +1,6 @@
 """cql_atari.py: losses, targets and networks against loops and a plain implementation; a chain
 solved by dynamic programming; stacks against a recording; Dopamine's files as its replay buffer
-writes them; Minari's library; several processes against one; the promises; commands.
-
-Where processes are needed, one server imports the script and each process is a fork of it."""
+writes them; Minari's library; several processes against one; the promises; commands."""
 
 import gzip
 import itertools
@@ -70,7 +68,7 @@ class Catch(gym.Env):
 
 
 class Pays(gym.Env):
-    """Four steps, which pay 5, -2, 0.5 and 3, and then a time-out; observes 1 + the number of steps,
+    """Four steps, which pay 5, -2, 0.5 and 3, then a time-out; observes 1 + the number of steps,
     hands out rewards as arrays and infos of its own."""
 
     action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 9, (1,), np.float32)
@@ -85,30 +83,9 @@ class Pays(gym.Env):
         return np.float32([1 + self.t]), np.array([(5, -2, 0.5, 3)[self.t - 1]]), False, False, info
 
 
-class Parts(gym.Env):
-    """A Dict of an angle and one of three things, for seven steps; the wrong action ends it."""
-
-    action_space = gym.spaces.Discrete(2)
-    observation_space = gym.spaces.Dict(
-        {"thing": gym.spaces.Discrete(3), "angle": gym.spaces.Box(-1, 1, (2,), np.float32)}
-    )
-
-    def see(self):
-        angle = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        return {"thing": int(self.np_random.integers(3)), "angle": angle}
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.see(), {}
-
-    def step(self, action):
-        return self.see(), 1.0, bool(self.np_random.random() < 0.2), False, {}
-
-
 gym.register("Catch-v0", Catch, max_episode_steps=100)
 gym.register("ShortCatch-v0", Catch, max_episode_steps=5)
 gym.register("Pays-v0", Pays, max_episode_steps=4)
-gym.register("Parts-v0", Parts, max_episode_steps=7)
 CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleEnv"
 gym.register("OtherCartPole-v0", CARTPOLE, max_episode_steps=30)
 
@@ -132,7 +109,7 @@ def refused(capsys, call, *named):
         assert str(x) in err, err
 
 
-# ------------------------------------------------------------------------- losses against slow loops
+# ------------------------------------------------------------------------ losses against slow loops
 def projected(z, p, rew, discount):
     """Algorithm 1 of arXiv 1707.06887, one atom at a time."""
     low, high, gap, m = z[0], z[-1], z[1] - z[0], [0.0] * len(z)
@@ -164,38 +141,8 @@ def test_projection_against_the_loop():
     assert (found[60:65, -1] - 1).abs().max() < 1e-12 and (found[65:70, 0] - 1).abs().max() < 1e-12
 
 
-def test_projection_by_hand():
-    z, p = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([[0.5, 0.25, 0.25]])
-    for rew, discount, expected in [
-        (0.0, 1.0, [0.5, 0.25, 0.25]),
-        (0.5, 0.0, [0.0, 0.5, 0.5]),
-        (1.0, 1.0, [0.0, 0.5, 0.5]),
-        (-0.25, 0.5, [0.4375, 0.5, 0.0625]),  # lands on -0.75, -0.25, 0.25
-        (9.0, 0.9, [0.0, 0.0, 1.0]),
-    ]:
-        found = c.project(z, p, torch.tensor([rew]), torch.tensor([discount]))
-        torch.testing.assert_close(found[0], torch.tensor(expected))
-
-
-def quantile_loss(theta: list, y: list) -> float:
-    total = 0.0
-    for i, t in enumerate(theta):
-        for x in y:
-            u = x - t
-            huber = 0.5 * u * u if abs(u) <= 1 else abs(u) - 0.5
-            total += abs((i + 0.5) / len(theta) - (1.0 if u < 0 else 0.0)) * huber / len(y)
-    return total
-
-
-@pytest.mark.parametrize("K, M", [(1, 1), (5, 5), (7, 3), (20, 1)])
-def test_quantile_huber_against_the_loop(K, M):
-    theta, y = 2 * torch.randn(6, K), 2 * torch.randn(6, M)
-    expected = [quantile_loss(a.tolist(), b.tolist()) for a, b in zip(theta, y)]
-    torch.testing.assert_close(c.quantile_huber(theta, y), torch.tensor(expected))
-
-
 def test_quantiles_minimise_the_loss():
-    """Of samples far apart (where Huber is absolute), theta ends near the quantiles (i + 1/2) / K."""
+    """Of samples far apart, where Huber is absolute, theta ends near quantiles (i + 1/2) / K."""
     y = 1_000 * torch.randn(1, 801)
     theta = torch.zeros(1, 5, requires_grad=True)
     optim = torch.optim.Adam([theta], lr=30)
@@ -206,17 +153,6 @@ def test_quantiles_minimise_the_loss():
         optim.step()
     expected = torch.quantile(y[0], torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
     torch.testing.assert_close(theta.detach()[0], expected, atol=20, rtol=0)
-
-
-def test_conservative_term_against_the_loop():
-    q, act = 3 * torch.randn(9, 4), torch.randint(4, (9,))
-    q[0] = torch.tensor([500.0, -500.0, 499.0, 0.0])  # no overflow
-    for found, row, a in zip(c.cql_term(q, act), q.tolist(), act.tolist()):
-        top = max(row)
-        expected = top + math.log(sum(math.exp(x - top) for x in row)) - row[a]
-        assert abs(found.item() - expected) < 1e-4
-    uniform = c.cql_term(torch.full((2, 6), 3.0), torch.tensor([0, 5]))
-    torch.testing.assert_close(uniform, torch.full((2,), math.log(6)))
 
 
 def plain_loss(net, target, batches, mixture, args):
@@ -309,18 +245,6 @@ def test_loss_and_gradient_are_those_of_the_plain_implementation(head, double):
         assert abs(info["q_values"] - sum(q) / 12) < 1e-5
 
 
-def test_the_two_choosers_differ():
-    """Else the test above could not tell double from plain."""
-    losses = []
-    for double in (False, True):
-        torch.manual_seed(3)
-        learner = shaken(tiny(head="dqn", double=double), [4])
-        batch = random_batch(32, 4)
-        info = c.q_loss(learner.net, learner.target, [batch], None, learner.args)[1]
-        losses.append(info["td_loss"])
-    assert abs(losses[0] - losses[1]) > 1e-3
-
-
 def test_rem_draws_a_new_convex_mixture_for_each_update():
     learner, seen = c.Learner((5,), [3], tiny(head="rem"), CPU), []
     real = learner.loss
@@ -345,7 +269,7 @@ def test_one_update_is_adam_on_the_gradient():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------ networks
+# ----------------------------------------------------------------------------------------- networks
 def test_nature_sizes():
     """Without padding 84 -> 20 -> 9 -> 7; at width 32 the published 3,136 x 512 matrix."""
     net = c.Network((4, 84, 84), [6], tiny(width=32))
@@ -494,7 +418,7 @@ def test_alpha_0_reaches_the_optimal_values(head, double):
 
 def test_the_conservative_fixed_point():
     """Half the rows go right, a quarter left, a quarter stay. Where the gradient vanishes,
-    Q = BQ - alpha (softmax Q - b) / b, b the data's share of the action (Huber's quadratic part)."""
+    Q = BQ - alpha (softmax Q - b) / b, b the data's share of the action (Huber's square)."""
     pairs = [(s, a) for s in range(S) for a in (0, 1, 2, 2)]
     q = chain_q(pairs, 1_500, cql_alpha=0.5, head="dqn", double=False).astype(np.float64)
     to, rew, over = chain()
@@ -503,13 +427,6 @@ def test_the_conservative_fixed_point():
     push = 0.5 * (policy - share) / share
     assert np.abs(push).max() > 0.1
     np.testing.assert_allclose(q, backup - push, atol=0.05)
-
-
-def test_conservative_values_of_unseen_actions_lie_below_the_true_ones():
-    """The data goes right only, as the best policy does: there Q is near Q*, elsewhere below it."""
-    q, truth = chain_q([(s, 2) for s in range(S)], cql_alpha=1.0, head="dqn"), best_values()
-    assert (q[:, :2] < truth[:, :2] - 0.3).all()
-    assert np.abs(q[:, 2] - truth[:, 2]).max() < 0.3 and (q.argmax(1) == 2).all()
 
 
 def test_naive_training_overestimates_what_the_data_lacks_and_cql_does_not():
@@ -522,7 +439,7 @@ def test_naive_training_overestimates_what_the_data_lacks_and_cql_does_not():
     assert conservative.max(1).mean() < naive.max(1).mean() - 0.2
 
 
-# ------------------------------------------------------- stacks and n steps, against a list of episodes
+# --------------------------------------------------- stacks and n steps, against a list of episodes
 def frame(number: int) -> np.ndarray:
     """A frame that no other has, and that is not zero."""
     return np.array([[number // 251, number % 251], [7, 9]], np.uint8)
@@ -638,7 +555,7 @@ def test_data_without_a_reward_are_named(capsys):
         rows = [([1.0], 0, rew, False, True, True, True), *[row] * 8]
         rows += [([1.0], 0, rew, terminal, True, False, False), ([1.0], 0, 0, 0, 0, 0, 0)]
         assert as_data(rows, tiny(), 1).rewarded == share
-        assert ("only 0.00% of the rewards" in capsys.readouterr().out) == (share == 0)
+        assert ("only 0.00% of the reward" in capsys.readouterr().out) == (share == 0)
 
 
 def test_samples_are_uniform_and_shared_out():
@@ -661,8 +578,8 @@ def test_samples_are_uniform_and_shared_out():
 
 # ------------------------------------------------------------- Dopamine's files, as it writes them
 class Recorder:
-    """Dopamine's circular replay buffer: three rows of zeros before each episode, one frame a row, a
-    dump of all columns at every checkpoint. Remembers which episode and step each slot holds.
+    """Dopamine's circular replay buffer: three rows of zeros before each episode, one frame a row,
+    a dump of all columns at each checkpoint. Remembers which episode and step a slot holds.
     `cut`: steps after which an episode ends by time, which only episode_end_indices tells."""
 
     def __init__(self, capacity: int, seed=0, cut=10**9):
@@ -753,7 +670,7 @@ def load(folder, envs=None, **changes) -> c.Data:
 
 
 def play_to(recorder, cursor):
-    """An episode's start takes four rows, so the cursor may be passed over: on to the next round."""
+    """An episode's start takes four rows, so the cursor may be passed over: then a round more."""
     while recorder.count % recorder.capacity != cursor or recorder.count < recorder.capacity:
         recorder.play(1)
 
@@ -768,16 +685,24 @@ def test_a_dopamine_file_gives_what_its_recording_says(steps, cut):
     data, expected = load("x"), recorder.transitions(7)
     assert seen(data) == expected and len(data.train) == sum(expected.values()) > 10
     assert data.terminals == sum(1 for x in expected.elements() if x[3] == b"")
+    over = {e for (e, _), row in recorder.log.items() if row[3]} - {0}  # row 0 may lie within one
+    if steps < 100 and cut > 10**8:
+        returns = [sum(row[2] for (k, _), row in recorder.log.items() if k == e) for e in over]
+        assert abs(data.return_mean - np.mean(returns)) < 1e-6 and np.mean(returns) != 0
+        first = {recorder.stack(e, 0) for e, t in recorder.log if t == 0}
+        assert {x.numpy().tobytes() for x in data.stack(data.starts)} <= first
 
 
 @pytest.mark.parametrize("cursor", [0, 1, 3, 50, 97, 99])
-def test_the_write_cursor(cursor):
-    """Wherever it stands: the row before it knows no next frame, the three after it no stack."""
+def test_the_write_cursor(cursor, capsys):
+    """Wherever it stands: the row before it knows no next frame, the three after it no stack.
+    Without add_count a file is taken to be written from row 0 on."""
     for seed in range(3):
         recorder = Recorder(100, seed)
         play_to(recorder, cursor)
-        recorder.dump(Path(f"x{seed}"), 0)
+        recorder.dump(Path(f"x{seed}"), 0, add_count=cursor > 0)
         assert seen(load(f"x{seed}")) == recorder.transitions(0)
+    assert ("no add_count" in capsys.readouterr().out) == (cursor == 0)
 
 
 @pytest.mark.parametrize("storage", ["device", "memory", "mmap"])
@@ -805,38 +730,9 @@ def test_several_checkpoints_and_their_storage(storage):
         assert seen(load("x", storage="mmap")) == expected
 
 
-def test_returns_and_n_steps_of_dopamine_files_stay_in_their_episode():
-    recorder = Recorder(300)
-    recorder.play(170)
-    recorder.dump(Path("x"), 0)
-    data = load("x", n_step=4, gamma=0.9)
-    b, by_stack = data.batch(data.train), {recorder.stack(*k): k for k in recorder.log}
-    for i in range(len(data.train)):
-        e, t = by_stack[b.obs[i].numpy().tobytes()]
-        left = [recorder.log[e, k] for k in range(t, t + 4) if (e, k) in recorder.log]
-        over = left[-1][3]
-        if not over and (e, t + len(left)) not in recorder.log:  # the file's end: no next frame
-            left = left[:-1]
-        rew = sum(0.9**k * row[2] for k, row in enumerate(left))
-        assert abs(b.rew[i] - rew) < 1e-5, (e, t)
-        assert abs(b.discount[i] - (0 if over else 0.9 ** len(left))) < 1e-6
-    over = {e for (e, _), row in recorder.log.items() if row[3]} - {0}  # row 0 may lie within one
-    returns = [sum(row[2] for (k, _), row in recorder.log.items() if k == e) for e in over]
-    assert abs(data.return_mean - np.mean(returns)) < 1e-6 and np.mean(returns) != 0
-    first = {recorder.stack(e, 0) for e, t in recorder.log if t == 0}
-    assert {x.numpy().tobytes() for x in data.stack(data.starts)} <= first
-
-
-def test_without_add_count_a_file_is_taken_to_be_written_from_row_0_on(capsys):
-    recorder = Recorder(100)
-    play_to(recorder, 0)
-    recorder.dump(Path("x"), 0, add_count=False)
-    assert seen(load("x")) == recorder.transitions(0) and "no add_count" in capsys.readouterr().out
-
-
 def test_shares_of_dopamine_files():
-    """The first rows of every file; the oldest ones, from the first file's cursor on; whole episodes.
-    0.2 and 0.6 of 800 rows are 160 of the first file; all of it and 80 of the second."""
+    """The first rows of every file; the oldest ones, from the first file's cursor on (of 800 rows
+    0.2: 160 of it; 0.6: all of it and 80 of the second); whole episodes."""
     recorder = Recorder(400)
     for number, cursor in ((0, 150), (1, 399)):
         recorder.play(300)
@@ -1007,12 +903,12 @@ class FakeRun:
 
 def record(env_id, **changes) -> Path:
     args = tiny(env_id=(env_id,), **changes)
-    return c.record(env_id, args, FakeRun())
+    return c.collect(env_id, args, FakeRun())
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "ShortCatch-v0", "Pays-v0", "Parts-v0"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ShortCatch-v0", "Pays-v0", "Blackjack-v1"])
 def test_recorded_rows_are_those_of_the_environment(env_id):
-    """The environment itself, given the recorded actions: frames and vectors, Dicts, terminal and
+    """The environment itself, given the recorded actions: frames, vectors and tuples, terminal and
     cut episodes, each followed by a row that holds its last frame."""
     changes = dict(collect_steps=400, seed=3, clip_rewards=False)
     folder = record(env_id, **changes)
@@ -1023,7 +919,7 @@ def test_recorded_rows_are_those_of_the_environment(env_id):
     flat = np.asarray if env_id == "ShortCatch-v0" else flat
     seed = np.random.SeedSequence([3, False]).generate_state(1) >> 1
     obs, _ = env.reset(seed=int(seed[0]))
-    while at < 398:  # a row that is the stream's last may hold nothing
+    while at < 399:  # the last row may hold nothing
         begin, total, over = at, 0.0, False
         while not over and at < 399:
             np.testing.assert_array_equal(frames[at], flat(obs).astype(frames.dtype))
@@ -1039,18 +935,9 @@ def test_recorded_rows_are_those_of_the_environment(env_id):
         obs, _ = env.reset()
     with c.ExitStack() as stack:
         data = c.load(str(folder), tiny(**changes), c.Envs(env_id, 1, stack), CPU)
-    assert len(data.train) == columns["real"].sum() > 300
+    assert len(data.train) == columns["real"].sum() > 200
     assert abs(data.return_mean - np.mean(returns)) < 1e-4
     assert record(env_id, **changes) == folder and record(env_id, collect_steps=100) != folder
-
-
-def test_random_play_repeats_its_action_as_often_as_told():
-    """At 0.8, and by chance in half of the other cases."""
-    folder = record("Pays-v0", collect_steps=8_000, collect_repeat=0.8)
-    columns = np.load(folder / "columns.npz")
-    act = columns["act"][columns["real"]]
-    assert abs((act[1:] == act[:-1]).mean() - 0.9) < 4 * (0.9 * 0.1 / len(act)) ** 0.5
-    assert 0.4 < act.mean() < 0.6
 
 
 @pytest.mark.parametrize("what", ["reward", "observation", "signal", "full disk", "run folder"])
@@ -1080,7 +967,7 @@ def test_what_stops_a_recording_leaves_no_set(what, monkeypatch, capsys):
         Path("runs").write_text("a file")
         named, status = "--run-dir runs", 2
     with pytest.raises(SystemExit) as stop:
-        c.record("Pays-v0", args, run)
+        c.collect("Pays-v0", args, run)
     out, err = capsys.readouterr()
     assert stop.value.code == (143 if what == "signal" else status)
     assert what == "signal" or (err.count("\n") == 1 and named in err), err
@@ -1109,22 +996,16 @@ def changed(**columns):
     return change
 
 
-def shortened(name):
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
-
-
 OWN = {
-    "frames cut": ("frames.npy", shortened("frames.npy")),
-    "columns cut": ("columns.npz", shortened("columns.npz")),
-    "no frames": ("frames.npy", lambda x: (x / "frames.npy").unlink()),
+    "frames": ("frames.npy", lambda x: os.truncate(x / "frames.npy", 300)),
+    "columns": ("columns.npz", lambda x: os.truncate(x / "columns.npz", 300)),
     "fewer rows": ("do not fit", changed(rew=lambda x: x[:-1])),
-    "actions of float": ("columns.npz", changed(act=lambda x: x + 0.5)),
+    "of float": ("columns.npz", changed(act=lambda x: x + 0.5)),
     "objects": ("columns.npz", changed(rew=lambda x: x.astype(object))),
     "inf": ("reward inf", changed(rew=lambda x: np.where(np.arange(len(x)) == 5, np.inf, x))),
     "action": ("row 0 (action", changed(act=lambda x: x - 3)),
     "no end": ("no next state", changed(real=np.ones_like)),
     "empty": ("no transitions", changed(real=np.zeros_like)),
-    "pickle": ("frames.npy", lambda x: (x / "frames.npy").write_bytes(pickle.dumps(3))),
 }
 
 
@@ -1134,18 +1015,6 @@ def test_a_damaged_set_of_our_own_is_named_in_one_line(damage, cartpole, capsys)
     folder = copied(cartpole)
     change(folder)
     refused(capsys, lambda: load(folder, game((4,), 2)), named)
-
-
-def test_every_column_counts_in_what_identifies_the_data(cartpole):
-    before = load(cartpole, game((4,), 2)).sha256
-    first = lambda x: np.where(np.arange(len(x)) == np.argmax(x), False, x)
-    for name, change in {"act": lambda x: 1 - x, "rew": lambda x: -x, "real": first}.items():
-        other = copied(cartpole, name)
-        changed(**{name: change})(other)
-        assert load(other, game((4,), 2)).sha256 != before
-    refused_shape = lambda: load(cartpole, game((5,), 2))
-    with pytest.raises(SystemExit):
-        refused_shape()
 
 
 # ------------------------------------------------------------------------------------------- Minari
@@ -1249,17 +1118,13 @@ def test_pictures_are_made_grey_and_small_and_others_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_minari_sets_of_dicts_are_flattened_as_the_environment_is(monkeypatch):
-    env, episodes = gym.make("Parts-v0"), []
-    space = env.observation_space
-    for T in (3, 5):
-        obs = [space.sample() for _ in range(T + 1)]
-        columns = {k: np.array([x[k] for x in obs]) for k in space}
-        episodes.append((columns, [0] * T, [1.0] * T, True, obs))
-    name = minari_set(monkeypatch, [e[:4] for e in episodes], space)
-    data = load(name, game((5,), 2))
-    flat = [gym.spaces.flatten(space, x) for e in episodes for x in e[4]]
-    np.testing.assert_array_equal(data.frames.numpy(), np.stack(flat).astype(np.float32))
+def test_minari_sets_of_dicts_are_flattened_by_gymnasiums_rule(monkeypatch):
+    parts = {"thing": gym.spaces.Discrete(3), "angle": gym.spaces.Box(-1, 1, (2,), np.float32)}
+    space, obs = gym.spaces.Dict(parts), {"thing": [0, 2, 1], "angle": np.eye(3, 2)}
+    episode = {k: np.array(x, space[k].dtype) for k, x in obs.items()}, [0, 1], [0.0, 1.0], True
+    data = load(minari_set(monkeypatch, [episode] * 2, space), game((5,), 2))
+    expected = [[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 1, 0]] * 2  # sorted: angle, thing
+    assert data.frames.tolist() == expected
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -1350,28 +1215,14 @@ def test_returns_are_raw_and_q_is_compared_with_rewards_as_trained_on(envs):
         assert abs(over - (learner.q(torch.ones(1, 1), 0).max().item() - discounted)) < 1e-5
 
 
-def test_one_action_in_a_thousand_of_an_evaluation_is_random():
-    """A random one of four is the greedy one in a quarter of the cases."""
-    n, acts = 200_000, []
-    none, over = np.zeros((n, 1), np.float32), np.ones(n, bool)
-    step = lambda act: acts.append(act) or (none, np.zeros(n), over, ~over, {})
-    about = {"reset": lambda *a, **k: none, "envs": SimpleNamespace(step=step)}
-    net = SimpleNamespace(eval=lambda: None, train=lambda: None)
-    q = torch.tensor([[0.0, 0, 1, 0]]).expand(n, 4)
-    learner = SimpleNamespace(net=net, device=CPU, q=lambda obs, game: q)
-    c.evaluate(learner, SimpleNamespace(n=n, actions=4, **about), 0, tiny())
-    counts = np.bincount(acts[0], minlength=4)
-    assert len(acts) == 1 and all(abs(counts[a] - 50) < 5 * 50**0.5 for a in (0, 1, 3)), counts
-
-
 def test_games_are_played_with_sticky_actions_from_their_first_frame(envs, monkeypatch, capsys):
     """Four frames a step; rewards raw; neither no-ops nor fire at a reset; names by ALE's list."""
     import ale_py.vector_env
 
-    game = envs("ALE/TicTacToe3D-v5", 2)
-    assert game.game == "tic_tac_toe_3d" and game.shape == (4, 84, 84) and game.frames
+    assert envs("ALE/TicTacToe3D-v5").game == "tic_tac_toe_3d"
+    game = envs("ALE/Freeway-v5", 2)
     obs = game.reset(1)
-    assert (obs[:, :3] == 0).all() and obs[:, 3].any()
+    assert obs.shape == (2, 4, 84, 84) and not obs[:, :3].any() and obs[:, 3].any()
     asked = []
     stop = lambda *names, **options: asked.append((names, options)) or 1 / 0
     monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", stop)
@@ -1380,20 +1231,6 @@ def test_games_are_played_with_sticky_actions_from_their_first_frame(envs, monke
     assert names == ("up_n_down", 3) and options["repeat_action_probability"] == 0.25
     assert options["noop_max"] == 0 and not options["use_fire_reset"]
     assert not options["reward_clipping"]
-
-
-def test_stacks_that_an_environment_shows_hold_its_own_episode_only(envs):
-    two = envs("ShortCatch-v0", 2)
-    obs, pictures = two.reset(3), []
-    for _ in range(14):  # episodes of five steps
-        pictures.append(obs[:, -1].copy())
-        padded = [np.zeros_like(pictures[0])] * 3 + pictures
-        np.testing.assert_array_equal(obs, np.stack(padded[-4:], 1))
-        obs, _, terminated, truncated, infos = two.envs.step(np.array([0, 2]))
-        if (terminated | truncated)[0]:
-            np.testing.assert_array_equal(infos["final_obs"][0][:3], obs_before[0][1:])
-            pictures = []
-        obs_before = obs
 
 
 @pytest.mark.parametrize("head, double", [("qr", True), ("c51", False)])
@@ -1538,37 +1375,30 @@ def networks(run) -> dict:
 
 
 def test_stopped_and_resumed_by_its_own_words_is_bitwise_the_uninterrupted_run(cartpole):
-    """Two games, their names among the arguments; stopped twice, by SIGTERM and SIGINT."""
-    names, data = ("CartPole-v1", "OtherCartPole-v0"), (str(cartpole),) * 2
-    line = words(short(cartpole, env_id=names, dataset=data, exp_name="a b"))
-    for folder in ("whole", "parts"):
-        Path(folder).mkdir()
-    run_script("cql_atari.py", *line, cwd="whole")
-    whole = only_run("whole")
-    for n, signum in ((23, signal.SIGTERM), (12, signal.SIGINT)):
-        done = stop_at("cql_atari", "Learner.update", n, *line, cwd="parts", signum=signum)
-        assert done.returncode == 128 + signum, done.stderr
-        command = shlex.split(done.stdout.split("to go on:")[1])
-        line = command[2:]
-        assert line == ["--resume", str(only_run("parts").relative_to(Path.cwd() / "parts"))]
-    run_script("cql_atari.py", *line, cwd="parts")
-    run = only_run("parts")
+    """Two games, their names among the arguments; what a stopped run prints goes on."""
+    names, data = ("CartPole-v1", "CartPole-v0"), (str(cartpole),) * 2
+    args = short(cartpole, env_id=names, dataset=data, exp_name="a b")
+    done = stop_at("cql_atari", "Learner.update", 23, *words(args), cwd=".")
+    assert done.returncode == 143, done.stderr
+    line, run = shlex.split(done.stdout.split("to go on:")[1])[2:], only_run(".")
+    assert line == ["--resume", str(run)]
+    run_script("cql_atari.py", *line, cwd=".")
+    c.train(replace(args, run_dir="whole"))
+    (whole,) = Path("whole").iterdir()
     for name in ("checkpoint.pt", "selected.pt"):
         assert_same_checkpoint(run / name, whole / name)
     assert metrics(run) == metrics(whole) and len(metrics(run)) > 50
     clock = ("wall_seconds", "updates_per_second")
     a, b = ({k: v for k, v in summary(x).items() if k not in clock} for x in (run, whole))
     assert a == b and a["num_updates"] == 60
-    run_script("cql_atari.py", *line, "--num-updates", 70, cwd="parts")
-    assert summary(run)["num_updates"] == 70
+    assert c.train(replace(args, resume=str(run), num_updates=70))["num_updates"] == 70
 
 
 def test_the_target_network_is_refreshed_at_its_frequency(cartpole, monkeypatch):
     events, update, refresh = [], c.Learner.update, c.Learner.refresh_target
-    update_, refresh_ = (lambda self, b: events.append("u") or update(self, b)), None
-    refresh_ = lambda self: events.append("r") or refresh(self)
-    monkeypatch.setattr(c.Learner, "update", update_)
-    monkeypatch.setattr(c.Learner, "refresh_target", refresh_)
+    note = lambda what, do: lambda self, *a: events.append(what) or do(self, *a)
+    monkeypatch.setattr(c.Learner, "update", note("u", update))
+    monkeypatch.setattr(c.Learner, "refresh_target", note("r", refresh))
     c.train(short(cartpole, num_updates=16, eval_episodes=0, diagnostics_frequency=0))
     assert "".join(events) == "uuuuuuur" * 2 + "uu"
 
@@ -1608,8 +1438,8 @@ def test_measuring_changes_nothing_nor_does_storage_but_another_seed_does(cartpo
     """Diagnostics, evaluation, logs and checkpoints off: the same parameters, bit by bit."""
     off = dict(diagnostics_frequency=0, eval_episodes=0, checkpoint_frequency=0, log_frequency=60)
     ends = {}
-    for name, changes in {"loud": {}, "quiet": off, "mmap": off | {"storage": "mmap"},
-                          "memory": off | {"storage": "memory"}, "seed": off | {"seed": 2}}.items():  # fmt: skip
+    others = {"mmap": {"storage": "mmap"}, "memory": {"storage": "memory"}, "seed": {"seed": 2}}
+    for name, changes in {"loud": {}, "quiet": off, **others}.items():
         c.train(short(cartpole, run_dir=name, num_updates=30, **changes))
         (run,) = Path(name).iterdir()
         ends[name] = flatten(networks(run))
@@ -1663,7 +1493,7 @@ def test_a_users_mistake_is_one_line_and_status_2(changes, named, capsys):
 
 
 def test_what_a_run_leaves_behind(cartpole, capsys):
-    """Two games: equal shares of a minibatch, each evaluated by its own head, logged by its name."""
+    """Two games: equal shares of a minibatch, each scored by its own head, logged by its name."""
     small = record("OtherCartPole-v0", collect_steps=160)
     names, sizes, real = ("CartPole-v1", "OtherCartPole-v0"), [], c.Learner.update
     data = (str(cartpole), str(small))
@@ -1691,194 +1521,129 @@ def test_what_a_run_leaves_behind(cartpole, capsys):
     assert means[0] != means[1] and abs(result["dataset_return_mean"] - np.mean(means)) < 1e-9
 
 
-# ---------------------------------------------------------------------------------- several processes
-SERVER = """
-import json, os, signal, sys, traceback
-import gymnasium, torch, tyro
-import torch._dynamo
-import torch.distributed
-import cql_atari as c
-
-torch.set_num_threads(1)
-gymnasium.make("CartPole-v1")
-
-def at(n, what):
-    real, calls = c.Learner.update, [0]
-    def update(self, *rest, **more):
-        calls[0] += 1
-        if calls[0] == n:
-            what()
-        return real(self, *rest, **more)
-    c.Learner.update = update
-
-for line in sys.stdin:
-    job, children = json.loads(line), []
-    for rank in range(job["size"]):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        status = 0
-        os.chdir(job["cwd"])
-        for fd, name in enumerate((os.devnull, f"out{rank}", f"err{rank}")):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
-        signal.alarm(50)
-        if job["size"] > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                           "WORLD_SIZE": str(job["size"]), "MASTER_PORT": str(job["port"])}
-        try:
-            exec(job["before"], globals() | {"rank": rank})
-            sys.argv = ["cql_atari.py", *job["words"]]
-            c.train(c.parse(c.Args, ""))
-        except SystemExit as e:
-            status = e.code
-        except BaseException:
-            traceback.print_exc()
-            status = 99
-        sys.stderr.flush()
-        sys.__stdout__.flush()
-        os._exit(status or 0)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in children]
-    print(json.dumps(codes), flush=True)
-"""
-
-
+# -------------------------------------------------------------------------------- several processes
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def group():
-    """group(size, *words, before=code): as many processes, as torchrun starts them."""
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    options["env"] = one_thread() | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", SERVER], **options) as server:
+def together(size, *line, at=(0, 0), signum=signal.SIGTERM):
+    """As many processes, as torchrun starts them, here forks of this one; rank at[0] gets a signal
+    at its update at[1]. Their exit codes, and what they print."""
+    env = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": free_port()}
+    env |= {"MASTER_ADDR": "127.0.0.1"}
 
-        def start(size, *line, before=""):
-            job = {"size": size, "words": [str(w) for w in line], "before": before}
-            job |= {"cwd": os.getcwd(), "port": free_port()}
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
-            codes = json.loads(server.stdout.readline())
-            err = "".join(Path(f"err{r}").read_text() for r in range(size))
-            out = [Path(f"out{r}").read_text() for r in range(size)]
-            return SimpleNamespace(codes=codes, err=err, out=out)
+    def child(rank):
+        os.environ |= {k: str(x) for k, x in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for fd, name in enumerate((os.devnull, f"out{rank}", f"err{rank}")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        sys.argv = ["cql_atari.py", *map(str, line)]
+        signal.alarm(50)
+        real, calls = c.Learner.update, [0]
 
-        yield start
-        server.stdin.close()
+        def update(self, batches):
+            calls[0] += 1
+            if (rank, calls[0]) == at:
+                os.kill(os.getpid(), signum)
+            return real(self, batches)
+
+        c.Learner.update = update
+        c.train(c.parse(c.Args, ""))
+
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 99
+            try:
+                child(rank)
+                code = 0
+            except SystemExit as e:
+                code = e.code
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in children]
+    out, err = ([Path(f"{x}{r}").read_text() for r in range(size)] for x in ("out", "err"))
+    return SimpleNamespace(codes=codes, first=out[0], others=out[1:], err="".join(err))
+
+
+JOB = {"head": "qr", "dropout": 0.0, "batch_size": 12}
 
 
 def job(data, *more) -> list:
-    args = short(data, head="qr", dropout=0.0, batch_size=12)
-    return [*words(args), *more]
+    return [*words(short(data, **JOB)), *more]
 
 
-def assert_close(a: dict, b: dict):
-    for k in a:
-        torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-5, msg=k)
+def load_checkpoint(run) -> dict:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def alone(cartpole, group, tmp_path_factory):
-    """The run of one process."""
-    here = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("alone"))
-    try:
-        assert group(1, *job(cartpole)).codes == [0]
-        return only_run(".").resolve()
-    finally:
-        os.chdir(here)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_end_where_one_does(size, alone, group, cartpole):
-    """Within 1e-5; only the first one writes and speaks; the same evaluations and diagnostics."""
-    done = group(size, *job(cartpole))
-    assert done.codes == [0] * size, done.err
+def test_several_processes_end_where_one_does(cartpole):
+    """One of two gets a signal, both stop at the same update with a checkpoint; three go on, then
+    one. Networks within 1e-5 of one process's; only the first process writes and speaks; the same
+    evaluations and diagnostics."""
+    c.train(replace(short(cartpole, **JOB), run_dir="alone"))
+    (alone,) = Path("alone").iterdir()
+    done = together(2, *job(cartpole), at=(1, 13))
+    assert done.codes == [143, 143] and "torchrun --nproc_per_node=2" in done.first, done.err
     run = only_run(".")
-    assert_close(networks(run), networks(alone))
-    assert done.out[1] == "" and "verdict" in done.out[0]
-    assert summary(run)["num_updates"] == 60 and len(list(run.glob("*tfevents*"))) == 1
+    assert load_checkpoint(run)["step"] == 20 and done.others == [""]
+    done = together(3, "--resume", run, at=(0, 11))
+    assert done.codes == [143] * 3 and load_checkpoint(run)["step"] == 40, done.err
+    assert together(2, "--resume", run).codes == [0, 0] and only_run(".") == run
+    ours, theirs = networks(run), networks(alone)
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], atol=1e-5, rtol=1e-5, msg=k)
     rows = [[r for r in metrics(x) if "losses" not in r[1]] for x in (run, alone)]
     ours, theirs = ({(s, t): float(v) for s, t, v in x} for x in rows)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() and summary(run)["num_updates"] == 60
     for k in ours:
         assert abs(ours[k] - theirs[k]) < 1e-2 * max(1, abs(theirs[k])), k
 
 
-def test_stopped_together_and_resumed_by_another_number(alone, group, cartpole):
-    """One of two gets the signal, both stop at the same update with a checkpoint; three go on, then
-    one."""
-    before = "if rank == {}: at({}, lambda: os.kill(os.getpid(), signal.SIGTERM))"
-    done = group(2, *job(cartpole), before=before.format(1, 13))
-    assert done.codes == [143, 143] and "to go on" in done.out[0]
-    run = only_run(".")
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 20
-    done = group(3, "--resume", run, before=before.format(0, 11))
-    assert done.codes == [143] * 3
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 40
-    assert group(1, "--resume", run).codes == [0] and only_run(".") == run
-    assert_close(networks(run), networks(alone))
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others(rank, group, cartpole):
-    kill = f"if rank == {rank}: at(37, lambda: os.kill(os.getpid(), signal.SIGKILL))"
-    done = group(2, *job(cartpole), before=kill)
+def test_a_killed_process_ends_the_others(rank, cartpole):
+    done = together(2, *job(cartpole), at=(rank, 37), signum=signal.SIGKILL)
     assert done.codes[rank] == -9 and done.codes[1 - rank] == 1
     assert re.fullmatch(r"error: another process is gone .*\n", done.err), done.err
-    assert torch.load(only_run(".") / "checkpoint.pt", weights_only=True)["step"] == 30
-    assert not list(only_run(".").glob("*tmp"))
+    assert load_checkpoint(only_run("."))["step"] == 30 and not list(only_run(".").glob("*tmp"))
 
 
-def test_the_first_process_records_and_unpacks_for_all(group):
-    line = ["--env", "Pays-v0", "--width", 2, "--num-updates", 4, "--batch-size", 8, "--no-cuda"]
-    done = group(2, *line, "--collect-steps", 400, "--eval-episodes", 1)
-    assert done.codes == [0, 0], done.err
-    assert len(list(Path("datasets").iterdir())) == 1
+def test_the_first_process_records_and_unpacks_for_all():
+    line = ["--width", 2, "--num-updates", 4, "--batch-size", 8, "--eval-episodes", 0, "--no-cuda"]
+    done = together(2, *line, "--env", "CartPole-v1", "--collect-steps", 400)
+    assert done.codes == [0, 0] and len(list(Path("datasets").iterdir())) == 1, done.err
     recorder = Recorder(200)
     recorder.play(150)
     recorder.columns["observation"] = np.zeros((200, 84, 84), np.uint8)
     recorder.columns["action"] %= 3
     recorder.dump(Path("x"), 0)
     line += ["--env", "ALE/Freeway-v5", "--dataset", "x", "--storage", "mmap"]
-    done = group(2, *line, "--eval-episodes", 0)
-    assert done.codes == [0, 0], done.err
-    assert len(list(Path("datasets").iterdir())) == 2 and "on disk" in done.out[0]
+    done = together(2, *line)
+    assert done.codes == [0, 0] and len(list(Path("datasets").iterdir())) == 2, done.err
 
 
-def test_a_mistake_ends_every_process(group, cartpole):
-    done = group(2, *job(cartpole, "--batch-size", 13))
-    assert done.codes == [2, 2] and "not a multiple of 2" in done.err
-    done = group(2, *job("no/such-v0"))
-    assert 2 in done.codes and not list(Path(".").glob("runs/*"))
-
-
-def test_torchrun_and_its_signal(cartpole, group):
-    """The documented launcher, stopped from outside while it trains; what is saved goes on."""
+def test_torchrun_and_its_signal(cartpole):
+    """The documented launcher, stopped from outside while it trains."""
     line = job(cartpole, "--num-updates", 1_000_000, "--eval-frequency", 0)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     launcher += [f"--master_port={free_port()}", str(ROOT / "cql_atari.py"), *map(str, line)]
     with open("log", "w") as log:
         process = subprocess.Popen(launcher, env=one_thread(), stdout=log, stderr=log)
         try:
-            deadline = time.time() + 45
+            deadline = time.time() + 100
             while not list(Path(".").glob("runs/*/checkpoint.pt")) and time.time() < deadline:
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=40) != 0
         finally:
             process.kill()
-    text, saved = Path("log").read_text(), load_checkpoint(only_run("."))
-    assert saved["step"] % c.AGREE == 0 and "torchrun --nproc_per_node=2" in text, text
-    again = ["--resume", only_run("."), "--num-updates", saved["step"] + 3, "--eval-episodes", 0]
-    assert group(1, *again).codes == [0]
-
-
-def load_checkpoint(run) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
+    text = Path("log").read_text()
+    assert load_checkpoint(only_run("."))["step"] % c.AGREE == 0, text
+    assert "torchrun --nproc_per_node=2" in text, text
 
 
 # ------------------------------------------------------------------------------- commands, learning
@@ -1889,10 +1654,6 @@ def documented_commands() -> list:
         text = text if file.endswith(".md") else text.split('"""')[1]
         commands += re.findall(r"(?:python|torchrun [^\n`#]*?) ?cql_atari\.py[^\n`#&|;]*", text)
     return sorted({" ".join(x.split()) for x in commands})
-
-
-def test_there_are_commands():
-    assert len(documented_commands()) >= 4
 
 
 @pytest.mark.parametrize("command", documented_commands())
@@ -1919,12 +1680,3 @@ def test_learns_to_catch_from_random_play():
     args = replace(args, target_network_frequency=50, diagnostics_frequency=0, eval_frequency=0)
     result = c.train(args)
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused(capsys, lambda: c.join(c.Args()), "more processes here than GPUs (1)")

@@ -233,7 +233,7 @@ class Unbounded(Clock):
 
 
 CLOCKS = {"Clock-v0": {}, "Clock7-v0": {"ends": 7}, "ClockNaN-v0": {"bad": 500}}
-CLOCKS |= {"ClockOut-v0": {"ends": 8, "times_out": True}, "ClockUnbounded-v0": {}}
+CLOCKS |= {"ClockOut-v0": {"ends": 6, "times_out": True}, "ClockUnbounded-v0": {}}
 for name in {*CLOCKS} - {*gym.registry}:
     kind = Unbounded if "Unbounded" in name else Clock
     gym.register(name, entry_point=kind, kwargs=CLOCKS[name])
@@ -244,7 +244,7 @@ def test_data_of_an_environment(env_id, length, monkeypatch):
     """gamma 0.5: 1,000 steps and 8 more, or until the environment ends them."""
     monkeypatch.setattr(d, "from_episodes", lambda *args: args)
     c, behaviour, *_ = d.continuous(d.Args(env_id=env_id, transitions=1200, gamma=0.5), CPU)
-    assert Clock.log.pop() == "closed" and Clock.seeds[0] == 1 and set(Clock.seeds[1:]) == {None}
+    assert Clock.log.pop() == "closed" and Clock.seeds[:3] == [1, 1001, 2001]
     episode, t, act, rew = np.array(Clock.log).T
     assert np.array_equal(c["obs"], np.stack([episode, t], 1))
     assert np.array_equal(c["next_obs"], np.stack([episode, t + 1], 1))
@@ -254,7 +254,7 @@ def test_data_of_an_environment(env_id, length, monkeypatch):
     assert np.array_equal(c["rew"], rew) and (end == np.append(np.diff(episode) > 0, True)).all()
     assert np.array_equal(c["done"], end & (length == 7))
     assert np.array_equal(c["cut"], end & (length > 7))
-    assert 1200 + 9000 <= len(rew) * (1000 / 1008 if length > 7 else 1) < 1200 + 9000 + 1000
+    assert 0 <= len(rew) - 1.008 * (1200 + 9000) < length
     g = torch.Generator().manual_seed(0)
     for draw in (behaviour.fresh, behaviour.candidates):
         x = draw(torch.zeros(300, 2), g)
@@ -262,7 +262,7 @@ def test_data_of_an_environment(env_id, length, monkeypatch):
         assert abs(float(x.var()) - 1 / 3) < 0.02
 
 
-UNFIT = [("ClockOut-v0", "time limit of its own, after 8 steps"), ("Nope-v0", "NameNotFound")]
+UNFIT = [("ClockOut-v0", "0 of 10080 rows have a next action and a return"), ("Nope-v0", "NameNotFound")]
 UNFIT += [("ClockUnbounded-v0", "finite bounds"), ("CartPole-v1", "expected a Box")]
 UNFIT += [("FrozenLake-v1", "expected a Box"), ("ClockNaN-v0", "'rew' is nan at row 499")]
 
@@ -837,21 +837,18 @@ FULL = dict(targets=ALL, cures=("dr3:0.01", "rank:1e-4", "dropout:0.2", "refit:7
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, reports):
-    """Stopped at update 8, a measurement, then five later; the printed command goes on."""
-    line = f"--problem gridworld --grid 3 --transitions 300 --width 8 --seeds 2 --num-updates 40"
+    """By SIGTERM at update 13, in the middle of a refit; the printed command goes on."""
+    line = "--problem gridworld --grid 3 --transitions 300 --width 8 --seeds 2 --num-updates 40"
     line = f"{line} --diagnostics-frequency 8 --checkpoint-frequency 11 --targets {' '.join(ALL)}"
     line = f"{line} --cures {' '.join(FULL['cures'])}".split()
     whole = d.train(replace(tyro.cli(d.Args, args=line), run_dir="whole"))
-    for n, words in ((8, line), (5, None)):
-        words = words or ["--resume", str(only_run("."))]
-        done = stop_at("dr3_analysis", "Learner.update", n, *words, cwd=tmp_path)
-        assert done.returncode == 143 and "to go on" in done.stdout, done.stderr
-    run = only_run(".")
+    done = stop_at("dr3_analysis", "Learner.update", 13, *line, cwd=tmp_path)
+    assert done.returncode == 143, done.stderr
+    run, (other,) = only_run("."), Path("whole").iterdir()
     assert load(run / "checkpoint.pt")["step"] == 13
     command = shlex.split(done.stdout.split("to go on:")[1].strip())
     assert command[-2] == "--resume"
     done = run_script("dr3_analysis.py", *command[-2:], cwd=tmp_path)
-    (other,) = Path("whole").iterdir()
     assert only_run(".") == run and reports == [other]
     assert_same_checkpoint(run / "checkpoint.pt", other / "checkpoint.pt")
     assert metrics(run) == metrics(other) and len(metrics(run)) > 1000
@@ -1004,11 +1001,9 @@ def test_documented_commands_run(command, quick_clone):
 
 
 def test_tds_rank_falls_below_sarsas():
-    """Half a minute of HalfCheetah-v5, with larger steps than the defaults."""
-    small = dict(learning_rate=3e-3, num_updates=3_000, seeds=1, diagnostics_frequency=0)
+    """Fifteen seconds of HalfCheetah-v5, with larger steps than the defaults."""
+    small = dict(learning_rate=3e-3, num_updates=2_000, seeds=1, diagnostics_frequency=0)
     results = d.train(d.Args(targets=("sarsa", "td"), cures=(), **small))["results"]
-    sarsa, td = results["sarsa"]["none"], results["td"]["none"]
-    assert td["srank"]["final"] < 0.85 * sarsa["srank"]["final"]
-    assert td["srank"]["final"] < 0.9 * td["srank"]["quarter"]
-    assert sarsa["srank"]["final"] > 0.95 * sarsa["srank"]["quarter"]
-    assert td["feature_dot"]["final"] > 1.2 * sarsa["feature_dot"]["final"]
+    sarsa, td = results["sarsa"]["none"]["srank"], results["td"]["none"]["srank"]
+    assert td["final"] < 0.85 * sarsa["final"] and td["final"] < 0.9 * td["quarter"]
+    assert sarsa["final"] > 0.95 * sarsa["quarter"]

@@ -106,18 +106,14 @@ def grouped(rows: list[dict], *keys: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     """A line for each environment and experiment name: returns, what Q said of them, verdicts."""
-    heads = {
-        "final_return_mean": "final",
-        "selected_return_mean": "selected",
-        "dataset_return_mean": "dataset",
-        "overestimation": "learned - achieved",
-        "q_max": "q_max",
-        "td_error": "td_error",
-    }
-    lines = [["environment", "run", "seeds", *heads.values(), "verdicts"]]
+    keys = (
+        "final_return_mean selected_return_mean dataset_return_mean overestimation q_max td_error"
+    )
+    heads = ["final", "selected", "dataset", "learned - achieved", "q_max", "td_error"]
+    lines = [["environment", "run", "seeds", *heads, "verdicts"]]
     for (env, name), group in grouped(rows, "env_id", "exp_name").items():
         cells = []
-        for key in heads:
+        for key in keys.split():
             values = [r[key] for r in group if r[key] is not None]
             cells.append((interval if key == "overestimation" else spread)(values))
         verdicts = ", ".join(sorted({str(r["verdict"]) for r in group if r["verdict"]}))
@@ -179,13 +175,6 @@ def draw(runs: list[tuple[dict, dict]]):
     if len(groups) > 1:
         axes[0, 0].legend(fontsize=8)
     return figure
-
-
-def write_rows(rows: list[dict], path):
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_curves(runs: list[tuple[dict, dict]], path):
@@ -281,30 +270,25 @@ def claims(steps: list, results: dict) -> list[str]:
         moving, other = get("moving", "srank"), get(base, "srank")
         text = f"srank ends at {moving.mean():.0f} with td's target, {other.mean():.0f} for {base}"
         say("a moving target alone does not lower the rank", moving > 0.85 * other, text)
-    for target, cures in results.items():
-        for cure in [cure for cure in cures if cure.startswith("dr3")]:
-            was, dot = (get(target, "feature_dot", cure=x) for x in ("none", cure))
-            goal = np.minimum(get(base, "feature_dot") if base else was, 0.9 * was)
-            q_was, q = (get(target, "q_mean", cure=x) for x in ("none", cure))
-            moved = change(q, q_was)
-            dots = f"dot product {was.mean():.3g} -> {dot.mean():.3g}"
-            name = f"{cure} on {target} lowers the dot products and leaves Q alone"
-            holds = (dot <= goal) & (np.abs(moved) < 0.1)
-            say(name, holds, dots, f"mean Q changes by {moved.mean():+.0%}")
-            if base:
-                was, rank = (get(target, "srank", cure=x) for x in ("none", cure))
-                other, text = get(base, "srank"), f"srank {was.mean():.0f} -> {rank.mean():.0f}"
-                holds = (rank > 1.05 * was) & (rank > 0.85 * other)
-                say(
-                    f"{cure} on {target} rescues the rank",
-                    holds,
-                    text,
-                    f"{other.mean():.0f} for {base}",
-                )
-            if target in judged:
-                was, now = (get(target, error, cure=x) for x in ("none", cure))
-                text = f"{error} {was.mean():.3g} -> {now.mean():.3g}"
-                say(f"{cure} on {target} lowers the error", now < 0.9 * was, text)
+    for target, cure in [(t, c) for t in results for c in results[t] if c.startswith("dr3")]:
+        name = f"{cure} on {target}"
+        was, dot = (get(target, "feature_dot", cure=x) for x in ("none", cure))
+        goal = np.minimum(get(base, "feature_dot") if base else was, 0.9 * was)
+        q_was, q = (get(target, "q_mean", cure=x) for x in ("none", cure))
+        holds = (dot <= goal) & (np.abs(change(q, q_was)) < 0.1)
+        dots = f"dot product {was.mean():.3g} -> {dot.mean():.3g}"
+        moved = f"mean Q changes by {change(q, q_was).mean():+.0%}"
+        say(f"{name} lowers the dot products and leaves Q alone", holds, dots, moved)
+        if base:
+            was, rank = (get(target, "srank", cure=x) for x in ("none", cure))
+            other = get(base, "srank")
+            holds = (rank > 1.05 * was) & (rank > 0.85 * other)
+            text = f"srank {was.mean():.0f} -> {rank.mean():.0f}, {other.mean():.0f} for {base}"
+            say(f"{name} rescues the rank", holds, text)
+        if target in judged:
+            was, now = (get(target, error, cure=x) for x in ("none", cure))
+            text = f"{error} {was.mean():.3g} -> {now.mean():.3g}"
+            say(f"{name} lowers the error", now < 0.9 * was, text)
     return lines
 
 
@@ -366,8 +350,7 @@ def draw_networks(steps: list, results: dict):
         axis.set_title(FEATURE_PANELS[metric], fontsize=10)
         if metric in ("q_error", "td_error"):
             axis.set_yscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("updates")
+    figure.supxlabel("updates")
     axes[0, 0].legend(fontsize=8)
     return figure
 
@@ -382,16 +365,14 @@ def main():
     parser.add_argument("--at", type=int, help="cut every curve at this update or step")
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
-    folders = [folder for folder in args.runs if (folder / "metrics.csv").exists()]
-    runs = [read_run(folder, args.at) for folder in folders]
+    runs = [read_run(x, args.at) for x in args.runs if (x / "metrics.csv").exists()]
     if not runs:
         parser.error("none of these folders holds a metrics.csv")
     same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
     for (env, name, *_), group in grouped([row for row, _ in runs], *same).items():
         seeds = [r["seed"] for r in group]
         if len({*seeds}) < len(seeds):
-            found = f"several runs are {env} {name} with one seed ({sorted(seeds)})"
-            parser.error(f"{found}: choose among them")
+            parser.error(f"several runs are {env} {name} with one seed ({sorted(seeds)})")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
     if args.figure and features and len(runs) > 1:
@@ -402,7 +383,10 @@ def main():
         print((sweep if args.sweep else table)([row for row, _ in others]))
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        write_rows([row for row, _ in runs], args.csv)
+        with open(args.csv, "w", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row, _ in runs)
     if args.curves:
         write_curves(runs, args.curves)
     if args.figure and not importlib.util.find_spec("matplotlib"):

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from play import fail, load, prepared
+from play import load, prepared
 
 
-def roll_out(module, args, saved, steps: int, explore: bool, seed: int, out: Path, source: str):
-    """Writes `steps` transitions of the policy to `out`; the returns of its whole episodes."""
+def roll_out(module, args, saved, options, made_by: dict) -> list[float]:
+    """Writes the dataset; the returns of its whole episodes."""
     torch.set_num_threads(1)
-    returns = []
+    steps, returns = options.steps, []
+    seed = args.seed if options.seed is None else options.seed
     with ExitStack() as stack:
         envs, learner = prepared(module, args, saved, stack)
         learner.eval()
@@ -32,7 +33,7 @@ def roll_out(module, args, saved, steps: int, explore: bool, seed: int, out: Pat
         obs, _ = envs.reset(seed=stream.generate_state(1, np.uint64).tolist())
         replay = module.Replay(steps, *module.check_boxes(envs, args.env_id), learner.device)
         while replay.added < steps:
-            act = learner.act(obs, explore=explore)
+            act = learner.act(obs, explore=not options.greedy)
             next_obs, rew, terminated, truncated, infos = envs.step(module.to_env(act, envs))
             over, last_obs = terminated | truncated, next_obs.copy()
             if over.any():  # there next_obs is the next episode's first
@@ -43,10 +44,9 @@ def roll_out(module, args, saved, steps: int, explore: bool, seed: int, out: Pat
             if module.every(max(steps // 10, 1), replay.added - 1, replay.added):
                 recent = np.mean(returns[-10:]) if returns else math.nan
                 print(f"{replay.added:,}/{steps:,}, return {recent:.1f}", flush=True)
-        made_by = {"policy": source, "policy_step": saved["step"], "env_id": args.env_id}
         if returns:
             made_by["collector_return_mean"] = np.mean(returns)
-        replay.write(out, envs, **made_by)
+        replay.write(options.out, envs, **made_by)
     return returns
 
 
@@ -59,21 +59,18 @@ def main():
     parser.add_argument("--greedy", action="store_true", help="without exploration")
     parser.add_argument("--seed", type=int, help="not given: the run's")
     options = parser.parse_args()
-    if options.out.exists() or not options.out.parent.is_dir():
-        fail(f"--out {options.out} exists already, or its folder does not")
-    if options.steps < 1:
-        fail(f"--steps {options.steps}: expected at least 1")
-    module, args, saved = load(options.run)
+    module, args, saved, path = load(options.run)
     if module.SCRIPT not in ("sac", "td3"):
-        fail(f"{options.run} is of {module.SCRIPT}.py, expected sac.py or td3.py")
-    seed = args.seed if options.seed is None else options.seed
-    explore = not options.greedy
+        module.fail(f"{path} is of {module.SCRIPT}.py, expected sac.py or td3.py")
+    if options.out.exists() or not options.out.parent.is_dir():
+        module.fail(f"--out {options.out} exists already, or its folder does not")
+    if options.steps < 1:
+        module.fail(f"--steps {options.steps}: expected at least 1")
+    made_by = {"policy": str(path), "policy_step": saved["step"], "env_id": args.env_id}
     try:
-        returns = roll_out(
-            module, args, saved, options.steps, explore, seed, options.out, options.run
-        )
+        returns = roll_out(module, args, saved, options, made_by)
     except KeyboardInterrupt:
-        fail("stopped: nothing is kept, the same command starts again")
+        module.fail("stopped: nothing is kept, the same command starts again")
     if returns:
         print(f"{len(returns)} whole episodes, mean return {np.mean(returns):.1f}")
 

@@ -8,9 +8,9 @@
 set -euo pipefail
 env=${1:-ALE/SpaceInvaders-v5} seeds=${2-"1 2"} names=${3:-"dqn c51 qr"}
 export OMP_NUM_THREADS=1
-set_of() { ls -d datasets/${env/\//_}_random_40000_seed1_* 2>/dev/null | head -1; }
-[ -n "$(set_of)" ] || python cql_atari.py --env $env --num-updates 1 --eval-episodes 0 --exp-name make_data
-run="python cql_atari.py --env $env --dataset $(set_of) --eval-frequency 1_000 --diagnostics-frequency 500"
+file=datasets/${env/\//_}_random_40000_0.95_seed1
+[ -d "$file" ] || python cql_atari.py --env $env --num-updates 1 --eval-episodes 0 --exp-name make_data
+run="python cql_atari.py --env $env --dataset $file --eval-frequency 1_000 --diagnostics-frequency 500"
 for seed in $seeds; do
   for head in $names; do
     $run --seed $seed --head $head --exp-name ${head}_alpha0.1

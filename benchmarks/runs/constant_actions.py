@@ -11,12 +11,13 @@ mean, std.
 import argparse
 import csv
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cql_atari import Args, Envs, evaluate  # noqa: E402
 
 
@@ -24,8 +25,9 @@ def constant(action: int, actions: int):
     """A learner in evaluate()'s eyes, whose Q is largest for one action everywhere."""
     q = torch.zeros(actions)
     q[action] = 1
-    net = SimpleNamespace(eval=lambda: None, train=lambda: None, z=q)
-    return SimpleNamespace(net=net, q=lambda obs, game: q.expand(len(obs), -1))
+    net = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    device = torch.device("cpu")
+    return SimpleNamespace(net=net, device=device, q=lambda obs, game: q.expand(len(obs), -1))
 
 
 def main():
@@ -38,17 +40,16 @@ def main():
     parser.add_argument("--csv")
     args = parser.parse_args()
     settings = Args(env_id=(args.env,))
-    envs = Envs(args.env, args.episodes, settings)
-    rows = []
+    stack, rows = ExitStack(), []
+    envs = Envs(args.env, args.episodes, stack)
     for action in range(envs.actions):
         for seed in args.seeds:
             settings.seed = seed
             returns, _ = evaluate(constant(action, envs.actions), envs, 0, settings)
             rows.append([args.env, seed, args.episodes, action, returns.mean(), returns.std()])
-            print(
-                f"action {action}, seed {seed}: {returns.mean():.1f} +- {returns.std():.1f}",
-                flush=True,
-            )
+            result = f"{returns.mean():.1f} +- {returns.std():.1f}"
+            print(f"action {action}, seed {seed}: {result}", flush=True)
+    stack.close()
     if args.csv:
         with open(args.csv, "a", newline="") as f:
             head = [] if f.tell() else [["env_id", "seed", "episodes", "action", "mean", "std"]]

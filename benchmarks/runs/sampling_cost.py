@@ -9,7 +9,6 @@ the growth of its resident memory while it samples.
 """
 
 import csv
-import json
 import re
 import sys
 import tempfile
@@ -28,14 +27,12 @@ SIZES = {"mmap": (50_000, 500_000, 5_000_000), "memory": (50_000, 500_000)}
 
 
 def make(folder: Path, rows: int):
-    """Episodes of 100 rows in the layout of read_own(), the frames' file sparse."""
-    np.lib.format.open_memmap(folder / "observations.npy", "w+", np.uint8, (rows, 84, 84))
+    """Episodes of 99 transitions in the layout of read_own(), the frames' file sparse."""
+    np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (rows, 84, 84))
     at = np.arange(rows)
-    columns = {"actions": at % 4, "rewards": np.float32(at % 3), "begins": at % 100 == 0}
-    columns |= {"terminals": at % 100 == 98, "real": at % 100 != 99}
-    for k, v in columns.items():
-        np.save(folder / f"{k}.npy", v)
-    (folder / "made_by.json").write_text(json.dumps({"whole": [True] * (rows // 100), "info": {}}))
+    columns = {"act": at % 4, "rew": np.float32(at % 3), "begins": at % 100 == 0}
+    columns |= {"terminal": at % 100 == 98, "real": at % 100 != 99, "whole": at >= 0}
+    np.savez(folder / "columns.npz", **columns)
 
 
 def resident() -> int:

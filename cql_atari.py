@@ -157,9 +157,7 @@ def check(args: Args):
     check_numbers(args, "v_min v_max", -1e12, 1e12)
     games, sets = len(args.env_id), len(args.dataset)
     if games == 0 or len(set(args.env_id)) < games:
-        fail(
-            f"--env-id {' '.join(args.env_id)}: expected one environment or several different ones"
-        )
+        fail(f"--env-id {' '.join(args.env_id)}: expected one or several different environments")
     if sets not in (0, games):
         fail(f"--dataset names {sets} sets, --env-id {games} environments")
     if args.fraction < 1 and not sets:
@@ -206,7 +204,8 @@ class Network(nn.Module):
 
     def __init__(self, shape: tuple, actions: list[int], args: Args):
         super().__init__()
-        w, D, self.args, self.image = args.width, 16 * args.width, args, len(shape) == 3
+        self.args, self.image = args, len(shape) == 3
+        w, D = args.width, 16 * args.width
         auto = "nature" if self.image else "mlp"
         self.kind = auto if args.encoder == "auto" else args.encoder
         if (self.kind == "mlp") == self.image:
@@ -492,7 +491,8 @@ class Data:
 
     def batch(self, rows) -> Batch:
         """Transitions of n steps; an episode's end shortens them, a terminal one the bootstrap."""
-        at, steps, rew = rows, torch.zeros_like(rows), torch.zeros(len(rows), device=self.device)
+        at, steps = rows, torch.zeros_like(rows)
+        rew = torch.zeros(len(rows), device=self.device)
         going, terminated = self.real[rows], torch.zeros_like(rows, dtype=torch.bool)
         for k in range(self.args.n_step):
             rew = rew + going * self.gammas[k] * self.rew[at]
@@ -977,6 +977,7 @@ def new_set(folder: Path):
     columns = {}
 
     def make(shape: tuple, dtype) -> tuple:
+        shape = tuple(map(int, shape))  # of NumPy's integers it could not read the header again
         frames = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
         say(f"{folder}: {frames.nbytes / 2**20:,.1f} MiB on disk")
         if hasattr(os, "posix_fallocate"):  # else a full disk kills the process at some write
@@ -1080,7 +1081,7 @@ def read_dqn_replay(folder: Path, args: Args, envs: Envs, make) -> tuple:
             left = [n - (lo - begin) % size for lo, _ in spans]  # of n rows, from lo on
             spans = [(lo, min(hi, lo + k)) for (lo, hi), k in zip(spans, left)]
         x["spans"] = [(lo, hi) for lo, hi in spans if hi - lo >= STACK]  # the others hold no stack
-    rows = int(sum(hi - lo for x in files for lo, hi in x["spans"]))
+    rows = sum(hi - lo for x in files for lo, hi in x["spans"])
     frames, columns = make((rows, *envs.frame_shape), np.uint8)
     at = 0
     for x in files:
@@ -1130,8 +1131,10 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
         from minari.dataset.minari_storage import is_image_space
     with failing(f"--dataset {name}", Exception):
         data = minari.MinariDataset(folder)
-        space, indices, at, unit = data.observation_space, data.episode_indices, 0, None
+        space, indices = data.observation_space, data.episode_indices
         lengths = [m["total_steps"] for m in data.storage.get_episode_metadata(indices)]
+        if envs.frames and not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"shows {space}, expected pictures")
         if envs.frames:
             say(f"{name}: {space.dtype} {space.shape} become grey frames {envs.frame_shape}")
             size = (max(lengths, default=0) + 1) * math.prod(space.shape) * space.dtype.itemsize
@@ -1140,9 +1143,11 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
             if is_image_space(space) and data.storage.jpeg_encoding:
                 say("  kept as JPEG: up to 40 of 255 off what the environment shows in evaluations")
         frames, columns = make((sum(lengths) + len(indices), *envs.frame_shape), envs.dtype)
+        at, unit = 0, None  # the next row; 1 or 255, once a picture is not black
         for i in indices:
             (e,) = data.iterate_episodes([i])
-            obs, act, T = e.observations, np.reshape(e.actions, -1), len(e.rewards)
+            obs, T = e.observations, len(e.rewards)
+            act = np.reshape(e.actions, -1)
             if not isinstance(space, gym.spaces.Box):  # as FlattenObservation does it
                 many = gym.vector.utils.batch_space(space, T + 1)
                 each = gym.vector.utils.iterate(many, obs)

@@ -167,13 +167,16 @@ def check(args: Args):
     check_numbers(args, "policy_lr q_lr reward_scale cql_temperature", 1e-12, 1e12)
     check_numbers(args, "reward_shift cql_clip_diff cql_target_gap", -1e18, 1e18)
     check_numbers(args, "gamma dropout holdout", 0, 0.99999)
-    check_numbers(args, "tau offline_share", 0, 1)
-    cql = "cql_variant cql_proposals cql_temperature cql_clip_diff cql_target_gap".split()
-    given = [x for x in cql if getattr(args, x) != getattr(Args, x)]
-    if args.cql_alpha == 0 and (given or args.precision == "bf16"):
-        fail(f"{given or '--precision bf16'}: no effect with --cql-alpha 0")
+    check_numbers(args, "offline_share", 0, 1)
+    check_numbers(args, "tau", 1e-9, 1)
+    cql = "cql_variant cql_proposals cql_temperature cql_clip_diff cql_target_gap precision"
+    given = [name for name in cql.split() if getattr(args, name) != getattr(Args, name)]
+    if args.cql_alpha == 0 and given:
+        fail(f"--{given[0].replace('_', '-')} has no effect with --cql-alpha 0")
     if args.cql_variant == "eq1" and args.cql_target_gap is not None:
         fail("--cql-target-gap has no effect on Eq. 1, which has no gap to the data")
+    if args.cql_variant in ("eq1", "eq2") and args.cql_temperature != 1:
+        fail("--cql-temperature has no effect on Eqs. 1 and 2")
     if args.backup != "sac" and args.backup_entropy:
         fail(f"--backup-entropy has no effect with --backup {args.backup}")
     if args.backup == "sarsa" and args.online_steps:
@@ -697,7 +700,7 @@ def read(name: str, device) -> dict:
             x = x[:, 0]
         width = columns["observations"].shape[1:] if key == "next_observations" else x.shape[1:]
         if x.ndim != 2 - vector or x.shape != (n, *width) or 0 in width:
-            expected = f"({n},)" if vector else f"({n}, width)"
+            expected = f"({n},)" if vector else f"({n}, {width[0] if width else 'width'})"
             fail(f"{name}: '{key}' has shape {x.shape}, expected {expected}")
         flags = vector and key != "rewards"
         bad = (x != 0) & (x != 1) if flags else ~np.isfinite(x)
@@ -822,15 +825,15 @@ def load(name: str, args: Args, env, device):
     train, holdout = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
 
     ended, rewarded = int(terminal.sum()), float((rew != np.median(rew)).mean())
-    lacking = "action" if args.backup == "sarsa" else "state"
+    rows, lacking = np.append(train, holdout), "action" if args.backup == "sarsa" else "state"
     say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
     say(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}; {span}")
-    say(f"  {len(train):,} to train on, {len(holdout):,} held out, the rest lack a next {lacking}")
+    lost = f"{n - len(rows):,} lack a next {lacking}"
+    say(f"  {len(train):,} to train on, {len(holdout):,} held out, {lost}")
     if rewarded <= 0.001:
         say(f"only {rewarded:.2%} of the rewards differ from the others: nothing to learn from")
     if not len(train):
         fail(f"{name}: nothing to train on")
-    rows = np.append(train, holdout)
     data = Replay(len(rows), obs.shape[1], act.shape[1], device)
     table = {"obs": obs, "act": act, "rew": rew, "next_obs": next_obs, "done": terminal}
     table |= {"next_act": act[following], "start": np.append(True, end[:-1]), "to_go": g}

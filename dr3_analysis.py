@@ -117,7 +117,8 @@ class Args:
     width: int = 256  # units in a hidden layer
     depth: int = 2  # hidden layers
 
-    compile, eval_episodes = False, 0  # no flags: the block "run" reads them
+    compile = False  # no flag, nor is the next one: the block "run" reads them
+    eval_episodes = 0
 
 
 # a resumed run must have these as before: its networks or its data would not fit
@@ -125,8 +126,8 @@ FIXED = "env_id seed transitions grid targets cures cure_target seeds gamma widt
 
 # the least and the most that a cure's number may be; at most 0: it takes none
 CURES = dict.fromkeys("dr3 dr3abs dr3stop sl rank l2".split(), (0, 1e9))
-CURES |= {"tau": (1e-9, 1), "dropout": (1e-9, 0.99), "refit": (1, 1e9)}
-CURES |= dict.fromkeys(("unit", "layer", "none"), (0, 0))
+CURES.update(tau=(1e-9, 1), dropout=(1e-9, 0.99), refit=(1, 1e9))
+CURES.update(dict.fromkeys(("unit", "layer", "none"), (0, 0)))
 
 
 def parse_cure(label: str) -> tuple[str, float]:
@@ -369,7 +370,9 @@ class Learner(nn.Module):
 
     def __init__(self, problem: Problem, args: Args, device):
         super().__init__()
-        self.args, self.problem, self.members = args, problem, all_members(args)
+        self.args, self.problem = args, problem
+        self.members = all_members(args)
+        self.attributes = [m._asdict().items() for m in self.members]
         inputs = problem.obs.shape[1] + problem.act.shape[1]
         # weights six times (target, gradient, moments), activations of ten next actions
         floats = 6 * args.width * (inputs + args.width * (args.depth - 1))
@@ -390,14 +393,14 @@ class Learner(nn.Module):
 
     def chosen(self, **wanted) -> list[int]:
         """Positions of the members with these attributes."""
-        wanted = wanted.items()
-        return [i for i, m in enumerate(self.members) if all(getattr(m, k) == v for k, v in wanted)]
+        return [i for i, x in enumerate(self.attributes) if wanted.items() <= x]
 
     def sample(self) -> Batch:
         """A batch for each seed: its members differ in nothing but target and cure."""
-        p, size, drawn = self.problem, (self.args.batch_size,), []
+        p, drawn = self.problem, []
         for draw in self.draws:
-            rows = torch.randint(len(p.rew), size, generator=draw, device=p.rew.device)
+            shape, device = (self.args.batch_size,), p.rew.device
+            rows = torch.randint(len(p.rew), shape, generator=draw, device=device)
             drawn.append(p.batch(rows, draw))
         return Batch(*(torch.stack(x)[self.seeds] for x in zip(*drawn)))
 
@@ -505,8 +508,8 @@ def discounted_sums(rew, over, gamma: float):
 def continuous(args: Args, device) -> Problem:
     """Episodes of a uniform policy: 1,000 steps, and a tail that makes their returns whole. Of
     9,000 rows more than --transitions 8,000 are held out."""
-    what, gamma = f"--env-id {args.env_id}", max(args.gamma, 1e-9)
-    tail = math.ceil(math.log(0.01) / math.log(gamma)) + 1
+    what = f"--env-id {args.env_id}"
+    tail = math.ceil(math.log(0.01) / math.log(max(args.gamma, 1e-9))) + 1
     with failing(f"{what} (a package's own: --env-id package:Id)", Exception):
         env = gym.make(args.env_id, max_episode_steps=1_000 + tail)
     if isinstance(env.observation_space, gym.spaces.Dict):
@@ -518,8 +521,8 @@ def continuous(args: Args, device) -> Problem:
     low, span = box.low.astype(float), box.high.astype(float) - box.low
     if box.dtype.kind != "f" or not (span < 1e12).all():
         fail(f"{what}: actions are {box}, expected floats with finite bounds")
-    rng, rows = np.random.default_rng(args.seed), []
-    over, seed = True, args.seed
+    rng, seed = np.random.default_rng(args.seed), args.seed
+    rows, over = [], True
     with closing(env):
         while not over or len(rows) < (1 + tail / 1_000) * (args.transitions + 9_000):
             if over:
@@ -538,8 +541,9 @@ def continuous(args: Args, device) -> Problem:
 def gridworld(args: Args, device) -> Problem:
     """--transitions steps of a uniform policy on a grid; a state is seen as 16 random numbers."""
     P, r = grid_model(args.grid)
-    S, rng, one_hot = len(P), np.random.default_rng(args.seed), np.eye(4, dtype=np.float32)
+    S, rng = len(P), np.random.default_rng(args.seed)
     features = rng.normal(size=(S, 16)).astype(np.float32)
+    one_hot = np.eye(4, dtype=np.float32)
     s, rows = 0, []
     for _ in range(args.transitions):
         a = rng.integers(4)
@@ -560,7 +564,8 @@ def gridworld(args: Args, device) -> Problem:
 
     def greedy_returns(net):
         """From a start anywhere but at the goal, one for each network."""
-        q, returns = net(every.expand(len(net.unit), -1, -1)).view(-1, S, 4), []
+        q = net(every.expand(len(net.unit), -1, -1)).view(-1, S, 4)
+        returns = []
         for policy in one_hot[q.cpu().numpy().argmax(-1)]:
             V = (policy * evaluate_policy(P, r, policy, args.gamma)).sum(1)
             returns.append(V[: S - 1].mean())
@@ -647,16 +652,17 @@ def read_d4rl(path: Path) -> dict:
     is not the next row."""
     import h5py
 
-    keys = {"obs": "observations", "act": "actions", "rew": "rewards", "done": "terminals"}
-    keys |= {"next_obs": "next_observations", "cut": "timeouts"}
-    needed = list(keys.values())[:4]
+    keys = "observations actions rewards terminals next_observations timeouts".split()
+    needed = keys[:4]
     with open(path, "rb") as file:
         what = f"--dataset {path}, which begins with {file.read(24).splitlines()[:1]}"
     hint = "expected D4RL's HDF5, a Minari set, or what tools/convert.py makes of a pickle or npz"
     with failing(f"{what}; {hint}", Exception), h5py.File(path) as f:
         if not {*needed} <= {*f}:
             fail(f"--dataset {path}: needs {', '.join(needed)}, holds {', '.join(sorted(f)[:9])}")
-        found = {name: key for name, key in keys.items() if key in f}
+        if "episode_terminals" in f:  # d3rlpy 1.x, the ends of both kinds
+            keys[-1] = "episode_terminals"
+        found = {name: key for name, key in zip(COLUMNS, keys) if key in f}
         reserve(sum(4 * f[key].size for key in found.values()), "dataset", torch.device("cpu"))
         c = {name: f[key].astype(np.float32)[()] for name, key in found.items()}
         if f["actions"].dtype.kind in "iu":  # perhaps discrete
@@ -702,42 +708,41 @@ def diagnose(learner) -> list[dict]:
     and its error: to the truth where that is known, else to the returns that followed, which a
     network can learn by heart, and to those of held-out episodes (not for q, which is after another
     policy's)."""
-    p, net, gamma, n = learner.problem, learner.net, learner.args.gamma, len(learner.members)
-    device = p.rew.device
+    p, net, gamma = learner.problem, learner.net, learner.args.gamma
+    n, device = len(learner.members), p.rew.device
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(device)
     batch = p.batch(rows, torch.Generator(device).manual_seed(0))
     net.eval()
     y, next_act = backup(learner, Batch(*(x.expand(n, *x.shape) for x in batch)))
     x = torch.cat([p.obs[rows], p.act[rows]], -1).expand(n, -1, -1)
     x_next = torch.cat([p.next_obs[rows].expand(n, -1, -1), next_act], -1)
-    hidden, phi_next, bootstraps = net.hidden(x), net.features(x_next), 1 - p.done[rows]
+    hidden, phi_next = net.hidden(x), net.features(x_next)
     phi, q = hidden[-1], net.q(hidden[-1])
-    full, full_next = gradient_dots(net, x[:, :256], x_next[:, :256])
+    full, full_dot = gradient_dots(net, x[:, :256], x_next[:, :256])
     q_held = net(torch.cat(p.held[:2], -1).expand(n, -1, -1)) if p.held else None
     greedy = p.greedy_returns(net) if p.greedy_returns else None
     net.train()
-    found = []
+    bootstraps, found = 1 - p.done[rows], []
     for i, m in enumerate(learner.members):
-        own, dot = (phi[i] ** 2).sum(-1), (phi[i] * phi_next[i]).sum(-1) * bootstraps
-        full_dot = full_next[i] * bootstraps[:256]
-        numbers = spectrum(phi[i].nan_to_num(0, 0, 0))  # svdvals raises on NaN, which Q shows, too
-        numbers |= alignment(phi[i], phi_next[i], bootstraps)
-        numbers |= {
+        own, dot = (phi[i] ** 2).sum(-1), (phi[i] * phi_next[i]).sum(-1)
+        numbers = {
+            **spectrum(phi[i].nan_to_num(0, 0, 0)),  # svdvals raises on NaN, which Q shows, too
+            **alignment(phi[i], phi_next[i], bootstraps),
             "dormant": dormant([h[i] for h in hidden]),
             "q_mean": q[i].mean(),
             "td_error": relative_error(q[i], y[i]),
             "reg_sl": own.mean(),
-            "reg_td": (own - gamma * dot).mean(),
+            "reg_td": (own - gamma * bootstraps * dot).mean(),
             "reg_sl_full": full[i].mean(),
-            "reg_td_full": (full[i] - gamma * full_dot).mean(),
+            "reg_td_full": (full[i] - gamma * bootstraps[:256] * full_dot[i]).mean(),
         }
         if p.truth:
             true = p.truth[m.target][rows]
-            numbers |= {"truth": true.mean(), "q_error": relative_error(q[i], true)}
+            numbers.update(truth=true.mean(), q_error=relative_error(q[i], true))
             numbers["greedy_return"] = greedy[i]
         elif m.target != "q":
             true = p.mc[rows]
-            numbers |= {"truth": true.mean(), "return_error": relative_error(q[i], true)}
+            numbers.update(truth=true.mean(), return_error=relative_error(q[i], true))
             if p.held:
                 numbers["return_error_holdout"] = relative_error(q_held[i], p.held[2])
         found.append({name: float(x) for name, x in numbers.items()})
@@ -771,22 +776,23 @@ def gradient_dots(net: Members, x, x_next):
 def collect_results(learner, history: dict) -> dict:
     """results[target][cure][metric]: `quarter` and `final`, means over seeds, and half the width of
     their 95 % intervals. history: step -> what diagnose() found."""
-    results, total = {}, learner.args.num_updates
+    results, total = {}, max(history)
     quarter = min(history, key=lambda step: abs(step - total / 4))
     for m in learner.members:
         mine = learner.chosen(target=m.target, label=m.label)
         entries = results.setdefault(m.target, {}).setdefault(m.label, {})
         for metric in history[total][mine[0]]:
-            entries[metric] = {}
+            entry = entries[metric] = {}
             for when, step in (("quarter", quarter), ("final", total)):
                 values = np.array([history[step][i][metric] for i in mine])
-                entries[metric] |= {when: values.mean(), when + "_interval": interval(values)}
+                entry[when], entry[when + "_interval"] = values.mean(), interval(values)
     return results
 
 
 def interval(values) -> float:
     """Half the width of the 95 % interval of a mean, by Student's t; 0 for a single value."""
-    n, t = len(values), (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, n = 2 to 10
+    n = len(values)
     if n < 2:
         return 0.0
     quantile = t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)
@@ -826,22 +832,26 @@ def train(args: Args) -> dict:
             draws = [draw.get_state() for draw in learner.draws]
             run.save(step, learner, {"adam": learner.optim}, history=history, draws=draws)
 
-        moments = (args.num_updates // 4, args.num_updates // 2, args.num_updates)
+        def measure():
+            with run.paused():
+                history[step] = diagnose(learner)
+            for name, numbers in zip(names, history[step]):
+                run.log(step, {f"diagnostics/{name}/{k}": x for k, x in numbers.items()})
+
+        moments = (args.num_updates // 4, args.num_updates // 2)
         while step < args.num_updates and not run.signum:
             step += 1
             error = learner.update(step)
-            measures = every(args.diagnostics_frequency, step - 1, step) or step in moments
-            if measures or every(args.log_frequency, step - 1, step):
+            if every(args.log_frequency, step - 1, step):
                 run.log(step, {f"losses/{name}": x for name, x in zip(names, error)})
                 run.log(step, {"charts/updates_per_second": run.rate(step)})
                 run.show(step, loss=error.mean())
-            if measures:
-                with run.paused():
-                    history[step] = diagnose(learner)
-                for name, numbers in zip(names, history[step]):
-                    run.log(step, {f"diagnostics/{name}/{k}": x for k, x in numbers.items()})
+            if every(args.diagnostics_frequency, step - 1, step) or step in moments:
+                measure()
             if every(args.checkpoint_frequency, step - 1, step):
                 save()
+        if step not in history and not run.signum:
+            measure()
         save()
         run.stop_if_asked()
         summary = {"num_updates": step, "updates_per_second": run.rate(step)}

@@ -700,7 +700,7 @@ class Rollout(NamedTuple):
     rew: torch.Tensor  # (T, N), as the training sees it
     terminated: torch.Tensor  # (T, N), bool
     truncated: torch.Tensor  # (T, N), bool, never where terminated
-    raw_obs: list  # with --normalize-obs: T arrays (N, ...), as the environments gave them
+    raw_obs: list  # T arrays (N, ...), as the environments gave them
 
 
 def assess(agent, states, terminated, truncated) -> tuple:
@@ -742,8 +742,7 @@ class Collector:
             finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
         obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
         for _ in range(args.num_steps):
-            if args.normalize_obs:
-                raw_obs.append(self.obs)
+            raw_obs.append(self.obs)
             obs.append(learner.standardised(finite(self.obs, "an observation")))
             acts.append(agent.sample(agent.policy(obs[-1])))
             step = self.envs.step(to_actions(acts[-1], self.envs))
@@ -784,8 +783,8 @@ class Collector:
 
     def load_state_dict(self, saved: dict, step: int):
         """The environments go on where they were, if they can."""
-        if not saved["envs"]:  # Atari
-            say("these environments cannot be repeated: new episodes start")
+        if not saved["envs"]:
+            say("Atari cannot be repeated from its seed: new episodes start")
             seeds = env_seeds(self.args.seed + 10**13 * step, self.envs.num_envs)
             self.obs, _ = self.envs.reset(seed=seeds)  # no other seed's and no other step's
             return
@@ -819,11 +818,7 @@ def evaluate(learner, envs, args) -> np.ndarray:
     no random number is drawn."""
     if envs is None:
         return np.zeros(0)
-
-    def policy(obs):
-        return to_actions(learner.act(obs, explore=False), envs)
-
-    _, rewards = play(policy, envs, args.seed)
+    _, rewards = play(lambda obs: to_actions(learner.act(obs, False), envs), envs, args.seed)
     return rewards.sum(0)
 
 
@@ -835,9 +830,8 @@ def diagnose(learner, rollout: Rollout) -> dict:
     rows = torch.randperm(rollout.rew.numel(), generator=draw)[:2048].to(learner.device)
     numbers = {}
     for name, phi in learner.agent.features(rollout.states[rows]).items():
-        numbers |= {f"{key}_{name}": x for key, x in spectrum(phi).items()}
-        numbers |= {f"dormant_{name}": dormant([phi])}
-        numbers |= {f"feature_norm_{name}": phi.norm(dim=-1).mean()}
+        own = spectrum(phi) | {"dormant": dormant([phi]), "feature_norm": phi.norm(dim=-1).mean()}
+        numbers |= {f"{key}_{name}": x for key, x in own.items()}
     return numbers
 
 

@@ -33,14 +33,12 @@ While it trains, `charts/episodic_return` should rise, `losses/explained_varianc
 `losses/approx_kl` stay near 0.01 and `losses/clipfrac` near 0.1 (much more: a smaller
 --learning-rate); both are means over all minibatches of an update (CleanRL logs the last).
 
-The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are marked
-where they happen: [1] to [13] in all environments ([13] not for frames), [C1] to [C9] for
-continuous actions, [A1] to [A9] for Atari.
-
 Networks, ppo_loss, Learner.update, and gae and Collector in the block "rollouts" are the
 algorithm, train() is the loop. The other blocks marked "shared", which sibling scripts have too,
-can wait. Known limits: observation vectors or Atari frames, Box or Discrete actions. Left out on
-purpose: recurrent policies, action masks, several GPUs.
+can wait. The details that matter (Huang et al., "The 37 implementation details of PPO", 2022) are
+marked where they happen: [1] to [13], [C1] to [C9] for continuous actions, [A1] to [A9] for Atari.
+Known limits: observation vectors or Atari frames, Box or Discrete actions. Left out on purpose:
+recurrent policies, action masks, several GPUs.
 """
 
 import ctypes
@@ -92,8 +90,7 @@ class Args:
     num_envs: int = 4  # N, environments stepped together
     num_steps: int = 128  # T, steps of each environment in a rollout
     normalize_obs: bool = False  # running standardisation of observations (MuJoCo: on)
-    # rewards divided by the running deviation of their discounted sum so far (MuJoCo: on)
-    normalize_reward: bool = False
+    normalize_reward: bool = False  # over the deviation of their discounted sums (MuJoCo: on)
     sticky: float = 0.25  # Atari: probability that the game repeats the last action
 
     # PPO
@@ -106,8 +103,7 @@ class Args:
     norm_adv: bool = True  # standardise the advantages of each minibatch
     recompute_advantages: bool = False  # before each epoch, with the critic of the moment
     clip_coef: float = 0.2  # eps: the ratio is clipped to 1 - eps .. 1 + eps
-    # hold V to V_old +- eps as well, in units of return: off where returns are large and unscaled
-    clip_vloss: bool = True
+    clip_vloss: bool = True  # hold V to V_old +- eps, too; off where returns are large, unscaled
     ent_coef: float = 0.01  # c_e, weight of the entropy
     # bonus: c_e H in the loss; return: -c_e log pi(a|s) in each reward, so that V predicts it, too
     entropy: Literal["bonus", "return"] = "bonus"
@@ -118,8 +114,7 @@ class Args:
     # networks (vectors; Atari has the Nature network)
     width: int = 64  # units in a hidden layer
     depth: int = 2  # hidden layers
-    # log standard deviation of a continuous policy at the start, on [-1, 1] (CleanRL: 0)
-    log_std_init: float = -0.5
+    log_std_init: float = -0.5  # log of a continuous policy's first deviation (CleanRL: 0)
 
 
 # a resumed run must have these as before: its networks and environments would not fit
@@ -145,7 +140,7 @@ def check(args: Args):
         fail("--entropy return has no effect with --ent-coef 0")
     atari = args.env_id.startswith("ALE/")
     if atari and (args.normalize_obs or args.normalize_reward):
-        fail("Atari: frames are scaled by 255, rewards clipped; no --normalize-obs, -reward")
+        fail("Atari's frames are scaled, its rewards clipped: no --normalize-obs, -reward")
     if atari and (args.width, args.depth) != (Args.width, Args.depth):
         fail("--width, --depth have no effect on Atari, which has the Nature network")
     if not atari and args.sticky != Args.sticky:
@@ -161,8 +156,7 @@ def layer_init(layer, gain: float = 2**0.5):
 
 
 def mlp(fan_in: int, hidden: list[int], fan_out: int, gain: float) -> nn.Sequential:
-    """Hidden layers with tanh; the last layer's gain is small for a policy, which then starts near
-    uniform."""
+    """Hidden layers with tanh; a small gain of the last one lets a policy start near uniform."""
     sizes = [fan_in, *hidden]
     layers = []
     for i, o in zip(sizes, hidden):
@@ -315,8 +309,8 @@ class Learner(nn.Module):
         return self.agent.sample(head) if explore else self.agent.mode(head)
 
     def update(self, rollout) -> dict:
-        """--update-epochs passes over the rollout in shuffled minibatches [6]; mean losses. train()
-        moves the learning rate; the observations' statistics take the rollout in last."""
+        """--update-epochs passes over the rollout in shuffled minibatches [6]; mean losses. The
+        statistics of the observations take the rollout in last."""
         args, infos, batch = self.args, [], self.batch_of(rollout)
         unexplained = (batch.target - batch.value).var() / batch.target.var().clamp(min=1e-8)
         for epoch in range(args.update_epochs):
@@ -342,17 +336,15 @@ class Learner(nn.Module):
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
         """Advantages, targets and the rest, flat."""
-        args, value, next_value = self.args, rollout.value, rollout.next_value
-        ends = (rollout.terminated, rollout.truncated)
+        args, r = self.args, rollout
+        value, next_value = r.value, r.next_value
         if args.recompute_advantages:
-            _, value, next_value = assess(self.agent, rollout.states, *ends)
-        rew = rollout.rew
-        if args.entropy == "return":
-            rew = rew - args.ent_coef * rollout.logp
-        over = rollout.terminated | rollout.truncated
+            _, value, next_value = assess(self.agent, r.states, r.terminated, r.truncated)
+        rew = r.rew - args.ent_coef * r.logp if args.entropy == "return" else r.rew
+        over = r.terminated | r.truncated
         advantage = gae(rew, value, next_value, over, args.gamma, args.gae_lambda)
-        columns = (rollout.act, rollout.logp, rollout.value, advantage, advantage + value)
-        return Batch(rollout.states[: rew.numel()], *(x.flatten(0, 1) for x in columns))
+        columns = (r.act, r.logp, r.value, advantage, advantage + value)
+        return Batch(r.states[: rew.numel()], *(x.flatten(0, 1) for x in columns))
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -425,9 +417,8 @@ def check_spaces(envs, args: Args, device):
         check_boxes(envs, args.env_id)
     elif args.log_std_init != Args.log_std_init:
         fail("--log-std-init has no effect with discrete actions")
-    row = math.prod(obs.shape) * (4 if vectors else 1) + 64
-    size = 3 * args.num_envs * (args.num_steps + 1) * row  # as steps, as states, shuffled
-    reserve(size, "rollout, roughly", device)
+    row = 3 * math.prod(obs.shape) * (4 if vectors else 1) + 200  # raw, as states, shuffled
+    reserve(args.num_envs * (args.num_steps + 1) * row, "rollout, roughly", device)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -534,7 +525,7 @@ class Rollout(NamedTuple):
     rew: torch.Tensor  # (T, N), as the training sees it
     terminated: torch.Tensor  # (T, N), bool
     truncated: torch.Tensor  # (T, N), bool, never where terminated
-    raw_obs: list  # with --normalize-obs: T arrays (N, ...), as the environments gave them
+    raw_obs: list  # T arrays (N, ...), as the environments gave them
 
 
 def assess(agent, states, terminated, truncated) -> tuple:
@@ -576,8 +567,7 @@ class Collector:
             finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
         obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
         for _ in range(args.num_steps):
-            if args.normalize_obs:
-                raw_obs.append(self.obs)
+            raw_obs.append(self.obs)
             obs.append(learner.standardised(finite(self.obs, "an observation")))
             acts.append(agent.sample(agent.policy(obs[-1])))
             step = self.envs.step(to_actions(acts[-1], self.envs))
@@ -618,8 +608,8 @@ class Collector:
 
     def load_state_dict(self, saved: dict, step: int):
         """The environments go on where they were, if they can."""
-        if not saved["envs"]:  # Atari
-            say("these environments cannot be repeated: new episodes start")
+        if not saved["envs"]:
+            say("Atari cannot be repeated from its seed: new episodes start")
             seeds = env_seeds(self.args.seed + 10**13 * step, self.envs.num_envs)
             self.obs, _ = self.envs.reset(seed=seeds)  # no other seed's and no other step's
             return
@@ -653,11 +643,7 @@ def evaluate(learner, envs, args) -> np.ndarray:
     no random number is drawn."""
     if envs is None:
         return np.zeros(0)
-
-    def policy(obs):
-        return to_actions(learner.act(obs, explore=False), envs)
-
-    _, rewards = play(policy, envs, args.seed)
+    _, rewards = play(lambda obs: to_actions(learner.act(obs, False), envs), envs, args.seed)
     return rewards.sum(0)
 
 
@@ -669,9 +655,8 @@ def diagnose(learner, rollout: Rollout) -> dict:
     rows = torch.randperm(rollout.rew.numel(), generator=draw)[:2048].to(learner.device)
     numbers = {}
     for name, phi in learner.agent.features(rollout.states[rows]).items():
-        numbers |= {f"{key}_{name}": x for key, x in spectrum(phi).items()}
-        numbers |= {f"dormant_{name}": dormant([phi])}
-        numbers |= {f"feature_norm_{name}": phi.norm(dim=-1).mean()}
+        own = spectrum(phi) | {"dormant": dormant([phi]), "feature_norm": phi.norm(dim=-1).mean()}
+        numbers |= {f"{key}_{name}": x for key, x in own.items()}
     return numbers
 
 

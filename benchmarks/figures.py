@@ -47,7 +47,7 @@ def bootstrap(strata: list[list[float]], repeats: int = 10_000) -> tuple[float, 
 
 
 def read(name: str) -> list[dict]:
-    """Rows of a CSV of report.py --curves, or of peer_sb3.py brought to the same form."""
+    """Rows of a CSV of report.py --curves, or of peers/sb3.py brought to the same form."""
     with open(HERE / "raw" / name) as f:
         rows = list(csv.DictReader(f))
     if name != "sb3.csv":

@@ -582,8 +582,9 @@ class Recorder:
     a dump of all columns at each checkpoint. Remembers which episode and step a slot holds.
     `cut`: steps after which an episode ends by time, which only episode_end_indices tells."""
 
-    def __init__(self, capacity: int, seed=0, cut=10**9):
+    def __init__(self, capacity: int, seed=0, cut=10**9, chance=0.15):
         self.capacity, self.cut, self.rng = capacity, cut, np.random.default_rng(seed)
+        self.chance = chance  # of a terminal
         kinds = {"observation": np.uint8, "action": np.int32, "reward": np.float32}
         kinds |= {"terminal": np.uint8}
         self.columns = {k: np.zeros(capacity, kind) for k, kind in kinds.items()}
@@ -605,7 +606,7 @@ class Recorder:
                 self.episode, self.t = self.episode + 1, 0
                 for k in (-3, -2, -1):
                     self.put(np.zeros((2, 2)), 0, 0.0, 0, what=(self.episode, k))
-            terminal = self.rng.random() < 0.15
+            terminal = self.rng.random() < self.chance
             row = frame(40 * self.episode + self.t), int(self.rng.integers(4))
             row += float(self.rng.integers(-1, 2)), terminal
             self.log[self.episode, self.t] = row
@@ -691,6 +692,14 @@ def test_a_dopamine_file_gives_what_its_recording_says(steps, cut):
         assert abs(data.return_mean - np.mean(returns)) < 1e-6 and np.mean(returns) != 0
         first = {recorder.stack(e, 0) for e, t in recorder.log if t == 0}
         assert {x.numpy().tobytes() for x in data.stack(data.starts)} <= first
+
+
+def test_a_long_episode_of_a_dopamine_file():
+    """Longer than what is read at once."""
+    recorder = Recorder(3_000, chance=0)
+    recorder.play(2_098)
+    recorder.dump(Path("x"), 0)
+    assert seen(load("x")) == recorder.transitions(0)
 
 
 @pytest.mark.parametrize("cursor", [0, 1, 3, 50, 97, 99])
@@ -1097,6 +1106,8 @@ def test_minari_sets_row_by_row(form, monkeypatch, capsys):
     folder = Path("minari/made/up-v0")
     for other in (folder, folder / "data", folder / "data" / "main_data.hdf5"):
         assert load(other, envs, clip_rewards=False).sha256 == data.sha256
+    mapped = load(name, envs, clip_rewards=False, storage="mmap")
+    assert mapped.mapped is not None and mapped.sha256 == data.sha256
 
 
 def test_pictures_are_made_grey_and_small_and_others_are_refused():
@@ -1138,6 +1149,9 @@ def test_a_minari_set_that_does_not_fit_is_refused(monkeypatch, capsys):
     refused(capsys, lambda: load(name, game((4,), 1)), "row 1 (action 1")
     refused(capsys, lambda: load(name, game((3,), 2)), "shape (4,)", "(3,)")
     refused(capsys, lambda: load(name, game((84, 84), 2)), "shape (4,)")
+    parts = gym.spaces.Dict({"a": space})
+    dicts = minari_set(monkeypatch, [({"a": obs}, [0] * 3, [0.0] * 3, True)], parts, "a/dict-v0")
+    refused(capsys, lambda: load(dicts, game((84, 84), 2)), "expected pictures")
     box = {"action_space": gym.spaces.Box(0, 1, (1,), np.float32)}
     act = [np.float32([0.5])] * 3
     name = minari_set(monkeypatch, [(obs, act, [0.0] * 3, True)], space, "of/floats-v0", **box)
@@ -1159,11 +1173,11 @@ print("peak", peak() - before)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("shape, T", [((84, 84, 4), 3_000), ((210, 160, 3), 1_200)])
+@pytest.mark.parametrize("shape, T", [((84, 84, 4), 2_400), ((210, 160, 3), 1_000)])
 def test_decoding_takes_at_most_13_tenths_of_the_memory_it_prints(shape, T, monkeypatch):
     """Raw stacks and JPEG pictures."""
     obs = np.zeros((T + 1, *shape), np.uint8)
-    episodes = [(obs[: n + 1], [0, 1] * (n // 2), [0.0] * n, True) for n in (T, T // 2, T // 3)]
+    episodes = [(obs, [0, 1] * (T // 2), [0.0] * T, True)] * 2
     space = gym.spaces.Box(0, 255, shape, np.uint8)
     minari_set(monkeypatch, episodes, space, jpeg_encoding=shape[2] == 3)
     code = PEAK.format(root=str(ROOT), tests=str(ROOT / "tests"))
@@ -1672,11 +1686,9 @@ def test_documented_commands_run(command, monkeypatch):
 
 
 def test_learns_to_catch_from_random_play():
-    """Pixels: random play is below the ball in one step of nine; 0.8 of 8 against 4.4 here."""
-    args = c.Args(env_id=("Catch-v0",), collect_steps=8_000, collect_repeat=0.8, width=8)
-    args = replace(
-        args, num_updates=800, learning_rate=1e-3, n_step=1, eval_episodes=30, cuda=False
-    )
-    args = replace(args, target_network_frequency=50, diagnostics_frequency=0, eval_frequency=0)
-    result = c.train(args)
+    """Pixels: random play is below the ball in one step of nine; 0.9 of 8 against 3.6 here."""
+    args = dict(env_id=("Catch-v0",), collect_steps=8_000, collect_repeat=0.8, width=8, head="dqn")
+    args |= dict(num_updates=800, learning_rate=1e-3, n_step=1, target_network_frequency=50)
+    args |= dict(eval_episodes=30, diagnostics_frequency=0, eval_frequency=0, cuda=False)
+    result = c.train(c.Args(**args))
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5

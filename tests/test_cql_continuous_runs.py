@@ -99,6 +99,7 @@ def test_cloning_only_gives_the_data_and_sarsa_improves_one_step():
     assert run("--backup sarsa --cql-alpha 0", data)["final_return_mean"] > -5
 
 
+FEW = {"episodes": 5, "reward": lambda x: abs(x)}
 REAL = [  # verdict, flags, data
     ("no sign of trouble", "", {}),
     ("no sign of trouble", "", {"reward": lambda x: 2 - abs(x)}),
@@ -112,11 +113,7 @@ REAL = [  # verdict, flags, data
     ("too short to judge", "--gamma 0.99 --tau 0.01 --cql-alpha 0", {"reward": lambda x: x - 5}),
     ("underfitting", "--width 2 --depth 1", {"reward": lambda x: np.sign(np.sin(25 * x))}),
     ("overfitting", "--holdout 0.5 --width 64", {"episodes": 4}),
-    (
-        "divergence",
-        "--cql-alpha 0 --backup max --cql-samples 10 --tau 1",
-        {"episodes": 5, "reward": lambda x: abs(x)},
-    ),
+    ("divergence", "--cql-alpha 0 --backup max --cql-samples 10 --tau 1", FEW),
 ]
 
 
@@ -129,8 +126,8 @@ def test_verdicts_of_real_runs(expected, words, data):
 
 
 def test_evaluation_by_hand():
-    """Two episodes, of 3 and of 5 steps, which pay 1, 2, 3 ...: what the first environment does while
-    the second goes on is not counted, nor shifted."""
+    """Two episodes, of 3 and of 5 steps, which pay 1, 2, 3 ...: what the first environment does
+    while the second goes on is not counted, nor shifted."""
     args = Args(env_id="Counting-v0", width=8, gamma=0.5, reward_scale=2.0, reward_shift=-1.0)
     learner = cql.Learner(2, 2, args, torch.device("cpu"))
     for p in learner.critic.parameters():
@@ -193,9 +190,9 @@ def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
 
 
 IGNORED = """--cql-alpha 0 --cql-variant rho; --cql-alpha 0 --cql-target-gap 1; --cql-alpha 0
---precision bf16; --cql-alpha 0 --cql-clip-diff -1; --cql-variant eq1 --cql-target-gap 1; --backup
-max --backup-entropy; --backup sarsa --online-steps 9; --depth 1 --residual; --action-low -1;
---dataset x --action-high data; --dataset no/such/file.hdf5 --eval-episodes 0"""
+--precision bf16; --cql-variant eq2 --cql-temperature 2; --cql-variant eq1 --cql-target-gap 1;
+--backup max --backup-entropy; --backup sarsa --online-steps 9; --depth 1 --residual; --action-low
+-1; --dataset x --action-high data; --dataset no/such/file.hdf5 --eval-episodes 0"""
 
 
 @pytest.mark.parametrize("words", IGNORED.replace("\n", " ").split("; "))

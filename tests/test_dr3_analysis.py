@@ -932,7 +932,7 @@ def test_one_member_with_nan_stops_the_run_before_a_checkpoint(monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         d.train(tiny(checkpoint_frequency=5))
     assert stop.value.code == 3
-    assert "step 24: losses/sarsa/none/2 is nan" in capsys.readouterr().err
+    assert "step 24: diagnostics/sarsa/none/2/" in capsys.readouterr().err
     assert load(only_run(".") / "checkpoint.pt")["step"] == 20
 
 

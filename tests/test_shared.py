@@ -148,7 +148,7 @@ def test_two_blocks_never_define_the_same_name():
 TWINS = {  # parts of the algorithms, too small for a block and told again in each script
     "squashed_log_prob": ("sac", "cql_continuous"),
     "Learner.minimise": ("sac", "td3", "cql_continuous"),
-    "Learner.polyak": ("sac", "td3", "cql_continuous"),
+    "Learner.polyak": ("sac", "td3"),
     "evaluate": ("sac", "td3"),
     "diagnose": ("sac", "td3"),
     "Agent.sample": ("ppo", "kfac_npg"),
@@ -174,14 +174,14 @@ def test_what_is_written_twice_is_written_alike():
         assert all(other == first for other in others), f"{name} differs among {scripts}"
 
 
-SIZES = {  # most lines of each script
-    "sac": 1010,
-    "td3": 970,
-    "ppo": 1100,
-    "kfac_npg": 1200,
-    "cql_continuous": 1400,
-    "cql_atari": 1500,
-    "dr3_analysis": 1100,
+SIZES = {  # most lines of each script, everything included: a script may only shrink
+    "sac": 1000,
+    "td3": 960,
+    "ppo": 1105,
+    "kfac_npg": 1285,
+    "cql_continuous": 1780,
+    "cql_atari": 1755,
+    "dr3_analysis": 1205,
 }
 
 

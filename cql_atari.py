@@ -1125,7 +1125,8 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
     """A Minari set, an episode at a time; each has one observation more than actions."""
     folder = find_minari(name)
     if folder is None:
-        fail(f"--dataset {name}: no set of a known kind, nor in Minari; `minari download {name}`")
+        kinds = "of DQN Replay, Minari or this script"
+        fail(f"--dataset {name}: no folder {kinds}, nor a Minari id here; `minari download {name}`")
     with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
         import minari
         from minari.dataset.minari_storage import is_image_space
@@ -1138,7 +1139,7 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
         if envs.frames:
             say(f"{name}: {space.dtype} {space.shape} become grey frames {envs.frame_shape}")
             size = (max(lengths, default=0) + 1) * math.prod(space.shape) * space.dtype.itemsize
-            size *= 3 if data.storage.FORMAT == "arrow" else 1  # its copies on the way
+            size *= 3 if data.storage.FORMAT == "arrow" else 1.25  # copies on the way
             reserve(size, "its longest episode, decoded", torch.device("cpu"))
             if is_image_space(space) and data.storage.jpeg_encoding:
                 say("  kept as JPEG: up to 40 of 255 off what the environment shows in evaluations")

@@ -648,9 +648,9 @@ def read_hdf5(path: Path, device) -> dict:
 
     def column(key: str):
         if not hasattr(f.get(key), "dtype"):
-            found = ", ".join(list(f)[:9]) or "nothing"
-            hint = ": a Minari file without metadata.json beside it" * ("episode_0" in f)
-            fail(f"{path}: no array '{key}' (found: {found}{', ...' * (len(f) > 9)}){hint}")
+            found = ", ".join([*list(f)[:9], "..."][: len(f)]) or "nothing"
+            hint = ": a Minari file without metadata.json" if "episode_0" in f else ""
+            fail(f"{path}: no array '{key}' (found: {found}){hint}")
         if f[key].dtype.kind not in "biuf":
             fail(f"{path}: '{key}' holds {f[key].dtype}, expected numbers")
         x = f[key] if f[key].dtype.kind == "b" else f[key].astype(np.float32)
@@ -743,8 +743,8 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
         say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
     if together := (terminal[1:] & terminal[:-1]).sum():
         say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
-    alike = len(length) > 1 < length[0] and (length == (limit or length[0])).all()
-    if alike and terminal[end].all():
+    alike = len(length) > 1 and (length == (limit or length[0])).all()
+    if alike and length[0] > 1 and terminal[end].all():
         say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
     return end, note
 
@@ -766,7 +766,8 @@ def scale_actions(act, args: Args, box, name: str) -> str:
     if beyond.max() > 2e-3 and not args.clip_actions:  # 0.1 % of the range, which is 2
         row, share = int(beyond.argmax()), (beyond > 2e-3).mean()
         most = f"row {row} by {beyond[row] / 2:.1%} of their range"
-        mend = "--clip-actions clips them" + ", --action-low, --action-high widen" * (box is None)
+        mend = "--clip-actions clips them"
+        mend += "" if box is not None else ", --action-low and --action-high set others"
         fail(f"{name}: 'actions' of {share:.1%} of the rows leave {bounds}, {most}: {mend}")
     act.clip(-1, 1, out=act)
     return f"{said}, {(beyond > 0).sum():,} clipped"

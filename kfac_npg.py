@@ -198,7 +198,7 @@ class Agent(nn.Module):
 
     def sample(self, head):
         if self.discrete:
-            return torch.distributions.Categorical(logits=head, validate_args=False).sample()
+            return torch.multinomial(head.softmax(-1), 1)[:, 0]
         return head + self.log_std.exp() * torch.randn_like(head)
 
     def mode(self, head):

@@ -1150,7 +1150,7 @@ def test_a_minari_set_that_does_not_fit_is_refused(monkeypatch, capsys):
     refused(capsys, lambda: load(name, game((3,), 2)), "shape (4,)", "(3,)")
     refused(capsys, lambda: load(name, game((84, 84), 2)), "shape (4,)")
     parts = gym.spaces.Dict({"a": space})
-    dicts = minari_set(monkeypatch, [({"a": obs}, [0] * 3, [0.0] * 3, True)], parts, "a/dict-v0")
+    dicts = minari_set(monkeypatch, [({"a": obs}, [0] * 3, [0.0] * 3, True)], parts, "of/dicts-v0")
     refused(capsys, lambda: load(dicts, game((84, 84), 2)), "expected pictures")
     box = {"action_space": gym.spaces.Box(0, 1, (1,), np.float32)}
     act = [np.float32([0.5])] * 3

@@ -262,7 +262,10 @@ def test_data_of_an_environment(env_id, length, monkeypatch):
         assert abs(float(x.var()) - 1 / 3) < 0.02
 
 
-UNFIT = [("ClockOut-v0", "0 of 10080 rows have a next action and a return"), ("Nope-v0", "NameNotFound")]
+UNFIT = [
+    ("ClockOut-v0", "0 of 10080 rows have a next action and a return"),
+    ("Nope-v0", "NameNotFound"),
+]
 UNFIT += [("ClockUnbounded-v0", "finite bounds"), ("CartPole-v1", "expected a Box")]
 UNFIT += [("FrozenLake-v1", "expected a Box"), ("ClockNaN-v0", "'rew' is nan at row 499")]
 
@@ -866,8 +869,8 @@ def test_finished_runs_go_on_a_thousandfold(monkeypatch, capsys):
     done = stop_at("dr3_analysis", "Learner.update", 3, *again, "--num-updates", "8000", cwd=".")
     assert done.returncode == 143 and "--num_updates 8000, 8 so far" in done.stdout
     assert load(only_run(".") / "checkpoint.pt")["step"] == 11
-    taken = replace(args, resume=run, num_updates=12, learning_rate=1.0, tau=0.5)
-    d.train(taken)
+    assert d.train(replace(args, resume=run, num_updates=11))["num_updates"] == 11  # ends there
+    d.train(replace(args, resume=run, num_updates=12, learning_rate=1.0, tau=0.5))
     assert "from here on --learning_rate 1.0" in capsys.readouterr().out
     whole = d.train(tiny(num_updates=12, run_dir="other"))
     assert whole["results"] != json.loads((Path(run) / "summary.json").read_text())["results"]

@@ -187,9 +187,8 @@ def test_an_environment_shows_its_own_reason(stack, capsys):
     assert "doesn't exist" in refused(capsys, lambda: sac.make_envs("Nope-v0", 1, stack))
     err = refused(capsys, lambda: sac.make_envs("no_such_package:Nope-v0", 1, stack))
     assert "no_such_package" in err
-    Path("package_of_mine.py").write_text(
-        "import gymnasium\ngymnasium.register('Mine-v0', 'conftest:Counting', max_episode_steps=9)\n"
-    )
+    mine = "import gymnasium as g\ng.register('Mine-v0', 'conftest:Counting', max_episode_steps=9)"
+    Path("package_of_mine.py").write_text(mine)
     sys.path.insert(0, os.getcwd())
     try:
         assert sac.make_envs("package_of_mine:Mine-v0", 1, stack).num_envs == 1

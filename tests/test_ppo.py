@@ -118,16 +118,14 @@ def test_gae_is_the_weighted_sum_of_n_step_advantages(lam):
         assert abs(advantage[t, 0] - np.dot(weights, n_step)) < 1e-10
 
 
-def test_gae_in_closed_form_and_at_an_episodes_end():
+def test_gae_of_constant_rewards_and_at_an_episodes_end():
     gamma, lam, T = 0.9, 0.8, 50
-    one, zero, never = torch.ones(T, 1).double(), torch.zeros(T, 1).double(), torch.zeros(T, 1) > 0
-    assert torch.allclose(ppo.gae(one, 10 * one, 10 * one, never, gamma, lam), zero)
-    rest = torch.arange(T, 0, -1)[:, None]
-    exact = (1 - (gamma * lam) ** rest.double()) / (1 - gamma * lam)
-    assert torch.allclose(ppo.gae(one, zero, zero, never, gamma, lam), exact)
+    one, zero = torch.ones(T, 1).double(), torch.zeros(T, 1).double()
+    exact = (1 - (gamma * lam) ** torch.arange(T, 0, -1)[:, None]) / (1 - gamma * lam)
+    assert torch.allclose(ppo.gae(one, zero, zero, zero > 0, gamma, lam), exact.double())
     over = torch.arange(T)[:, None] == 19  # row 19 does not hear of row 20
     cut = ppo.gae(one, zero, zero, over, gamma, lam)
-    assert torch.allclose(cut, torch.cat([exact[30:], exact[20:]]))
+    assert torch.allclose(cut, torch.cat([exact[30:], exact[20:]]).double())
 
 
 @pytest.mark.parametrize("space", [BOX, FOUR])
@@ -265,9 +263,10 @@ def test_recomputed_advantages_follow_the_critic(stack):
     learner, r, _, args = collected(stack, recompute_advantages=True, gae_lambda=0.0)
     before = learner.batch_of(r)
     learner.agent.critic[-1].bias.data += 1.0  # V + 1: delta falls by 1 - gamma, or at an end by 1
-    change = learner.batch_of(r).advantage - before.advantage
+    after = learner.batch_of(r)
     expected = torch.where(r.terminated, -1.0, -(1 - args.gamma)).flatten()
-    assert torch.allclose(change, expected, atol=1e-4)
+    assert torch.allclose(after.advantage - before.advantage, expected, atol=1e-4)
+    assert torch.equal(after.value, before.value)  # V_old of the clip
 
 
 def test_statistics_of_rewards_and_observations(stack):
@@ -455,20 +454,17 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
 
 
 def test_diagnostics_logging_and_evaluation_change_nothing_another_seed_does():
-    saved = {}
-    off = {"eval_episodes": 0, "eval_frequency": 0, "log_frequency": 10**6}
-    for name, changes in (
-        ("on", {"checkpoint_frequency": 80}),
-        ("off", off),
-        ("other", {"seed": 2}),
-    ):
+    on, off = {"checkpoint_frequency": 80}, {"eval_frequency": 0, "log_frequency": 10**6}
+    runs = {"on": on, "off": off | {"eval_episodes": 0}, "other": {"seed": 2}}
+    saved = []
+    for name, changes in runs.items():
         ppo.train(tiny(run_dir=name, **changes))
-        (path,) = Path(name).glob("*/checkpoint.pt")
-        saved[name] = conftest.load(path)
-    on, off, other = (x["networks"] for x in saved.values())
+        (run,) = Path(name).iterdir()
+        saved.append(conftest.load(run / "checkpoint.pt"))
+    on, off, other = (x["networks"] for x in saved)
     assert all(torch.equal(x, off[key]) for key, x in on.items())
     assert not all(torch.equal(x, other[key]) for key, x in on.items())
-    assert torch.equal(saved["on"]["random"], saved["off"]["random"])
+    assert torch.equal(saved[0]["random"], saved[1]["random"])
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "PPOTarget-v0"])

@@ -244,6 +244,8 @@ def test_the_length_of_the_fine_tuning_may_change_on_resume(go, data, tmp_path):
     for steps in (29, 0):
         done = go("--online-steps", steps, "--resume", run, status=2)
         assert_one_line(done, "beyond")
+    done = go("--num-updates", 65, "--online-steps", 10, "--resume", run, status=2)
+    assert_one_line(done, "online already")
 
 
 # -------------------------------------------------- P2: seeds; P3: what must not matter

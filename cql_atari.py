@@ -1353,12 +1353,11 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 
 def on_its_way(history: list[dict]) -> bool:
     """Whether the dataset's Q is still on its way from 0 to its level: farther from 0 in each of
-    the last three fifths of the run, and in the last one by an eighth of the whole way. (On a
-    straight line that is a fifth; after 1 / (tau (1 - gamma)) updates about an eighth.)"""
-    fifths = [history[len(history) * k // 5 - 1]["q_data"] for k in (2, 3, 4, 5)]
-    way = np.abs(fifths)
-    same_side = min(fifths) > 0 or max(fifths) < 0
-    return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 0.875 * way[3])
+    the last three fifths of the run, and in the last one by a seventh of the whole way. (On a
+    straight line that is a fifth; after 0.8 / (tau (1 - gamma)) updates a seventh.)"""
+    fifths = [history[round(len(history) * k / 5) - 1]["q_data"] for k in (2, 3, 4, 5)]
+    way, same_side = np.abs(fifths), min(fifths) > 0 or max(fifths) < 0
+    return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 6 / 7 * way[3])
 
 
 def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> tuple[str, str]:
@@ -1404,7 +1403,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     # but Q starts at 0, and to a bound below that it has to come down
     step_down = before["q_data"] - end["q_data"]
     risen = step_down <= 0 or end["q_max"] > max(UNTRAINED, history[0]["q_max"])
-    settled = not moving and end["q_max"] - 5 * step_down > allowed
+    settled = not moving and end["q_max"] - 10 * step_down > allowed
     if end["q_max"] > allowed and (risen or settled):
         too_high = f"Q reaches {end['q_max']:.3g}, these rewards allow about {allowed:.3g}"
         cause = "the backup feeds on overestimated actions"

@@ -12,10 +12,11 @@ phi(s,a), which the last linear layer reads, tell the story:
   q       y = r + gamma max of Q'(s',a), ten uniform a      control (discrete actions: all a)
   moving  y of another seed's td network                    a moving target not of its own doing
 
-with Q' the target network. Claims (arXiv 2010.14498, 2112.04716): with bootstrapping on unseen
-actions the rank of phi falls below that of sarsa, and the dot products phi(s,a).phi(s',a') rise,
-even when Q has settled. Why: the noise of gradient descent acts like a regulariser of the features.
-In supervised learning it adds sum phi.phi, which keeps them small; with bootstrapping it adds
+with Q' the target network, 0 after a terminal. Claims (arXiv 2010.14498, 2112.04716): with
+bootstrapping on unseen actions the rank of phi falls below that of sarsa, and the dot products
+phi(s,a).phi(s',a') rise, even when Q has settled. Why: the noise of gradient descent acts like a
+regulariser of the features. In supervised learning it adds sum phi.phi, which keeps them small;
+with bootstrapping it adds
 
   R(phi) = sum [ phi(s,a).phi(s,a) - gamma phi(s,a).phi(s',a') ]
 
@@ -117,14 +118,14 @@ class Args:
     width: int = 256  # units in a hidden layer
     depth: int = 2  # hidden layers
 
-    compile = False  # no flag, nor is the next one: the block "run" reads them
+    compile = False  # no flags, these two: the block "run" reads them
     eval_episodes = 0
 
 
 # a resumed run must have these as before: its networks or its data would not fit
 FIXED = "env_id seed transitions grid targets cures cure_target seeds gamma width depth".split()
 
-# the least and the most that a cure's number may be; at most 0: it takes none
+# the least and the most that a cure's number may be; (0, 0): it takes none
 CURES = dict.fromkeys("dr3 dr3abs dr3stop sl rank l2".split(), (0, 1e9))
 CURES.update(tau=(1e-9, 1), dropout=(1e-9, 0.99), refit=(1, 1e9))
 CURES.update(dict.fromkeys(("unit", "layer", "none"), (0, 0)))

@@ -353,7 +353,7 @@ BOUNDS = {  # flags of bounds: the bounds of two dimensions that hold, or words 
     "--action-low data --action-high data": ([-3, 2], [5, 4]),
     "--action-low -4 --action-high 6": ([-4, -4], [6, 6]),
     "--action-low -4 0 --action-high data": ([-4, 0], [5, 4]),
-    "--action-low -4 --action-high 4": "--action-low, --action-high widen",
+    "--action-low -4 --action-high 4": "--action-low and --action-high set others",
     "--action-low 1 2 3 --action-high 9": "one number, or 2",
     "--action-low 7 --action-high 6": "expected low < high",
     "--action-low nan --action-high 6": "expected low < high",

@@ -547,7 +547,7 @@ class Envs:
         space, obs = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             fail(f"--env-id {env_id}: actions are {space}, expected Discrete from 0")
-        stacks = obs.shape[0] == STACK and obs.dtype == np.uint8 and len(obs.shape) == 3
+        stacks = len(obs.shape) == 3 and obs.shape[0] == STACK and obs.dtype == np.uint8
         if len(obs.shape) != 1 and not stacks:
             fail(f"--env-id {env_id}: shows {obs}, expected vectors or (H, W) frames of uint8")
         if not self.game and self.envs.envs[0].spec.max_episode_steps is None:

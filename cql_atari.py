@@ -679,8 +679,6 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
     """The numbers of one moment, in eval mode, on at most 2,048 transitions, always the same: means
     over games, but for q_max and the bounds. v_s0 is at the data's first states."""
     moments, features, activity = [], [], []
-    if not all(x.isfinite().all() for x in learner.parameters()):
-        return {"td_error": math.nan}  # ends the run; the singular values would not be found
 
     def probe(rows):
         n = min(2048 // len(games), len(rows))
@@ -1264,7 +1262,8 @@ def spectrum(phi) -> dict:
 
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
     s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
-    s = torch.linalg.svdvals(phi.float()).double()
+    s = torch.linalg.svdvals(phi.float().nan_to_num(0, 0, 0)).double()
+    s = s + 0 * phi.abs().max()  # NaN where phi is not finite, for which svdvals would raise
 
     def reach(x):  # 1e-9 absorbs rounding
         return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
@@ -1515,7 +1514,7 @@ def set_up(args, distributed: bool = False) -> torch.device:
     os.close(descriptor)
     if "WORLD_SIZE" in os.environ and not distributed:
         fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
-    if args.compile:
+    if getattr(args, "compile", False):
         if not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler: g++, or the one that CXX names")
         torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
@@ -1580,7 +1579,7 @@ class Run(ExitStack):
 
     def __init__(self, args, total: int):
         super().__init__()
-        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
@@ -1600,19 +1599,21 @@ class Run(ExitStack):
         """Arguments changed on resume are printed; those in FIXED must not change."""
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before.get(name, value):
+                flag = "--" + name.replace("_", "-")
                 if name in FIXED:
-                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
-                say(f"from here on --{name} {value}, {before[name]} so far")
+                    fail(f"--resume: that run has {flag} {before[name]}, not {value}")
+                say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
             fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, saved = (
-            self.args,
-            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
-        )
+        args, self.info = self.args, info
+        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1635,7 +1636,8 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            self.about(**info)
+            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
+            (self.dir / "args.json").write_text(about)
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -1649,14 +1651,6 @@ class Run(ExitStack):
         say(f"run folder: {self.dir}")
         self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def about(self, **info):
-        self.info |= info
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
-        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
-        (self.dir / "args.json").write_text(text)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""
@@ -1738,7 +1732,7 @@ class Run(ExitStack):
 
     def finish(self, summary: dict) -> dict:
         summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
-        summary["eval_episodes"] = self.args.eval_episodes
+        summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
         return summary

@@ -552,12 +552,6 @@ def interact(learner, envs, replay, obs, uniform: bool = False) -> tuple[np.ndar
     return next_obs, infos["final_info"]["return"][over].tolist() if over.any() else []
 
 
-def sample_online(replay, n: int) -> Batch:
-    u = torch.rand(n, dtype=torch.float64, device=replay.device)
-    rows = (u * replay.size).long()
-    return Batch(*(replay.columns[name][rows] for name in Batch._fields[:-1]))
-
-
 def collect(args: Args, env, run, device) -> Path:
     """The replay of a soft actor-critic trained online, kept as a D4RL-layout file in --data-dir.
 
@@ -581,7 +575,7 @@ def collect(args: Args, env, run, device) -> Path:
         obs, ended = interact(learner, env, replay, obs, uniform=step < RANDOM_STEPS)
         returns += ended
         if step >= RANDOM_STEPS:
-            learner.update(lambda: sample_online(replay, online.batch_size), cloning=False)
+            learner.update(lambda: replay.sample(online.batch_size), cloning=False)
         if step % 1_000 == 999:
             say(f"collected {step + 1:,}/{args.collect_steps:,}, last return {returns[-1]:.4g}")
         if run.signum:
@@ -826,6 +820,8 @@ def load(name: str, args: Args, env, device):
     train, holdout = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
 
     ended, rewarded = int(terminal.sum()), float((rew != np.median(rew)).mean())
+    if ended and np.median(rew) != 0:
+        rewarded = 1.0  # then an episode's length pays
     rows, lacking = np.append(train, holdout), "action" if args.backup == "sarsa" else "state"
     say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
     say(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}; {span}")
@@ -855,8 +851,6 @@ def diagnose(learner, data, args: Args) -> dict:
     A fresh generator each time. Every Q is the ensemble's minimum; the TD error is the ensemble's
     mean, in units of the variance of y; features are those of the first critic."""
     size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
-    if not all(x.isfinite().all() for x in learner.parameters()):
-        return {"td_error": math.nan}  # ends the run; the singular values would not be found
 
     def probe(rows):
         return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:2048]]
@@ -945,18 +939,12 @@ def evaluate(learner, envs, args: Args) -> dict:
     """One episode in each of `envs` by tanh(mean): mean and deviation of the returns, as the
     environment pays them; `overestimation`, the mean of Q(s0, a0) less the discounted return that
     followed, both scaled (an episode cut at T steps misses gamma^T). Draws no random number."""
-    alive = []
-
-    def policy(obs):
-        alive.append([env.episode == 0 for env in envs.envs])
-        return to_env(learner.act(obs, explore=False), envs)
-
-    s0, rewards = play(policy, envs, args.seed)
+    s0, rewards, alive = play(learner, envs, args.seed)
     s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
     learner.eval()
     predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
     learner.train()
-    scaled = args.reward_scale * rewards + args.reward_shift * np.array(alive)
+    scaled = args.reward_scale * rewards + args.reward_shift * alive
     discounted = (args.gamma ** np.arange(len(rewards))) @ scaled
     returns = rewards.sum(0)
     numbers = {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
@@ -1001,7 +989,7 @@ def train(args: Args) -> dict:
             if not online:
                 return data.sample(args.batch_size)
             n = round(args.offline_share * args.batch_size)
-            pairs = zip(data.sample(n)[:-1], sample_online(replay, args.batch_size - n))
+            pairs = zip(data.sample(n)[:-1], replay.sample(args.batch_size - n)[:-1])
             return Batch(*(torch.cat(pair) for pair in pairs))
 
         def update(cloning: bool, online: bool) -> dict:
@@ -1333,16 +1321,17 @@ def to_env(act, envs) -> np.ndarray:
     return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
 
 
-def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
-    (T, n), which are 0 after its end."""
+def play(learner, envs, seed: int, convert=to_env):
+    """A whole episode in each of `envs` without exploration: first observations (n, ...), rewards
+    (T, n), 0 after its end, and whether each still belongs to it, (T, n)."""
     obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
-    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
-    while alive.any():
-        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
-        rewards.append(np.where(alive, rew, 0.0))
-        alive &= ~(terminated | truncated)  # what follows the first episode does not count
-    return s0, np.array(rewards)
+    s0, rewards, alive = obs, [], [np.ones(envs.num_envs, bool)]
+    while alive[-1].any():
+        act = convert(learner.act(obs, explore=False), envs)
+        obs, rew, terminated, truncated, _ = envs.step(act)
+        rewards.append(np.where(alive[-1], rew, 0.0))
+        alive.append(alive[-1] & ~(terminated | truncated))
+    return s0, np.array(rewards), np.array(alive[:-1])
 
 
 # === end shared ===
@@ -1376,7 +1365,7 @@ class Replay:
         self.size.fill_(min(self.added, self.capacity))
 
     def batch(self, rows) -> Batch:
-        return Batch(*(self.columns[name][rows] for name in Batch._fields))
+        return Batch(*(self.columns[name][rows] for name in Batch._fields if name in self.columns))
 
     def sample(self, n: int) -> Batch:
         u = torch.rand(n, dtype=torch.float64, device=self.device)
@@ -1460,7 +1449,8 @@ def spectrum(phi) -> dict:
 
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
     s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
-    s = torch.linalg.svdvals(phi.float()).double()
+    s = torch.linalg.svdvals(phi.float().nan_to_num(0, 0, 0)).double()
+    s = s + 0 * phi.abs().max()  # NaN where phi is not finite, for which svdvals would raise
 
     def reach(x):  # 1e-9 absorbs rounding
         return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
@@ -1547,7 +1537,7 @@ def set_up(args, distributed: bool = False) -> torch.device:
     os.close(descriptor)
     if "WORLD_SIZE" in os.environ and not distributed:
         fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
-    if args.compile:
+    if getattr(args, "compile", False):
         if not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler: g++, or the one that CXX names")
         torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
@@ -1612,7 +1602,7 @@ class Run(ExitStack):
 
     def __init__(self, args, total: int):
         super().__init__()
-        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
@@ -1632,19 +1622,21 @@ class Run(ExitStack):
         """Arguments changed on resume are printed; those in FIXED must not change."""
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before.get(name, value):
+                flag = "--" + name.replace("_", "-")
                 if name in FIXED:
-                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
-                say(f"from here on --{name} {value}, {before[name]} so far")
+                    fail(f"--resume: that run has {flag} {before[name]}, not {value}")
+                say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
             fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, saved = (
-            self.args,
-            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
-        )
+        args, self.info = self.args, info
+        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1667,7 +1659,8 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            self.about(**info)
+            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
+            (self.dir / "args.json").write_text(about)
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -1681,14 +1674,6 @@ class Run(ExitStack):
         say(f"run folder: {self.dir}")
         self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def about(self, **info):
-        self.info |= info
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
-        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
-        (self.dir / "args.json").write_text(text)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""
@@ -1770,7 +1755,7 @@ class Run(ExitStack):
 
     def finish(self, summary: dict) -> dict:
         summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
-        summary["eval_episodes"] = self.args.eval_episodes
+        summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
         return summary

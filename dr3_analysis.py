@@ -118,9 +118,6 @@ class Args:
     width: int = 256  # units in a hidden layer
     depth: int = 2  # hidden layers
 
-    compile = False  # no flags, these two: the block "run" reads them
-    eval_episodes = 0
-
 
 # a resumed run must have these as before: its networks or its data would not fit
 FIXED = "env_id seed transitions grid targets cures cure_target seeds gamma width depth".split()
@@ -727,7 +724,7 @@ def diagnose(learner) -> list[dict]:
     for i, m in enumerate(learner.members):
         own, dot = (phi[i] ** 2).sum(-1), (phi[i] * phi_next[i]).sum(-1)
         numbers = {
-            **spectrum(phi[i].nan_to_num(0, 0, 0)),  # svdvals raises on NaN, which Q shows, too
+            **spectrum(phi[i]),
             **alignment(phi[i], phi_next[i], bootstraps),
             "dormant": dormant([h[i] for h in hidden]),
             "q_mean": q[i].mean(),
@@ -878,7 +875,8 @@ def spectrum(phi) -> dict:
 
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
     s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
-    s = torch.linalg.svdvals(phi.float()).double()
+    s = torch.linalg.svdvals(phi.float().nan_to_num(0, 0, 0)).double()
+    s = s + 0 * phi.abs().max()  # NaN where phi is not finite, for which svdvals would raise
 
     def reach(x):  # 1e-9 absorbs rounding
         return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
@@ -965,7 +963,7 @@ def set_up(args, distributed: bool = False) -> torch.device:
     os.close(descriptor)
     if "WORLD_SIZE" in os.environ and not distributed:
         fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
-    if args.compile:
+    if getattr(args, "compile", False):
         if not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler: g++, or the one that CXX names")
         torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
@@ -1030,7 +1028,7 @@ class Run(ExitStack):
 
     def __init__(self, args, total: int):
         super().__init__()
-        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
@@ -1050,19 +1048,21 @@ class Run(ExitStack):
         """Arguments changed on resume are printed; those in FIXED must not change."""
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before.get(name, value):
+                flag = "--" + name.replace("_", "-")
                 if name in FIXED:
-                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
-                say(f"from here on --{name} {value}, {before[name]} so far")
+                    fail(f"--resume: that run has {flag} {before[name]}, not {value}")
+                say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
             fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, saved = (
-            self.args,
-            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
-        )
+        args, self.info = self.args, info
+        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1085,7 +1085,8 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            self.about(**info)
+            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
+            (self.dir / "args.json").write_text(about)
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -1099,14 +1100,6 @@ class Run(ExitStack):
         say(f"run folder: {self.dir}")
         self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def about(self, **info):
-        self.info |= info
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
-        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
-        (self.dir / "args.json").write_text(text)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""
@@ -1188,7 +1181,7 @@ class Run(ExitStack):
 
     def finish(self, summary: dict) -> dict:
         summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
-        summary["eval_episodes"] = self.args.eval_episodes
+        summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
         return summary

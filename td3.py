@@ -126,7 +126,7 @@ def check(args: Args):
     check_numbers(args, "tau", 1e-9, 1)
     if args.save_dataset:
         if Path(args.save_dataset).exists():
-            fail(f"--save-dataset {args.save_dataset} exists already")
+            fail(f"--save-dataset {args.save_dataset} exists already: give another name")
         if args.buffer_size < args.total_timesteps + args.num_envs:
             fail("--save-dataset writes the whole replay: it needs a larger --buffer-size")
 
@@ -370,7 +370,7 @@ def evaluate(learner, envs, args) -> tuple[np.ndarray, dict]:
     if envs is None:
         return np.zeros(0), {}
     learner.eval()
-    s0, rewards = play(lambda obs: to_env(learner.act(obs, explore=False), envs), envs, args.seed)
+    s0, rewards, _ = play(learner, envs, args.seed)
     s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
     predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
     learner.train()
@@ -500,16 +500,17 @@ def to_env(act, envs) -> np.ndarray:
     return (box.low + (act + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
 
 
-def play(policy, envs, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A whole episode in each of `envs` by policy(obs): first observations (n, ...), and rewards
-    (T, n), which are 0 after its end."""
+def play(learner, envs, seed: int, convert=to_env):
+    """A whole episode in each of `envs` without exploration: first observations (n, ...), rewards
+    (T, n), 0 after its end, and whether each still belongs to it, (T, n)."""
     obs, _ = envs.reset(seed=env_seeds(seed, envs.num_envs, evaluation=True))
-    s0, rewards, alive = obs, [], np.ones(envs.num_envs, bool)
-    while alive.any():
-        obs, rew, terminated, truncated, _ = envs.step(policy(obs))
-        rewards.append(np.where(alive, rew, 0.0))
-        alive &= ~(terminated | truncated)  # what follows the first episode does not count
-    return s0, np.array(rewards)
+    s0, rewards, alive = obs, [], [np.ones(envs.num_envs, bool)]
+    while alive[-1].any():
+        act = convert(learner.act(obs, explore=False), envs)
+        obs, rew, terminated, truncated, _ = envs.step(act)
+        rewards.append(np.where(alive[-1], rew, 0.0))
+        alive.append(alive[-1] & ~(terminated | truncated))
+    return s0, np.array(rewards), np.array(alive[:-1])
 
 
 # === end shared ===
@@ -543,7 +544,7 @@ class Replay:
         self.size.fill_(min(self.added, self.capacity))
 
     def batch(self, rows) -> Batch:
-        return Batch(*(self.columns[name][rows] for name in Batch._fields))
+        return Batch(*(self.columns[name][rows] for name in Batch._fields if name in self.columns))
 
     def sample(self, n: int) -> Batch:
         u = torch.rand(n, dtype=torch.float64, device=self.device)
@@ -627,7 +628,8 @@ def spectrum(phi) -> dict:
 
     srank: least k with s_1 + .. + s_k >= 0.99 of the sum (arXiv 2010.14498); rank_pca: the same of
     s^2; effective_rank: exp of the entropy of s / sum(s); sigma_max, sigma_min: of phi / sqrt(B)"""
-    s = torch.linalg.svdvals(phi.float()).double()
+    s = torch.linalg.svdvals(phi.float().nan_to_num(0, 0, 0)).double()
+    s = s + 0 * phi.abs().max()  # NaN where phi is not finite, for which svdvals would raise
 
     def reach(x):  # 1e-9 absorbs rounding
         return (x.cumsum(0) < (0.99 - 1e-9) * x.sum()).sum() + 1
@@ -714,7 +716,7 @@ def set_up(args, distributed: bool = False) -> torch.device:
     os.close(descriptor)
     if "WORLD_SIZE" in os.environ and not distributed:
         fail(f"{SCRIPT}.py trains in one process: start it with python, not torchrun")
-    if args.compile:
+    if getattr(args, "compile", False):
         if not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler: g++, or the one that CXX names")
         torch._inductor.config.fallback_random = True  # the uncompiled script's random numbers
@@ -779,7 +781,7 @@ class Run(ExitStack):
 
     def __init__(self, args, total: int):
         super().__init__()
-        self.args, self.total, self.info, self.signum = args, total, {}, 0
+        self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
@@ -799,19 +801,21 @@ class Run(ExitStack):
         """Arguments changed on resume are printed; those in FIXED must not change."""
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before.get(name, value):
+                flag = "--" + name.replace("_", "-")
                 if name in FIXED:
-                    fail(f"--resume: that run has --{name} {before[name]}, not {value}")
-                say(f"from here on --{name} {value}, {before[name]} so far")
+                    fail(f"--resume: that run has {flag} {before[name]}, not {value}")
+                say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
             fail(f"--resume: that run is at step {self.saved['step']:,}, beyond {self.total:,}")
 
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, saved = (
-            self.args,
-            self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None},
-        )
+        args, self.info = self.args, info
+        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -834,7 +838,8 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            self.about(**info)
+            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
+            (self.dir / "args.json").write_text(about)
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -848,14 +853,6 @@ class Run(ExitStack):
         say(f"run folder: {self.dir}")
         self.clock = time.perf_counter() - saved["busy"]
         self.saved = None  # its replay may be large
-
-    def about(self, **info):
-        self.info |= info
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
-        text = json.dumps(about | {"info": self.info, "args": asdict(self.args)}, indent=2)
-        (self.dir / "args.json").write_text(text)
 
     def restore(self, learner: nn.Module, optim: dict):
         """Networks, optimisers and random numbers; learning rates are the command line's."""
@@ -937,7 +934,7 @@ class Run(ExitStack):
 
     def finish(self, summary: dict) -> dict:
         summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
-        summary["eval_episodes"] = self.args.eval_episodes
+        summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))
         return summary

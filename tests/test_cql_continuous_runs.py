@@ -35,19 +35,24 @@ class Point(gym.Env):
 gym.register("Point-v0", Point, max_episode_steps=20)
 
 
-def point_data(path, episodes=200, reward=None, **changes) -> str:
-    """Episodes of a uniformly random policy; `reward` of next x replaces the environment's."""
+def point_data(path, episodes=200, reward=None, ends=False, **changes) -> str:
+    """Episodes of a uniformly random policy; `reward` of next x replaces the environment's, and
+    with `ends` an episode is over beyond -1 and 1."""
     env, rng, rows = Point(), np.random.default_rng(0), []
     for episode in range(episodes):
         obs, _ = env.reset(seed=episode)
         for t in range(20):
             act = rng.uniform(-1, 1, 1).astype(np.float32)
             after, rew, *_ = env.step(act)
-            rows.append((obs, act, rew if reward is None else reward(after[0]), after, t == 19))
+            dead = ends and abs(after[0]) > 1
+            rew = rew if reward is None else reward(after[0])
+            rows.append((obs, act, rew, after, dead, t == 19))
             obs = after
-    obs, act, rew, after, end = (np.array(x, np.float32) for x in zip(*rows))
+            if dead:
+                break
+    obs, act, rew, after, dead, end = (np.array(x, np.float32) for x in zip(*rows))
     columns = dict(observations=obs, actions=act, rewards=rew, next_observations=after)
-    columns |= dict(terminals=0 * end, timeouts=end)
+    columns |= dict(terminals=dead, timeouts=end * (1 - dead))
     return str(write_d4rl(path, n=len(obs), **columns | changes))
 
 
@@ -107,6 +112,9 @@ REAL = [  # verdict, flags, data
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: 0.0}),
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: -1.0}),
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: float(abs(x) < 1e-4)}),
+    ("nothing to learn from", "--num-updates 20", {"reward": lambda x: 0.0, "ends": True}),
+    ("underfitting", "", {"reward": lambda x: 1.0, "ends": True}),  # to live longer pays
+    ("no sign of trouble", "", {"reward": lambda x: -1.0, "ends": True}),
     ("too short to judge", "--num-updates 15 --diagnostics-frequency 1", {}),
     ("too short to judge", "--diagnostics-frequency 100", {}),
     ("too short to judge", "--gamma 0.99 --tau 0.01", {"reward": lambda x: 2 - abs(x)}),

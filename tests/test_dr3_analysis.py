@@ -871,7 +871,7 @@ def test_finished_runs_go_on_a_thousandfold(monkeypatch, capsys):
     assert load(only_run(".") / "checkpoint.pt")["step"] == 11
     assert d.train(replace(args, resume=run, num_updates=11))["num_updates"] == 11  # ends there
     d.train(replace(args, resume=run, num_updates=12, learning_rate=1.0, tau=0.5))
-    assert "from here on --learning_rate 1.0" in capsys.readouterr().out
+    assert "from here on --learning-rate 1.0" in capsys.readouterr().out
     whole = d.train(tiny(num_updates=12, run_dir="other"))
     assert whole["results"] != json.loads((Path(run) / "summary.json").read_text())["results"]
 

@@ -444,6 +444,9 @@ def test_ranks_and_dots_of_planted_features():
     assert out["feature_dot"] == 24 and abs(out["feature_cos"] - 0.96) < 1e-6
     assert abs(out["feature_norm"] - 3) < 1e-6
     assert sac.dormant([torch.tensor([[1.0, 0.0, 0.005]]), torch.zeros(1, 3)]) == 5 / 6
+    for bad in (math.nan, math.inf):  # torch.linalg.svdvals raises there
+        phi[1, 1] = bad
+        assert math.isnan(sac.spectrum(phi)["effective_rank"])
 
 
 # --------------------------------------------------------------------------------------- promises
@@ -535,13 +538,13 @@ def test_what_is_given_anew_takes_effect_or_is_refused(script, capsys):
     run = only_run(".")
     again = tiny(script, resume=str(run), q_lr=0.5)
     script.train(replace(again, total_timesteps=61))
-    assert "q_lr 0.5, 0.0003 so far" in capsys.readouterr().out
+    assert "--q-lr 0.5, 0.0003 so far" in capsys.readouterr().out
     before, after = (load(run / "checkpoint.pt") for _ in range(2))
     moved = float(before["networks"]["critic.head.bias"].abs().max())
     assert moved > 0.3, "Adam went on with the old learning rate"
     for name, value in {"width": 17, "env_id": "Hopper-v5", "seed": 2, "num_envs": 2}.items():
         err = refused(capsys, lambda n=name, v=value: script.train(replace(again, **{n: v})))
-        assert name in err
+        assert name.replace("_", "-") in err
     other = td3 if script is sac else sac
     assert "script" in refused(capsys, lambda: other.train(tiny(other, resume=str(run))))
     assert_equal(after, load(run / "checkpoint.pt"))

@@ -503,7 +503,7 @@ def test_a_finished_run_resumed_and_extended_a_thousandfold(capsys):
     assert again["final_return_mean"] == first["final_return_mean"]
     words = ["--resume", run, "--total-timesteps", 400_000, "--learning-rate", 1e-3]
     done = stop_at("ppo", "Collector.collect", 2, *words, cwd=".")
-    assert done.returncode == 143 and "from here on --learning_rate 0.001" in done.stdout
+    assert done.returncode == 143 and "from here on --learning-rate 0.001" in done.stdout
     rates = [(s, float(v)) for s, tag, v in metrics(run) if tag == "charts/learning_rate"]
     assert rates[:5] == [(s, 2.5e-4 * (1 - (s - 80) / 400)) for s in (80, 160, 240, 320, 400)]
     assert rates[-1] == (560, 1e-3 * (1 - 480 / 400_000))

@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import test_cql_continuous_runs as runs
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +102,72 @@ def test_pieces_run_alone_with_the_names_that_the_page_lists():
         needed = set(re.findall(r"`(\w+)`", row.split("|")[4]))
         assert free_names(code) == needed, row
         exec(code, dict.fromkeys(needed, object))
+
+
+def changed(script: str, tmp_path):
+    """The script's copy with the page's change of it, imported."""
+    diff = re.search(rf"```diff {script}\.py\n(.*?)```", COPYING.read_text(), re.S)[1]
+    text = (ROOT / f"{script}.py").read_text()
+    for place in diff.split("@@\n"):
+        lines = place.splitlines(keepends=True)
+        before, after = ("".join(x[1:] for x in lines if x[0] != mark) for mark in "+-")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (tmp_path / f"changed_{script}.py").write_text(text)
+    sys.path.insert(0, str(tmp_path))
+    return importlib.import_module(f"changed_{script}")
+
+
+def test_the_change_to_n_steps(tmp_path, monkeypatch):
+    """Two environments in a ring of ten rows, whose third row is the newest: sums by hand. Episodes
+    end at row 6 of the one, by a terminal, and at row 1 of the other, by time."""
+    monkeypatch.chdir(tmp_path)
+    script = changed("sac", tmp_path)
+    args = script.Args(n_step=3, num_envs=2, gamma=0.5, batch_size=500)
+    replay = script.Replay(10, 1, 1, torch.device("cpu"))
+    ends = {6: "done", 5: "cut"}
+    for t in range(6):  # rows 10 and 11 overwrite 0 and 1
+        obs, end = np.array([[t], [100.0 + t]]), [ends.get(2 * t + i) for i in range(2)]
+        done, cut = (np.array([float(e == kind) for e in end]) for kind in ("done", "cut"))
+        after = obs + 1.0 + 0.25 * (done + cut)[:, None]  # the next row is another episode's
+        replay.add(obs, np.zeros((2, 1)), np.array([t, 10.0 + t]), after, done, cut)
+    batch = script.n_step_batch(replay, args)
+    expected = {  # by first observation: reward, next observation, 1 - gamma^(m - 1)
+        1: (1 + 2 / 2 + 3 / 4, 4.25, 1.0), 2: (2 + 3 / 2, 4.25, 1.0), 3: (3, 4.25, 1.0),
+        4: (4 + 5 / 2, 6, 0.5), 5: (5, 6, 0), 101: (11 + 12 / 2, 103.25, 0.5),
+        102: (12, 103.25, 0), 103: (13 + 14 / 2 + 15 / 4, 106, 0.75), 104: (14 + 15 / 2, 106, 0.5),
+        105: (15, 106, 0),
+    }  # fmt: skip
+    found = {}
+    for i, obs in enumerate(batch.obs[:, 0].tolist()):
+        found[obs] = (float(batch.rew[i]), float(batch.next_obs[i, 0]), float(batch.done[i]))
+    assert found == expected
+    words = {"total_timesteps": 150, "learning_starts": 50, "width": 8, "eval_episodes": 1}
+    assert script.train(script.Args(**words))["updates"] == 100
+
+
+def test_the_change_to_iql(tmp_path, monkeypatch):
+    """V of a state is the expectile of Q over its actions; the policy gets better than its data."""
+    monkeypatch.chdir(tmp_path)
+    script = changed("cql_continuous", tmp_path)
+    flags = "--cql-alpha 0 --bc-steps 0 --num-updates 600 --expectile 0.8"
+    words = f"{runs.FAST} {flags} --dataset {runs.point_data('point.hdf5')}"
+    out = script.train(tyro.cli(script.Args, args=words.split()))
+    assert out["final_return_mean"] > -5 > out["dataset_return_mean"]
+
+
+def test_the_change_of_the_optimiser(tmp_path, monkeypatch):
+    """A stop half-way changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    script = changed("ppo", tmp_path)
+    few = {"total_timesteps": 1024, "width": 8, "eval_episodes": 1, "run_dir": "whole"}
+    whole = script.train(script.Args(**few))
+    script.train(script.Args(**few | {"total_timesteps": 512, "run_dir": "half"}))
+    (folder,) = (tmp_path / "half").iterdir()
+    script.train(script.Args(**few | {"resume": str(folder)}))
+    one, two = (script.load_checkpoint(x) for x in (next(Path("whole").iterdir()), folder))
+    assert whole["global_step"] == two["step"] and "RMSprop" in Path(script.__file__).read_text()
+    assert all(torch.equal(x, two["networks"][name]) for name, x in one["networks"].items())
 
 
 def test_every_link_and_path_exists():

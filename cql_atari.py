@@ -62,7 +62,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -114,7 +113,7 @@ class Args:
     collect_steps: int = 40_000  # rows of random play of each game
     collect_repeat: float = 0.95  # chance that random play repeats its action: moves reach further
     fraction: float = 1.0  # share of a DQN Replay folder that is read
-    # its first rows of every file (the authors' loader), whole episodes of all, or its oldest rows
+    # the first rows of each file (the authors' loader), episodes drawn from all, the oldest rows
     subset: Literal["prefix", "uniform", "first"] = "prefix"
     # where the frames lie: the device, main memory, or a file (larger than memory)
     storage: Literal["device", "memory", "mmap"] = "device"
@@ -128,7 +127,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     n_step: int = 20  # rewards before the bootstrap (authors: 1); 20 for random play, else 1 to 5
     double: bool = True  # the network chooses a', its target values it (authors: off)
-    learning_rate: float = 1e-4  # of Adam, whose epsilon is 0.01 / 32 (authors: 5e-5)
+    learning_rate: float = 1e-4  # of Adam (authors: 5e-5), whose epsilon is 0.01 / 32
     target_network_frequency: int = 100  # updates between copies to the target (authors: 2_000)
 
     # CQL and representation
@@ -221,10 +220,8 @@ class Network(nn.Module):
         else:  # 84 -> 42, then 42, 21, 11, 6
             if w % 4 or w < 8:  # PyTorch 2.13 crashes in the backward pass on a CPU at width 4
                 fail(f"--width {w}: --encoder resnet needs a multiple of 4, its groups, from 8 on")
-            layers, sizes = (
-                [nn.Conv2d(shape[0], w, 3, 2, 1), nn.ReLU()],
-                [w, w, 2 * w, 4 * w, 4 * w],
-            )
+            layers = [nn.Conv2d(shape[0], w, 3, 2, 1), nn.ReLU()]
+            sizes = [w, w, 2 * w, 4 * w, 4 * w]
             for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
                 layers += [Block(fan_in, fan_out, 2 if i else 1), Block(fan_out, fan_out, 1)]
         if self.image:
@@ -390,7 +387,8 @@ class Learner(nn.Module):
 
     def standardise(self, games: list):
         """Vector observations to mean 0 and deviation 1; the networks keep both for acting."""
-        std, mean = torch.std_mean(torch.cat([data.frames for data in games]), dim=0)
+        frames = torch.cat([data.frames for data in games])
+        std, mean = torch.std_mean(frames, dim=0, correction=0)
         for net in (self.net, self.target):
             net.mean.copy_(mean)
             net.std.copy_(std + 1e-3)  # an entry that never varies stays 0
@@ -455,11 +453,12 @@ STACK = 4  # frames that a network sees
 class Data:
     """Rows of one game: row i is (frame, action, reward) i; the frames lie where --storage says.
 
-    `real` rows are transitions; unless it is terminal, a row's next state is the row after it. An
-    episode that was cut, by time or by the end of a file, ends with a row that is not real and only
-    holds its last frame. `age` counts the frames of the same episode before a row, up to 3: beyond
-    them a stack is zero. `train` and `holdout` list real rows, split by episodes; `starts` the
-    first rows of episodes; `returns_to_go` is NaN where a cut hides more than 1 % of it."""
+    `real` rows are transitions; unless it is terminal, a row's next state is the row after it. The
+    others only hold a frame: the last one of an episode, which one that was cut, by time or by the
+    end of a file, must have, or one before its start. `age` counts the frames of the same episode
+    before a row, up to 3: beyond them a stack is zero. `train` and `holdout` list real rows, split
+    by episodes; `starts` the first rows of episodes; `returns_to_go` is NaN where a cut hides more
+    than 1 % of it."""
 
     def __init__(self, frames, columns: dict, args: Args, device):
         """frames (rows, H, W) uint8 or (rows, d) float32; columns: numpy arrays (rows,)."""
@@ -511,14 +510,26 @@ class Data:
 
 # --------------------------------------------------------------- environments: playing, evaluating
 class Plain(gym.Wrapper):
-    """Infos are dropped, since packages put anything there; a reward is a number."""
+    """Infos are dropped, since packages put anything there; a reward is a number. NaN, and what
+    float32 cannot hold, ends the run with status 3."""
+
+    episode = -1
 
     def reset(self, **options):
-        return self.env.reset(**options)[0], {}
+        self.episode, self.steps = self.episode + 1, 0
+        return self.finite(self.env.reset(**options)[0], "an observation"), {}
 
     def step(self, action):
+        self.steps += 1
         obs, rew, terminated, truncated, _ = self.env.step(action)
-        return obs, np.asarray(rew, dtype=np.float64).item(), terminated, truncated, {}
+        rew = self.finite(np.asarray(rew, dtype=np.float64).item(), "a reward")
+        return self.finite(obs, "an observation"), rew, terminated, truncated, {}
+
+    def finite(self, x, what: str):
+        if not (np.abs(x) < 3.4e38).all():
+            at = f"step {self.steps} of episode {self.episode}"
+            fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
+        return x
 
 
 class Envs:
@@ -531,7 +542,7 @@ class Envs:
     def __init__(self, env_id: str, n: int, stack: ExitStack):
         self.name, self.n, self.game = env_id, n, None
         how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        hint = "Atari: ALE/Name-v5; a package's own: package:Id"
+        hint = "ALE/Name-v5; a package's own: package:Id; of one instance only: --eval-episodes 0"
         with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
             if env_id.startswith("ALE/"):
                 import ale_py
@@ -595,21 +606,19 @@ def evaluate(learner, envs: Envs, game: int, args: Args) -> tuple[np.ndarray, fl
     return returns, float((predicted - discounted).mean())
 
 
-def collect(env_id: str, args: Args, run) -> Path:
+def collect(envs: Envs, args: Args, run) -> Path:
     """Random play in long moves, kept under --data-dir: --collect-steps rows; after an episode's
     last transition comes one that holds its last frame."""
+    env_id = envs.name
     name = f"{env_id}_random_{args.collect_steps}_{args.collect_repeat}_seed{args.seed}"
     folder = Path(args.data_dir) / re.sub(r"[^\w.-]", "_", name)
     if (folder / "columns.npz").exists():
         say(f"no --dataset: using {folder}, made by an earlier run")
         return folder
-    with failing(f"--run-dir {args.run_dir}", OSError):  # said now, not after the work
-        os.makedirs(args.run_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.run_dir).close()
     say(f"no --dataset: {args.collect_steps:,} steps of random play of {env_id}")
     rows, draw = args.collect_steps, np.random.default_rng(args.seed)
     with ExitStack() as stack, new_set(folder) as make:
-        envs = Envs(env_id, 1, stack)
+        envs = envs if envs.n == 1 else Envs(env_id, 1, stack)  # of some only one can exist
         frames, columns = make((rows, *envs.frame_shape), envs.dtype)
         obs = envs.reset(args.seed)
         act = draw.integers(envs.actions, size=1)
@@ -621,9 +630,6 @@ def collect(env_id: str, args: Args, run) -> Path:
             obs, rew, terminated, truncated, infos = envs.envs.step(act)
             over = bool(terminated[0] or truncated[0])
             last = infos["final_obs"][0] if over else obs[0]
-            for what, x in (("reward", rew), ("observation", last)):
-                if not np.isfinite(x).all():
-                    fail(f"step {at} of {env_id}: the {what} is not finite, nothing is kept", 3)
             row = {"act": act[0], "rew": rew[0], "terminal": terminated[0], "real": True}
             for column, x in row.items():
                 columns[column][at] = x
@@ -752,7 +758,7 @@ def train(args: Args) -> dict:
         learner = Learner(envs[0].shape, [e.actions for e in envs], args, device)
         if not learner.net.image:
             learner.standardise(games)
-        step, history, scores, last_return = 0, [], [], math.nan
+        step, history, scores = 0, [], []
         if run.saved:
             if run.saved["info"]["dataset_sha256"] != facts["dataset_sha256"]:
                 fail(f"--resume: that run had other data: {run.saved['info']['dataset']}")
@@ -762,8 +768,7 @@ def train(args: Args) -> dict:
             run.open(**facts)
 
         def save():
-            state = {"history": history, "scores": scores}
-            run.save(step, learner, {"net": learner.optim}, **state)
+            run.save(step, learner, {"net": learner.optim}, history=history, scores=scores)
 
         def update() -> dict:
             n = args.batch_size // len(games)
@@ -787,6 +792,7 @@ def train(args: Args) -> dict:
                 rate = run.rate(step)
                 run.log(step, {"losses/" + name: x for name, x in info.items()})
                 run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
+                last_return = np.mean([x["returns"] for x in scores]) if scores else math.nan
                 run.show(step, loss=info["loss"], Q=info["q_values"], last_return=last_return)
             if diagnosing:
                 with run.paused():
@@ -799,7 +805,6 @@ def train(args: Args) -> dict:
                 with run.paused():
                     scores = score(learner, envs, args)
                 run.log(step, tags(scores, envs))
-                last_return = np.mean([x["returns"] for x in scores])
             if every(args.checkpoint_frequency, before, step):
                 save()
         if rank > 0:
@@ -863,7 +868,7 @@ def load_games(args: Args, envs: list[Envs], device, run) -> tuple[list[Data], d
     rank, making = processes()[0], not args.dataset or args.storage == "mmap"
     if making and rank > 0:
         agree(0)
-    paths = args.dataset or [str(collect(name, args, run)) for name in args.env_id]
+    paths = args.dataset or [str(collect(e, args, run)) for e in envs]
     games = [load(path, args, e, device) for path, e in zip(paths, envs)]
     if making and rank == 0:
         agree(0)
@@ -881,9 +886,12 @@ def load(name: str, args: Args, envs: Envs, device) -> Data:
     if own:
         frames, columns = read_own(path, args)
     elif args.storage == "mmap":  # unpacked once
-        files = sorted((replay or path).glob("*"))
-        key = [str(path.resolve()), args.fraction, args.subset, args.seed]
-        key = repr(key + [p.stat().st_mtime_ns for p in files]).encode()
+        source = replay or find_minari(name) or path
+        key = [str(source.resolve()), envs.frame_shape]
+        key += [p.stat().st_mtime_ns for p in sorted(source.glob("*"))]
+        if args.fraction < 1:
+            key += [args.fraction, args.subset, args.seed if args.subset == "uniform" else 0]
+        key = repr(key).encode()
         folder = Path(args.data_dir) / f"unpacked_{hashlib.sha256(key).hexdigest()[:16]}"
         if not (folder / "columns.npz").exists():
             with new_set(folder) as make:
@@ -1110,26 +1118,18 @@ def read_dqn_replay(folder: Path, args: Args, envs: Envs, make) -> tuple:
     return frames, columns
 
 
-def find_minari(name: str) -> Path | None:
-    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
-    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
-    at = Path(name)
-    places = [at, at / "data", Path(root) / name / "data"]
-    places += [at.parent] if at.name == "main_data.hdf5" else []
-    return next((p for p in places if (p / "metadata.json").is_file()), None)
-
-
 def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
     """A Minari set, an episode at a time; each has one observation more than actions."""
     folder = find_minari(name)
     if folder is None:
-        kinds = "of DQN Replay, Minari or this script"
-        fail(f"--dataset {name}: no folder {kinds}, nor a Minari id here; `minari download {name}`")
-    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
-        import minari
+        what = kind_of(Path(name))
+        fail(f"--dataset {name}: {what}; expected a folder of DQN Replay, Minari or this script")
+    main = folder / "main_data.hdf5"
+    what = kind_of(main) if main.is_file() else "not readable by Minari's library"
+    with failing(f"--dataset {name} is {what}", Exception):
+        data = open_minari(folder)
         from minari.dataset.minari_storage import is_image_space
-    with failing(f"--dataset {name}", Exception):
-        data = minari.MinariDataset(folder)
+
         space, indices = data.observation_space, data.episode_indices
         lengths = [m["total_steps"] for m in data.storage.get_episode_metadata(indices)]
         if envs.frames and not isinstance(space, gym.spaces.Box):
@@ -1147,16 +1147,14 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
             (e,) = data.iterate_episodes([i])
             obs, T = e.observations, len(e.rewards)
             act = np.reshape(e.actions, -1)
-            if not isinstance(space, gym.spaces.Box):  # as FlattenObservation does it
-                many = gym.vector.utils.batch_space(space, T + 1)
-                each = gym.vector.utils.iterate(many, obs)
-                obs = np.stack([gym.spaces.flatten(space, x) for x in each])
+            if not isinstance(space, gym.spaces.Box):
+                obs = flat(space, obs, T + 1)
             if (len(obs), len(act)) != (T + 1, T) or act.dtype.kind not in "iu":
                 what = f"{len(obs)} observations, {T} rewards, {len(act)} actions of {act.dtype}"
                 raise ValueError(f"episode {i}: {what}")
             if envs.frames:
                 if unit is None and obs.max() > 0:
-                    unit = 1 if obs.max() <= 1 else 255
+                    unit = 1 if obs.dtype.kind == "f" and obs.max() <= 1 else 255
                 to_grey(obs, frames[at : at + T + 1], unit or 255)
             elif obs.shape[1:] != envs.frame_shape:
                 raise ValueError(f"shape {obs.shape[1:]}, {envs.name} shows {envs.frame_shape}")
@@ -1221,6 +1219,74 @@ def normalized_score(game: str, value: float) -> float:
     """0 for a random player, 100 for the person of HUMAN."""
     low, high = HUMAN[game]
     return 100 * (value - low) / (high - low)
+
+
+# === shared: files (canonical copy: cql_continuous.py) ===
+# Needs failing() and say() of the block "run".
+KINDS = {  # files by their first bytes
+    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull`",
+    b"ARROW1": "an arrow file: name the folder of its Minari set",
+    b"\x1f\x8b": "gzipped: unpack it first",
+    b"": "no HDF5 file",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What is there instead of a dataset, and what to do about it."""
+    if path.is_dir():
+        orbax = any(path.glob("**/manifest.ocdbt"))
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+    if not path.exists():
+        return f"not a file here, nor a Minari set's id: `minari download {path}`"
+    with open(path, "rb") as f:
+        start = f.read(32)
+    return next(text for first, text in KINDS.items() if start.startswith(first))
+
+
+def find_minari(name: str) -> Path | None:
+    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
+    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
+    at = Path(name)
+    places = [at, at / "data", Path(root) / name / "data"]
+    places += [at.parent] if at.name == "main_data.hdf5" else []
+    return next((p for p in places if (p / "metadata.json").is_file()), None)
+
+
+def open_minari(folder: Path):
+    """A set by Minari's own library."""
+    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
+        import minari
+    found = minari.MinariDataset(folder)
+    if parts := parts_of(found.observation_space):
+        say(f"{folder}: observations flattened in this order: {parts}")
+    return found
+
+
+def flat(space, x, n: int) -> np.ndarray:
+    """n values of a space as rows, (n, width): gymnasium.spaces.flatten of all of them at once."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flat(part, x[key], n) for key, part in space.spaces.items()]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
+    if not isinstance(space, gym.spaces.Box):
+        each = gym.vector.utils.iterate(gym.vector.utils.batch_space(space, n), x)
+        return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
+    x = np.asarray(x, dtype=np.float32)
+    return x.reshape(len(x), -1)
+
+
+def parts_of(space) -> str:
+    """The entries of a Dict space in gymnasium's order, with their widths; "" of another space."""
+    parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else ()
+    return ", ".join(f"{key} ({gym.spaces.flatdim(part)})" for key, part in parts)
+
+
+# === end shared ===
 
 
 # === shared: graph capture (canonical copy: sac.py) ===
@@ -1539,6 +1605,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -1555,20 +1628,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -1581,6 +1656,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -1633,6 +1710,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

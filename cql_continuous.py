@@ -6,15 +6,15 @@ for Q at actions that D never shows, and the policy seeks out those that are ove
 pushes Q down at the actions of a distribution mu and up at those of the data:
 
   CQL(H)    min_Q alpha E_s[log sum_a exp Q(s,a) - E_{a~D} Q(s,a)]      + 1/2 E_D(Q - TQ)^2  (Eq. 4)
-  CQL(rho)  min_Q alpha E_s[log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a)]  + 1/2 E_D(Q - TQ)^2  (Eq. 3)
+  CQL(rho)  min_Q alpha E_s[log E_{a~rho} exp Q(s,a) - E_{a~D} Q(s,a)]  + 1/2 E_D(Q - TQ)^2
   Eq. 2     min_Q alpha (E_{a~mu} Q(s,a) - E_{a~D} Q(s,a))              + 1/2 E_D(Q - TQ)^2
   Eq. 1     min_Q alpha  E_{a~mu} Q(s,a)                                + 1/2 E_D(Q - TQ)^2
 
 with TQ = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are what is
-left when mu maximises its term less KL(mu || Unif) or KL(mu || rho); rho is pi here. Two scales
-differ from the paper: the squared error has no 1/2, as in its authors' code, so that --cql-alpha 5
-is alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d, is reported
-as the log of a *mean* (less d log 2): a Q that ignores the action has a gap of 0.
+left of Eq. 3 when mu maximises its term less KL(mu || Unif) or KL(mu || rho); rho is pi here. Two
+scales differ from the paper: the squared error has no 1/2, as in its authors' code, so that
+--cql-alpha 5 is alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d,
+is reported as the log of a *mean* (less d log 2): a Q that ignores the action has a gap of 0.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -53,7 +53,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
@@ -130,10 +129,10 @@ class Args:
     cql_proposals: Literal["three-sets", "mixture", "policy"] | None = None
     cql_samples: int = 4  # N, sampled actions of each proposal set (authors: 10)
     cql_temperature: float = 1.0  # T in T log E exp(Q / T)
-    # lower clip of the term of one state (AntMaze: -208.9, which is -200 on CORL's scale)
+    # lower clip of the term of one state (AntMaze, N = 10: -208.9, which is CORL's -200)
     cql_clip_diff: float | None = None
     # Lagrange threshold of losses/cql_loss, with a multiplier that starts at --cql-alpha; for H it
-    # is tau - d log 2 - log(3N) of JaxCQL's and CORL's tau (AntMaze's 0.8: -8.1)
+    # is tau - d log 2 - log(3N) of JaxCQL's and CORL's tau (AntMaze's 0.8 at N = 10: -8.1)
     cql_target_gap: float | None = None
 
     # networks and representation
@@ -151,8 +150,8 @@ class Args:
 
 
 # a resumed run must have these as before: its networks and its data would not fit
-FIXED = """env_id seed width depth num_critics vib_coef alpha holdout action_low action_high
-clip_actions normalize_obs reward_scale reward_shift""".split()
+FIXED = """env_id seed width depth num_critics vib_coef alpha cql_alpha holdout action_low
+action_high clip_actions normalize_obs reward_scale reward_shift""".split()
 RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
 VIB_DIM = 16  # width of the bottleneck of --vib-coef
 
@@ -181,6 +180,8 @@ def check(args: Args):
         fail(f"--backup-entropy has no effect with --backup {args.backup}")
     if args.backup == "sarsa" and args.online_steps:
         fail("--backup sarsa knows no next action in the replay of --online-steps")
+    if args.bc_steps >= args.num_updates:
+        say(f"--bc-steps {args.bc_steps}: all {args.num_updates} updates of the policy are cloning")
     if args.residual and args.depth == 1:
         fail("--residual has no effect with --depth 1")
     played = not args.dataset or args.eval_episodes or args.online_steps
@@ -318,7 +319,7 @@ class Batch(NamedTuple):
 
 
 def backup(learner, batch: Batch, args: Args, generator=None):
-    """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_i(s', a'), (B,).
+    """The target's actions a', (B, act), and y = r + gamma (1 - done) min_i Q_target_i(s', a').
 
     With `max` each critic takes its own best of the samples, and a' is the best one of their
     minimum; with --backup-entropy the minimum is less alpha log pi(a'|s'), as in SAC."""
@@ -342,8 +343,8 @@ def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
     """Sampled actions (B, M, act) to push Q down at, and log p(a|s) - log Unif(a) of each, (B, M).
 
     policy: p = pi, M = n. mixture: p = 1/2 pi + 1/2 Unif, M = 2n; no importance weight exceeds 2.
-    three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s') (scored at s),
-    each weighted by the density it was drawn from: weights without a bound, infinite variance."""
+    three-sets: the authors' estimator, M = 3n: n of Unif, of pi(.|s) and of pi(.|s'), all actions
+    at s, each with the density it was drawn from: weights without a bound, infinite variance."""
     act, logp = actor.sample(obs, n, generator)
     log_unif = -act.shape[-1] * math.log(2)
     if kind == "policy":
@@ -353,7 +354,6 @@ def proposals(actor, obs, next_obs, kind: str, n: int, generator=None):
         logp = torch.cat([actor.log_prob(obs, uniform), logp], 1)
         log_ratio = torch.logaddexp(logp - log_unif, torch.zeros_like(logp)) - math.log(2)
         return torch.cat([uniform, act], 1), log_ratio
-    assert kind == "three-sets", kind
     next_act, next_logp = actor.sample(next_obs, n, generator)
     log_ratio = torch.cat([torch.zeros_like(logp), logp - log_unif, next_logp - log_unif], 1)
     return torch.cat([uniform, act, next_act], 1), log_ratio
@@ -383,8 +383,7 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     """The conservative term of each critic, (n,); q_data (n, B) is Q at the data's actions."""
     kind = args.cql_proposals or ("three-sets" if args.cql_variant == "H" else "policy")
     with torch.no_grad():
-        states = batch.obs, batch.next_obs
-        act, log_ratio = proposals(learner.actor, *states, kind, args.cql_samples)
+        act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, args.cql_samples)
     bf16 = args.precision == "bf16"
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=bf16):
         q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
@@ -398,7 +397,7 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
 
 
 def critic_loss(learner, batch: Batch, args: Args):
-    """Squared TD error + alpha x conservative term + regularisers, summed over the ensemble."""
+    """Squared TD error + 2 alpha x conservative term + regularisers, summed over the ensemble."""
     with torch.no_grad():
         next_act, y = backup(learner, batch, args)
     phi, kl, _ = learner.critic.features(batch.obs, batch.act)
@@ -562,10 +561,7 @@ def collect(args: Args, env, run, device) -> Path:
     if path.exists():
         say(f"no --dataset: using {path}, made by an earlier run")
         return path
-    with failing("nothing is collected before its place can be written", OSError):
-        for folder in (args.data_dir, args.run_dir):
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+    writable("--data-dir", path.parent)
     say(f"no --dataset: {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}")
     online = Args(env_id=args.env_id, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
     learner = Learner(*sizes, online, device)
@@ -585,53 +581,25 @@ def collect(args: Args, env, run, device) -> Path:
     return path
 
 
-def find_minari(name: str) -> Path | None:
-    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
-    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
-    at = Path(name)
-    places = [at, at / "data", Path(root) / name / "data"]
-    places += [at.parent] if at.name == "main_data.hdf5" else []
-    return next((p for p in places if (p / "metadata.json").is_file()), None)
-
-
-def flat(space, x) -> np.ndarray:
-    """T values of a space as rows, (T, width): gymnasium.spaces.flatten of all of them at once."""
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flat(part, x[key]) for key, part in space.spaces.items()], axis=1)
-    if isinstance(space, gym.spaces.Discrete):
-        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
-    x = np.asarray(x, dtype=np.float32)
-    return x.reshape(len(x), -1)
-
-
-def parts_of(space) -> str:
-    """The entries of a Dict space in gymnasium's order, with their widths; "" of another space."""
-    parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else ()
-    return ", ".join(f"{key} ({gym.spaces.flatdim(part)})" for key, part in parts)
-
-
 def read_minari(folder: Path, device) -> dict:
     """A Minari set by its own library, as the columns of a D4RL file."""
-    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
-        import minari
-
-        found = minari.MinariDataset(folder)
+    found = open_minari(folder)
     spaces = found.observation_space, found.action_space
     width = 2 * gym.spaces.flatdim(spaces[0]) + gym.spaces.flatdim(spaces[1]) + 3
     reserve(8 * found.total_steps * width, "dataset, roughly", device)
     keys = "observations next_observations actions rewards terminals timeouts".split()
     columns = {key: [] for key in keys}
     for e in found.iterate_episodes():
-        obs, act = flat(spaces[0], e.observations), flat(spaces[1], e.actions)
-        if len(obs) != len(e.rewards) + 1:
-            fail(f"{folder}, episode {e.id}: {len(obs)} observations, {len(e.rewards)} rewards")
+        n = len(e.rewards)  # of steps, one less than of observations
+        obs, act = flat(spaces[0], e.observations, n + 1), flat(spaces[1], e.actions, n)
+        if (len(obs), len(act)) != (n + 1, n):
+            found = f"{len(obs)} observations, {len(act)} actions, {n} rewards"
+            fail(f"{folder}, episode {e.id}: {found}")
         timeout = ~np.asarray(e.terminations)
         timeout[:-1] = False
         rows = obs[:-1], obs[1:], act, e.rewards, e.terminations, timeout
         for key, x in zip(keys, rows):
             columns[key].append(x)
-    if parts := parts_of(spaces[0]):
-        say(f"{folder}: observations flattened in this order: {parts}")
     return {key: np.concatenate(x or [[]]) for key, x in columns.items()}
 
 
@@ -676,12 +644,9 @@ def read(name: str, device) -> dict:
     """The columns of a dataset by D4RL's names: float32, flags as bool, one row a transition."""
     path, folder = Path(name), find_minari(name)
     if not folder and not path.is_file():
-        fail(f"--dataset {name}: no such file, nor a Minari set here; `minari download {name}`")
-    kind = "not readable by Minari's library"
-    if not folder:
-        with open(path, "rb") as f:
-            start = f.read(32)
-        kind = next((text for x, text in KINDS.items() if start.startswith(x)), KINDS[b""])
+        fail(f"--dataset {name}: {kind_of(path)}")
+    path = folder / "main_data.hdf5" if folder else path
+    kind = kind_of(path) if path.is_file() else "not readable by Minari's library"
     damage = (OSError, RuntimeError, LookupError, ValueError, TypeError, AssertionError)
     with failing(f"{name} is {kind}", *damage):
         columns = read_minari(folder, device) if folder else read_hdf5(path, device)
@@ -706,16 +671,6 @@ def read(name: str, device) -> dict:
     return columns
 
 
-KINDS = {  # files by their first bytes, where h5py refuses them
-    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
-    b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE`",
-    b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE`",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull`",
-    b"ARROW1": "an arrow file: name the folder of its Minari set",
-    b"": "no HDF5 file",
-}
-
-
 def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
     """Each episode's last row, and how that was told. Flags are read as they are; a line is printed
     for what looks odd in them."""
@@ -723,15 +678,14 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
     note, rows = "as its timeouts say", np.arange(len(terminal))
     if timeout is None and "next_observations" in columns:
         note = "no timeouts: where next_observations is not the next row"
-        timeout = (columns["next_observations"] != np.roll(columns["observations"], -1, 0)).any(1)
-        timeout &= ~terminal
+        jumps = (columns["next_observations"][:-1] != columns["observations"][1:]).any(1)
+        timeout = np.append(jumps, False) & ~terminal
     elif timeout is None:
         note = f"no timeouts: cut at the environment's limit, {limit or 'unknown'}"
         begins = np.append(0, np.flatnonzero(terminal) + 1)
         step = rows - begins[np.searchsorted(begins, rows, "right") - 1] + 1
-        timeout = step % (limit or len(rows)) == 0
+        timeout = (step % (limit or len(rows)) == 0) & ~terminal
     end = terminal | timeout
-    end[-1] = True  # the file ends here, whatever its flags say
     length = np.diff(np.flatnonzero(end), prepend=-1)
     if both := (terminal & timeout).sum():
         say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
@@ -740,6 +694,7 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
     alike = len(length) > 1 and (length == (limit or length[0])).all()
     if alike and length[0] > 1 and terminal[end].all():
         say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
+    end[-1] = True  # the file ends here, whatever its flags say
     return end, note
 
 
@@ -769,10 +724,12 @@ def scale_actions(act, args: Args, box, name: str) -> str:
 
 def check_widths(widths: tuple, env, env_id: str):
     """Observations and actions of the data must be as wide as the environment's."""
-    expected, parts = check_boxes(env, env_id), parts_of(env.envs[0].unwrapped.observation_space)
+    expected, space = check_boxes(env, env_id), env.envs[0].unwrapped.observation_space
     hint = "for data alone: --env NAME --eval-episodes 0"
-    if parts:
-        hint = f"its observations are {parts}, of which the data lack some"
+    if parts := parts_of(space):
+        lacking = expected[0] - widths[0]
+        names = [key for key in space if gym.spaces.flatdim(space[key]) == lacking]
+        hint = f"its observations are {parts}; the data lack {' or '.join(names) or 'some'}"
     elif widths[0] in (27, 111):  # D4RL's ant, without or with 84 zeros
         hint = "D4RL's ant: take the first 27 columns, and an Ant-v5 that was registered with "
         hint += "include_cfrc_ext_in_observation=False"
@@ -820,7 +777,7 @@ def load(name: str, args: Args, env, device):
     train, holdout = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
 
     ended, rewarded = int(terminal.sum()), float((rew != np.median(rew)).mean())
-    if ended and np.median(rew) != 0:
+    if ended and np.median(rew) != 0 and np.ptp(length) > 0:
         rewarded = 1.0  # then an episode's length pays
     rows, lacking = np.append(train, holdout), "action" if args.backup == "sarsa" else "state"
     say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
@@ -865,6 +822,8 @@ def diagnose(learner, data, args: Args) -> dict:
             next_act, y = backup(learner, batch, args, draw)
             q = learner.critic(batch.obs, batch.act)
             squared_error, variance = (q - y).pow(2).mean(), y.var(correction=0)
+            if suffix and variance == 0:  # of one row, or of one target
+                continue
             numbers["td_error" + suffix] = squared_error / variance.clamp(min=1e-12)
             q, known = q.amin(0), ~to_go.isnan()
             if known.sum() >= 32:
@@ -892,7 +851,7 @@ def diagnose(learner, data, args: Args) -> dict:
         high += args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
     ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
     numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
-    # the data's actions come to rest at 2 (Q - y) <= weight, at every step of the backup
+    # Q at the data's actions comes to rest at 2 (Q - y) <= weight, at every step of the backup
     weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
     numbers["q_lift"] = horizon * weight / 2
     return {name: float(x) for name, x in numbers.items()}
@@ -900,8 +859,8 @@ def diagnose(learner, data, args: Args) -> dict:
 
 def advice(args: Args) -> dict:
     """The flags that each verdict recommends: those that this run would accept and has not on."""
-    stronger, weaker = f"{max(5, 2 * args.cql_alpha):g}", f"{args.cql_alpha / 2:g}"
-    stronger, weaker = f"--cql-alpha {stronger}", f"--cql-alpha {weaker}"
+    stronger = f"--cql-alpha {max(5, 2 * args.cql_alpha):g}"
+    weaker = f"--cql-alpha {args.cql_alpha / 2:g}"
     if args.cql_target_gap is not None:
         stronger, weaker = "a lower --cql-target-gap", "a higher --cql-target-gap"
     wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
@@ -1216,6 +1175,74 @@ def evaluated(summary: dict) -> str:
 # === end shared ===
 
 
+# === shared: files (canonical copy: cql_continuous.py) ===
+# Needs failing() and say() of the block "run".
+KINDS = {  # files by their first bytes
+    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull`",
+    b"ARROW1": "an arrow file: name the folder of its Minari set",
+    b"\x1f\x8b": "gzipped: unpack it first",
+    b"": "no HDF5 file",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What is there instead of a dataset, and what to do about it."""
+    if path.is_dir():
+        orbax = any(path.glob("**/manifest.ocdbt"))
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+    if not path.exists():
+        return f"not a file here, nor a Minari set's id: `minari download {path}`"
+    with open(path, "rb") as f:
+        start = f.read(32)
+    return next(text for first, text in KINDS.items() if start.startswith(first))
+
+
+def find_minari(name: str) -> Path | None:
+    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
+    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
+    at = Path(name)
+    places = [at, at / "data", Path(root) / name / "data"]
+    places += [at.parent] if at.name == "main_data.hdf5" else []
+    return next((p for p in places if (p / "metadata.json").is_file()), None)
+
+
+def open_minari(folder: Path):
+    """A set by Minari's own library."""
+    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
+        import minari
+    found = minari.MinariDataset(folder)
+    if parts := parts_of(found.observation_space):
+        say(f"{folder}: observations flattened in this order: {parts}")
+    return found
+
+
+def flat(space, x, n: int) -> np.ndarray:
+    """n values of a space as rows, (n, width): gymnasium.spaces.flatten of all of them at once."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flat(part, x[key], n) for key, part in space.spaces.items()]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
+    if not isinstance(space, gym.spaces.Box):
+        each = gym.vector.utils.iterate(gym.vector.utils.batch_space(space, n), x)
+        return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
+    x = np.asarray(x, dtype=np.float32)
+    return x.reshape(len(x), -1)
+
+
+def parts_of(space) -> str:
+    """The entries of a Dict space in gymnasium's order, with their widths; "" of another space."""
+    parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else ()
+    return ", ".join(f"{key} ({gym.spaces.flatdim(part)})" for key, part in parts)
+
+
+# === end shared ===
+
+
 # === shared: precision (canonical copy: cql_continuous.py) ===
 @contextmanager
 def strict_fp32():
@@ -1247,15 +1274,23 @@ class Episodes(gym.Wrapper):
         self.episode, self.actions, self.total = self.episode + 1, [], 0.0
         own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
         self.obs, _ = self.env.reset(seed=int(own), options=options)
+        self.finite(self.obs, "an observation")
         return self.obs, {}
 
     def step(self, action):
         self.actions.append(np.array(action))
         self.obs, rew, terminated, truncated, _ = self.env.step(action)
         rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.finite(self.obs, "an observation")
+        self.finite(rew, "a reward")
         self.total += rew
         ended = {"return": self.total, "length": len(self.actions)}
         return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def finite(self, x, what: str):
+        if not (np.abs(x) < 3.4e38).all():  # nor beyond float32
+            at = f"step {len(self.actions)} of episode {self.episode}"
+            fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
 
     def state_dict(self) -> dict:
         arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
@@ -1286,7 +1321,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -1357,10 +1392,7 @@ class Replay:
         n = len(columns[0])
         rows = torch.arange(self.added, self.added + n, device=self.device) % self.capacity
         self.added += n
-        for (name, column), x in zip(self.columns.items(), columns, strict=True):
-            if not np.isfinite(x).all():
-                what = {"rew": "a reward", "next_obs": "an observation"}.get(name, name)
-                fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
+        for column, x in zip(self.columns.values(), columns, strict=True):
             column[rows] = torch.as_tensor(x, dtype=torch.float32, device=self.device)
         self.size.fill_(min(self.added, self.capacity))
 
@@ -1399,6 +1431,7 @@ class Replay:
         c = {name: x.cpu()[in_order].numpy() for name, x in self.columns.items()}
         c["cut"].reshape(n, -1)[:, -1] = 1  # the recording stops here, whatever follows
         done = c["done"] > 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
             f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
             f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
@@ -1562,6 +1595,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -1578,20 +1618,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -1604,6 +1646,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -1656,6 +1700,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

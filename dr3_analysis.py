@@ -7,7 +7,7 @@ phi(s,a), which the last linear layer reads, tell the story:
   mc      y = the return that followed                      supervised
   oracle  y = Q(s,a) by dynamic programming                 supervised, no noise (gridworld)
   sarsa   y = r + gamma Q'(s',a'),  a' the data's next      bootstrapped, on pairs trained on
-  td      y = r + gamma Q'(s',a'),  a' ~ behaviour, fresh   bootstrapped, on pairs perhaps never so
+  td      y = r + gamma Q'(s',a'),  a' ~ behaviour, fresh   bootstrapped, on pairs perhaps unseen
   td10    y = r + gamma mean of ten such Q'                 the same, a tenth of a draw's variance
   q       y = r + gamma max of Q'(s',a), ten uniform a      control (discrete actions: all a)
   moving  y of another seed's td network                    a moving target not of its own doing
@@ -73,7 +73,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector.utils import batch_space, iterate
 from torch.utils.tensorboard import SummaryWriter
 
 Target = Literal["mc", "oracle", "sarsa", "td", "td10", "q", "moving"]
@@ -445,7 +444,7 @@ COLUMNS = ("obs", "act", "rew", "done", "next_obs", "cut")  # cut: the episode e
 def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem:
     """The problem of these COLUMNS. Trained on are the first --transitions rows with a next action
     and a return of which less than 1 % is missing: it ends at a terminal, or gamma^k < 0.01 for its
-    k rewards. Held out are 8,000 such rows of later episodes, thinned to 2,048."""
+    k rewards. Held out are at most 8,000 such rows of later episodes, thinned to 2,048."""
     what = f"--dataset {args.dataset}" if args.dataset else f"--env-id {args.env_id}"
     c = {name: np.asarray(x, np.float32) for name, x in c.items()}
     for name, x in c.items():
@@ -459,7 +458,7 @@ def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem
         say(f"{what}: {both.sum()} rows end by a terminal and a time-out, taken as terminals")
     left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
     left[done[np.arange(n) + left.astype(int) - 1]] = np.inf
-    fits = math.floor(1_000 * 0.01 ** (1 / np.median(left))) / 1_000 if n else 0
+    fits = (math.ceil(1_000 * 0.01 ** (1 / np.median(left))) - 1) / 1_000 if n else 0
     if args.gamma is None:
         args.gamma = min(0.99, fits)
         say(f"{what}: --gamma {args.gamma}, which leaves half of the returns whole, or more")
@@ -529,6 +528,8 @@ def continuous(args: Args, device) -> Problem:
             act = rng.uniform(-1, 1, box.shape)
             next_obs, rew, done, cut, _ = env.step(low + (act + 1) / 2 * span)
             rew = np.asarray(rew, dtype=float).item()  # some hand out an array of one number
+            if not (np.abs(np.append(next_obs, rew)) < 3.4e38).all():
+                fail(f"{what}: step {len(rows)} gives an observation or reward not finite", 3)
             rows.append((np.array(obs), act, rew, done, np.array(next_obs), cut))
             obs, over = next_obs, done or cut
     columns = [np.array(x) for x in zip(*rows)]
@@ -602,11 +603,19 @@ def optimal_q(P, r, gamma: float):
 
 def dataset(args: Args, device) -> Problem:
     """A file's transitions; its behaviour policy is cloned."""
-    path = Path(args.dataset)
-    single = path.is_file() and path.name != "main_data.hdf5"
-    c = read_d4rl(path) if single else read_minari(args.dataset)
+    path, folder = Path(args.dataset), find_minari(args.dataset)
+    if not folder and not path.is_file():
+        fail(f"--dataset {path}: {kind_of(path)}")
+    main = folder / "main_data.hdf5" if folder else path
+    what = kind_of(main) if main.is_file() else "not readable by Minari's library"
+    with failing(f"--dataset {path} is {what}", Exception):
+        c = read_minari(folder) if folder else read_d4rl(path)
+    if not len(c["rew"]):
+        fail(f"--dataset {path}: no transitions")
     discrete = c["act"].dtype.kind in "iu" and c["act"].size == len(c["act"])
     if discrete:
+        if c["act"].min(initial=0) < 0:
+            fail(f"--dataset {path}: an action is {c['act'].min()}, expected numbers from 0 on")
         c["act"] = np.eye(c["act"].max(initial=0) + 1)[c["act"].reshape(-1)]
     vectors = c["obs"].ndim == c["act"].ndim == 2 and c["obs"].shape == c["next_obs"].shape
     if not vectors or len({len(x) for x in c.values()}) > 1:
@@ -652,10 +661,7 @@ def read_d4rl(path: Path) -> dict:
 
     keys = "observations actions rewards terminals next_observations timeouts".split()
     needed = keys[:4]
-    with open(path, "rb") as file:
-        what = f"--dataset {path}, which begins with {file.read(24).splitlines()[:1]}"
-    hint = "expected D4RL's HDF5, a Minari set, or what tools/convert.py makes of a pickle or npz"
-    with failing(f"{what}; {hint}", Exception), h5py.File(path) as f:
+    with h5py.File(path) as f:
         if not {*needed} <= {*f}:
             fail(f"--dataset {path}: needs {', '.join(needed)}, holds {', '.join(sorted(f)[:9])}")
         if "episode_terminals" in f:  # d3rlpy 1.x, the ends of both kinds
@@ -676,26 +682,20 @@ def read_d4rl(path: Path) -> dict:
         return {"next_obs": np.roll(c["obs"], -1, 0)} | c
 
 
-def read_minari(name: str) -> dict:
-    """The COLUMNS of a Minari set: an id, a folder, or the file in it."""
-    path, parts = Path(name), {column: [] for column in COLUMNS}
-    path = path.parent if path.is_file() else path
-    what = f"--dataset {name}: no file, and as a Minari set (minari download {name})"
-    with failing(what, Exception):
-        import minari
-
-        folders = [x for x in (path, path / "data") if (x / "metadata.json").exists()]
-        data = minari.MinariDataset(folders[0]) if folders else minari.load_dataset(name)
-        space = data.observation_space
-        for episode in data.iterate_episodes():
-            n, done = len(episode.rewards), episode.terminations
-            seen = iterate(batch_space(space, n + 1), episode.observations)
-            obs = np.stack([gym.spaces.flatten(space, x) for x in seen])
-            last = np.arange(n) == n - 1
-            row = (obs[:-1], episode.actions, episode.rewards, done, obs[1:], last & ~done)
-            for part, x in zip(parts.values(), row):
-                part.append(x)
-        return {column: np.concatenate(part) for column, part in parts.items()}
+def read_minari(folder: Path) -> dict:
+    """The COLUMNS of a Minari set."""
+    data, parts = open_minari(folder), {column: [] for column in COLUMNS}
+    for episode in data.iterate_episodes():
+        n, done = len(episode.rewards), episode.terminations
+        obs = flat(data.observation_space, episode.observations, n + 1)
+        act = episode.actions
+        if isinstance(data.action_space, gym.spaces.Dict):
+            act = flat(data.action_space, act, n)
+        last = np.arange(n) == n - 1
+        row = (obs[:-1], act, episode.rewards, done, obs[1:], last & ~done)
+        for part, x in zip(parts.values(), row):
+            part.append(x)
+    return {column: np.concatenate(part or [[]]) for column, part in parts.items()}
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -704,8 +704,8 @@ def diagnose(learner) -> list[dict]:
     """For each member, on at most 2,048 rows, in eval mode: the shared diagnostics; the regulariser
     R with the features, and (on 256 rows) with the gradients of all weights in their place; mean Q
     and its error: to the truth where that is known, else to the returns that followed, which a
-    network can learn by heart, and to those of held-out episodes (not for q, which is after another
-    policy's)."""
+    network can learn by heart, and to those of held-out episodes (not for q, which learns another
+    policy's value)."""
     p, net, gamma = learner.problem, learner.net, learner.args.gamma
     n, device = len(learner.members), p.rew.device
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(p.rew))[:2048]).to(device)
@@ -859,7 +859,7 @@ def train(args: Args) -> dict:
 
 
 def report(folder: Path):
-    """Claims, table and figure by tools/report.py, where that is installed beside this script."""
+    """Claims, table and figure by tools/report.py, where that lies beside this script."""
     tool, figure = Path(__file__).parent / "tools" / "report.py", folder / "figure.png"
     words = [str(folder), "--figure", str(figure)]
     if tool.exists():
@@ -867,6 +867,74 @@ def report(folder: Path):
     else:
         command = shlex.join(["python", "tools/report.py", *words])
         say(f"which of the claims hold, a table and a figure:\n  {command}")
+
+
+# === shared: files (canonical copy: cql_continuous.py) ===
+# Needs failing() and say() of the block "run".
+KINDS = {  # files by their first bytes
+    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull`",
+    b"ARROW1": "an arrow file: name the folder of its Minari set",
+    b"\x1f\x8b": "gzipped: unpack it first",
+    b"": "no HDF5 file",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What is there instead of a dataset, and what to do about it."""
+    if path.is_dir():
+        orbax = any(path.glob("**/manifest.ocdbt"))
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+    if not path.exists():
+        return f"not a file here, nor a Minari set's id: `minari download {path}`"
+    with open(path, "rb") as f:
+        start = f.read(32)
+    return next(text for first, text in KINDS.items() if start.startswith(first))
+
+
+def find_minari(name: str) -> Path | None:
+    """The folder of a Minari set's data, by id, folder, or the file main_data.hdf5."""
+    root = os.environ.get("MINARI_DATASETS_PATH", os.path.expanduser("~/.minari/datasets"))
+    at = Path(name)
+    places = [at, at / "data", Path(root) / name / "data"]
+    places += [at.parent] if at.name == "main_data.hdf5" else []
+    return next((p for p in places if (p / "metadata.json").is_file()), None)
+
+
+def open_minari(folder: Path):
+    """A set by Minari's own library."""
+    with failing("a Minari set needs `pip install 'minari[hdf5,arrow]'`", ImportError):
+        import minari
+    found = minari.MinariDataset(folder)
+    if parts := parts_of(found.observation_space):
+        say(f"{folder}: observations flattened in this order: {parts}")
+    return found
+
+
+def flat(space, x, n: int) -> np.ndarray:
+    """n values of a space as rows, (n, width): gymnasium.spaces.flatten of all of them at once."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flat(part, x[key], n) for key, part in space.spaces.items()]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, gym.spaces.Discrete):
+        return np.eye(space.n, dtype=np.float32)[np.asarray(x) - space.start]
+    if not isinstance(space, gym.spaces.Box):
+        each = gym.vector.utils.iterate(gym.vector.utils.batch_space(space, n), x)
+        return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
+    x = np.asarray(x, dtype=np.float32)
+    return x.reshape(len(x), -1)
+
+
+def parts_of(space) -> str:
+    """The entries of a Dict space in gymnasium's order, with their widths; "" of another space."""
+    parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else ()
+    return ", ".join(f"{key} ({gym.spaces.flatdim(part)})" for key, part in parts)
+
+
+# === end shared ===
 
 
 # === shared: diagnostics (canonical copy: sac.py) ===
@@ -988,6 +1056,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -1004,20 +1079,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -1030,6 +1107,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -1082,6 +1161,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

@@ -131,12 +131,13 @@ def check(args: Args):
     check_numbers(args, "seed eval_frequency checkpoint_frequency", 0, 1e12)
     check_numbers(args, "ent_coef damping critic_damping", 0, 1e12)
     check_numbers(args, "max_kl learning_rate", 1e-12, 1e12)
-    check_numbers(args, "total_timesteps log_frequency num_envs", 1, 1e12)
+    check_numbers(args, "total_timesteps log_frequency num_envs num_steps", 1, 1e12)
     check_numbers(args, "width critic_updates cg_steps", 1, 1e12)
-    check_numbers(args, "num_steps", 2, 1e12)  # one advantage alone has no standard deviation
     check_numbers(args, "threads eval_episodes depth", 0, 1e4)
-    check_numbers(args, "gamma stats_decay", 0, 0.99999)
-    check_numbers(args, "gae_lambda", 0, 1)
+    check_numbers(args, "stats_decay", 0, 0.99999)
+    check_numbers(args, "gamma gae_lambda", 0, 1)
+    if args.num_envs * args.num_steps == 1:
+        fail("--num-steps 1 --num-envs 1: one advantage alone has no standard deviation")
     check_numbers(args, "log_std_init", -20, 20)
     if args.solver != "none" and args.learning_rate != Args.learning_rate:
         fail(f"--learning-rate has no effect with --solver {args.solver}: --max-kl sets the step")
@@ -380,7 +381,7 @@ class KFAC(nn.Module):
             for x, scale in ((A, w), (S, 1 / w)):
                 eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
                 root, bad = torch.linalg.cholesky_ex(x + scale * self.damping**0.5 * eye)
-                if bad and x.isfinite().all():
+                if bad and x.isfinite().all() and math.isfinite(self.damping):
                     self.damping = max(10 * self.damping, 1e-8)
                     warnings.warn(f"K-FAC: damping raised to {self.damping:g}", stacklevel=2)
                     return self.factorise()
@@ -458,7 +459,7 @@ class Learner(nn.Module):
         head = self.agent.policy(self.standardised(obs))
         return self.agent.sample(head) if explore else self.agent.mode(head)
 
-    def update(self, rollout, diagnosing: bool = False) -> tuple[dict, dict]:
+    def update(self, rollout, diagnosing: bool) -> tuple[dict, dict]:
         """One policy step, then --critic-updates value steps, each on the whole rollout: losses,
         and what to watch. The observations' statistics take the rollout in last."""
         batch = self.batch_of(rollout)
@@ -481,14 +482,14 @@ class Learner(nn.Module):
         obs = rollout.states[: target.numel()]
         return Batch(obs, *(x.flatten(0, 1) for x in columns))
 
-    def policy_step(self, batch: Batch, diagnosing: bool = False) -> tuple[dict, dict]:
+    def policy_step(self, batch: Batch, diagnosing: bool) -> tuple[dict, dict]:
         """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g; with --solver none Adam on g."""
         args, agent, params = self.args, self.agent, self.agent.policy_parameters()
         objective = surrogate(agent, batch, args)
         g = torch.autograd.grad(objective, params)
         with torch.no_grad():
             head, old = agent.actor(batch.obs), [p.clone() for p in params]
-            losses = {"policy_loss": -objective.detach(), "entropy": agent.entropy(head).mean()}
+            losses = {"entropy": agent.entropy(head).mean()}
         numbers = {"grad_norm": flat(g).norm()}
 
         @torch.no_grad()
@@ -508,9 +509,8 @@ class Learner(nn.Module):
         dFd = quadratic(agent, batch.obs, d)
         full = (2 * args.max_kl / dFd.clamp(min=1e-30)).sqrt()
         # the full step lands just above or below max_kl, so that one back is common; the last is 0
-        scales = [full * 0.8**k for k in range(15)] + [0 * full]
-        for backtracks in range(len(scales) if args.line_search else 1):
-            scale = scales[backtracks]
+        for backtracks in range(16 if args.line_search else 1):
+            scale = full * 0.8**backtracks if backtracks < 15 else 0 * full
             with torch.no_grad():
                 for p, p_old, x in zip(params, old, d):
                     p.copy_(p_old + scale * x)
@@ -650,7 +650,7 @@ def train(args: Args) -> dict:
         save()
         run.stop_if_asked()
         summary = {"global_step": step, "steps_per_second": run.rate(step)}
-        if eval_envs:
+        if len(returns):
             say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
             summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
         return run.finish(summary)
@@ -738,25 +738,25 @@ class Collector:
         updated; those of the rewards take the rollout in first."""
         agent, args = learner.agent, self.args
         for name, x in agent.named_parameters():
-            finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
+            if not x.isfinite().all():  # of NaN nothing can be sampled
+                fail(f"{name} is not finite; the last checkpoint is from before", 3)
         obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
         for _ in range(args.num_steps):
             raw_obs.append(self.obs)
-            obs.append(learner.standardised(finite(self.obs, "an observation")))
+            obs.append(learner.standardised(self.obs))
             acts.append(agent.sample(agent.policy(obs[-1])))
             step = self.envs.step(to_actions(acts[-1], self.envs))
             self.obs, rew, terminated, truncated, infos = step
             truncated = truncated & ~terminated
             steps.append((rew, terminated, truncated))
             if truncated.any():
-                last = finite(np.stack(infos["final_obs"][truncated]), "an observation")
-                last_obs.append(learner.standardised(last))
+                last_obs.append(learner.standardised(np.stack(infos["final_obs"][truncated])))
             for i in np.flatnonzero(infos.get("_final_info", False)):
                 info = infos["final_info"]
                 ended.append((float(info["return"][i]), int(info["length"][i])))
-        obs.append(learner.standardised(finite(self.obs, "an observation")))
+        obs.append(learner.standardised(self.obs))
         rew, terminated, truncated = (np.stack(x) for x in zip(*steps))
-        rew = finite(rew, "a reward").astype(np.float32)
+        rew = rew.astype(np.float32)
         if args.normalize_reward:
             rew = self.scaled(rew, terminated | truncated, learner.return_stats)
         states, act = torch.cat(obs + last_obs), torch.stack(acts)
@@ -793,13 +793,6 @@ class Collector:
                 say(f"environment {i} does not repeat itself from its seed: a new episode starts")
                 self.discounted[i] = 0
         self.obs = np.stack([env.obs for env in self.envs.envs]).astype(self.obs.dtype)
-
-
-def finite(x, what: str):
-    """x, an array of numbers; if one of them is NaN or infinite, the run ends with status 3."""
-    if not np.isfinite(x).all():
-        fail(f"{what} is not finite; the last checkpoint is from before", 3)
-    return x
 
 
 def to_actions(act, envs) -> np.ndarray:
@@ -850,15 +843,23 @@ class Episodes(gym.Wrapper):
         self.episode, self.actions, self.total = self.episode + 1, [], 0.0
         own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
         self.obs, _ = self.env.reset(seed=int(own), options=options)
+        self.finite(self.obs, "an observation")
         return self.obs, {}
 
     def step(self, action):
         self.actions.append(np.array(action))
         self.obs, rew, terminated, truncated, _ = self.env.step(action)
         rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.finite(self.obs, "an observation")
+        self.finite(rew, "a reward")
         self.total += rew
         ended = {"return": self.total, "length": len(self.actions)}
         return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def finite(self, x, what: str):
+        if not (np.abs(x) < 3.4e38).all():  # nor beyond float32
+            at = f"step {len(self.actions)} of episode {self.episode}"
+            fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
 
     def state_dict(self) -> dict:
         arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
@@ -889,7 +890,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -1059,6 +1060,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -1075,20 +1083,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -1101,6 +1111,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -1153,6 +1165,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

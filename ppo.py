@@ -8,8 +8,8 @@ played. Generalised advantage estimation (GAE, arXiv 1506.02438) says which acti
   A_t  = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)   (Eq. 11)
   loss = -L + c_v (V(s) - V_target)^2 / 2 - c_e H(pi(.|s)),  V_target = A + V, c_1 = c_v / 2 (Eq. 9)
 
-The sum stops where the episode ends; V(s_{t+1}) is 0 after a termination, not after a time-out.
-lambda trades bias for variance: 0 trusts the critic after one step, 1 the sampled return alone.
+The sum ends with the episode or the rollout; V(s_{t+1}) is 0 after a termination, not a time-out.
+lambda trades bias for variance: 0 trusts the critic after one step, 1 only after the last one.
 With --clip-vloss V(s) is held to V_old(s) +- eps, too; the larger of the two errors counts.
 
   symbol             in the code                       shape
@@ -458,13 +458,13 @@ def train(args: Args) -> dict:
                 last_return, length = np.mean(ended, axis=0).tolist()
                 run.log(step, {"charts/episodic_return": last_return})
                 run.log(step, {"charts/episodic_length": length})
-            if every(args.log_frequency, before, step):
+            evaluating = every(args.eval_frequency, before, step) or step >= args.total_timesteps
+            if every(args.log_frequency, before, step) or evaluating:
                 run.log(step, {"losses/" + name: x for name, x in info.items()})
                 run.log(step, {"charts/SPS": run.rate(step), "charts/learning_rate": lr})
-                run.show(
-                    min(step, args.total_timesteps), KL=info["approx_kl"], last_return=last_return
-                )
-            if every(args.eval_frequency, before, step) or step >= args.total_timesteps:
+                done = min(step, args.total_timesteps)
+                run.show(done, KL=info["approx_kl"], last_return=last_return)
+            if evaluating:
                 with run.paused():
                     returns = evaluate(learner, eval_envs, args)
                     numbers = diagnose(learner, rollout)
@@ -564,25 +564,25 @@ class Collector:
         updated; those of the rewards take the rollout in first."""
         agent, args = learner.agent, self.args
         for name, x in agent.named_parameters():
-            finite(x.detach().cpu().numpy(), name)  # of NaN nothing can be sampled
+            if not x.isfinite().all():  # of NaN nothing can be sampled
+                fail(f"{name} is not finite; the last checkpoint is from before", 3)
         obs, acts, steps, last_obs, raw_obs, ended = [], [], [], [], [], []
         for _ in range(args.num_steps):
             raw_obs.append(self.obs)
-            obs.append(learner.standardised(finite(self.obs, "an observation")))
+            obs.append(learner.standardised(self.obs))
             acts.append(agent.sample(agent.policy(obs[-1])))
             step = self.envs.step(to_actions(acts[-1], self.envs))
             self.obs, rew, terminated, truncated, infos = step
             truncated = truncated & ~terminated
             steps.append((rew, terminated, truncated))
             if truncated.any():
-                last = finite(np.stack(infos["final_obs"][truncated]), "an observation")
-                last_obs.append(learner.standardised(last))
+                last_obs.append(learner.standardised(np.stack(infos["final_obs"][truncated])))
             for i in np.flatnonzero(infos.get("_final_info", False)):
                 info = infos["final_info"]
                 ended.append((float(info["return"][i]), int(info["length"][i])))
-        obs.append(learner.standardised(finite(self.obs, "an observation")))
+        obs.append(learner.standardised(self.obs))
         rew, terminated, truncated = (np.stack(x) for x in zip(*steps))
-        rew = finite(rew, "a reward").astype(np.float32)
+        rew = rew.astype(np.float32)
         if args.normalize_reward:
             rew = self.scaled(rew, terminated | truncated, learner.return_stats)
         states, act = torch.cat(obs + last_obs), torch.stack(acts)
@@ -619,13 +619,6 @@ class Collector:
                 say(f"environment {i} does not repeat itself from its seed: a new episode starts")
                 self.discounted[i] = 0
         self.obs = np.stack([env.obs for env in self.envs.envs]).astype(self.obs.dtype)
-
-
-def finite(x, what: str):
-    """x, an array of numbers; if one of them is NaN or infinite, the run ends with status 3."""
-    if not np.isfinite(x).all():
-        fail(f"{what} is not finite; the last checkpoint is from before", 3)
-    return x
 
 
 def to_actions(act, envs) -> np.ndarray:
@@ -676,15 +669,23 @@ class Episodes(gym.Wrapper):
         self.episode, self.actions, self.total = self.episode + 1, [], 0.0
         own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
         self.obs, _ = self.env.reset(seed=int(own), options=options)
+        self.finite(self.obs, "an observation")
         return self.obs, {}
 
     def step(self, action):
         self.actions.append(np.array(action))
         self.obs, rew, terminated, truncated, _ = self.env.step(action)
         rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.finite(self.obs, "an observation")
+        self.finite(rew, "a reward")
         self.total += rew
         ended = {"return": self.total, "length": len(self.actions)}
         return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def finite(self, x, what: str):
+        if not (np.abs(x) < 3.4e38).all():  # nor beyond float32
+            at = f"step {len(self.actions)} of episode {self.episode}"
+            fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
 
     def state_dict(self) -> dict:
         arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
@@ -715,7 +716,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -885,6 +886,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -901,20 +909,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -927,6 +937,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -979,6 +991,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

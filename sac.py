@@ -43,6 +43,7 @@ Left out on purpose: observation normalisation (the paper has none), n-step targ
 
 import copy
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -134,8 +135,11 @@ def check(args: Args):
     if args.alpha is not None and args.target_entropy is not None:
         fail("--target-entropy has no effect with a fixed --alpha")
     if args.save_dataset:
+        writable("--save-dataset", Path(args.save_dataset).parent)
         if Path(args.save_dataset).exists():
             fail(f"--save-dataset {args.save_dataset} exists already: give another name")
+        if importlib.util.find_spec("h5py") is None:
+            fail("--save-dataset needs `pip install h5py`")
         if args.buffer_size < args.total_timesteps + args.num_envs:
             fail("--save-dataset writes the whole replay: it needs a larger --buffer-size")
 
@@ -399,7 +403,7 @@ def train(args: Args) -> dict:
         if args.save_dataset:
             replay.write(Path(args.save_dataset), envs)
         summary = {"global_step": step, "updates": updates, "steps_per_second": run.rate(step)}
-        if eval_envs:
+        if len(returns):
             say(f"last evaluation: {returns.mean():.1f} +- {returns.std():.1f}")
             summary |= {"final_return_mean": returns.mean(), "final_return_std": returns.std()}
         return run.finish(summary)
@@ -468,15 +472,23 @@ class Episodes(gym.Wrapper):
         self.episode, self.actions, self.total = self.episode + 1, [], 0.0
         own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
         self.obs, _ = self.env.reset(seed=int(own), options=options)
+        self.finite(self.obs, "an observation")
         return self.obs, {}
 
     def step(self, action):
         self.actions.append(np.array(action))
         self.obs, rew, terminated, truncated, _ = self.env.step(action)
         rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
+        self.finite(self.obs, "an observation")
+        self.finite(rew, "a reward")
         self.total += rew
         ended = {"return": self.total, "length": len(self.actions)}
         return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
+
+    def finite(self, x, what: str):
+        if not (np.abs(x) < 3.4e38).all():  # nor beyond float32
+            at = f"step {len(self.actions)} of episode {self.episode}"
+            fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
 
     def state_dict(self) -> dict:
         arrays = {"obs": np.array(self.obs), "actions": np.array(self.actions)}
@@ -507,7 +519,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance: --num-envs 1 --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -578,10 +590,7 @@ class Replay:
         n = len(columns[0])
         rows = torch.arange(self.added, self.added + n, device=self.device) % self.capacity
         self.added += n
-        for (name, column), x in zip(self.columns.items(), columns, strict=True):
-            if not np.isfinite(x).all():
-                what = {"rew": "a reward", "next_obs": "an observation"}.get(name, name)
-                fail(f"step {self.added}: {what} is not finite; the last checkpoint stands", 3)
+        for column, x in zip(self.columns.values(), columns, strict=True):
             column[rows] = torch.as_tensor(x, dtype=torch.float32, device=self.device)
         self.size.fill_(min(self.added, self.capacity))
 
@@ -620,6 +629,7 @@ class Replay:
         c = {name: x.cpu()[in_order].numpy() for name, x in self.columns.items()}
         c["cut"].reshape(n, -1)[:, -1] = 1  # the recording stops here, whatever follows
         done = c["done"] > 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
             f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
             f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
@@ -783,6 +793,13 @@ def reserve(size: int, what: str, device):
         fail(f"{what} needs {size / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free")
 
 
+def writable(flag: str, folder: Path):
+    """Refuse a place that cannot be written before any work is done for it."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+
+
 def every(n: int, before: int, step: int) -> bool:
     """Whether a multiple of n was passed on the way from `before` to `step`; never for n = 0."""
     return n > 0 and step // n > before // n
@@ -799,20 +816,22 @@ def write_beside(path: Path):
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(folder: str, name: str = "checkpoint.pt") -> dict:
     """Tensors and plain Python only: a crafted pickle is refused, as is another script's file."""
     path = Path(folder) / name
     with failing(f"{path}: expected a checkpoint of {SCRIPT}.py", Exception):
+        written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", weights_only=True)
         if (saved.get("script"), saved.get("format")) != (SCRIPT, FORMAT):
             raise ValueError("of another script or format")
-    return saved
+    return saved | {"written": written}
 
 
 class Run(ExitStack):
@@ -825,6 +844,8 @@ class Run(ExitStack):
         super().__init__()
         self.args, self.total, self.signum = args, total, 0
         self.saved = load_checkpoint(args.resume) if args.resume else None
+        flag = "--resume" if args.resume else "--run-dir"
+        writable(flag, Path(args.resume or args.run_dir))
         self.began = time.time() - (self.saved["wall"] if self.saved else 0)
         if self.saved:
             self.compare(asdict(args), self.saved["args"])
@@ -877,6 +898,9 @@ class Run(ExitStack):
                 fail(f"{self.dir}: another process is running it")
             except (ImportError, OSError) as e:  # Windows; a file system without locks
                 say(f"{self.dir} is not locked ({e}): let only one process run it")
+            checkpoint = self.dir / "checkpoint.pt"
+            if self.saved and checkpoint.stat().st_mtime_ns != saved["written"]:
+                fail(f"{self.dir}: another process went on with it meanwhile; start again")
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")

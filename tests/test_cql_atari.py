@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import cql_atari as c
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -348,7 +349,7 @@ def test_vectors_are_standardised_over_all_games_and_in_both_networks():
     frames = [scale * torch.randn(n, 3) + shift for n, shift in ((30, 7.0), (60, -4.0))]
     x = np.concatenate(frames).astype(np.float64)
     learner.standardise([SimpleNamespace(frames=x) for x in frames])
-    expected = torch.from_numpy((x - x.mean(0)) / (x.std(0, ddof=1) + 1e-3)).float()
+    expected = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-3)).float()
     for net in (learner.net, learner.target):
         found = net.features(torch.from_numpy(x).float())
         torch.testing.assert_close(found, net.encoder(expected), atol=1e-4, rtol=1e-4)
@@ -912,7 +913,8 @@ class FakeRun:
 
 def record(env_id, **changes) -> Path:
     args = tiny(env_id=(env_id,), **changes)
-    return c.collect(env_id, args, FakeRun())
+    with c.ExitStack() as stack:
+        return c.collect(c.Envs(env_id, 1, stack), args, FakeRun())
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "ShortCatch-v0", "Pays-v0", "Blackjack-v1"])
@@ -949,7 +951,31 @@ def test_recorded_rows_are_those_of_the_environment(env_id):
     assert record(env_id, **changes) == folder and record(env_id, collect_steps=100) != folder
 
 
-@pytest.mark.parametrize("what", ["reward", "observation", "signal", "full disk", "run folder"])
+def test_one_instance_is_enough_without_evaluation(monkeypatch):
+    with c.ExitStack() as stack:
+        envs = c.Envs("Pays-v0", 1, stack)
+        monkeypatch.setattr(c, "Envs", None)  # no other one is made
+        folder = c.collect(envs, tiny(env_id=("Pays-v0",), collect_steps=50), FakeRun())
+    assert len(np.load(folder / "frames.npy")) == 50
+
+
+def test_a_nan_of_a_reset_leaves_no_set(monkeypatch, capsys):
+    reset, count = Pays.reset, [0]
+
+    def poisoned(self, **options):
+        count[0] += 1
+        obs, info = reset(self, **options)
+        return obs * (math.nan if count[0] == 3 else 1), info
+
+    monkeypatch.setattr(Pays, "reset", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        record("Pays-v0", collect_steps=100)
+    assert stop.value.code == 3
+    assert "step 0 of episode 2: an observation" in capsys.readouterr().err
+    assert not list(Path(".").glob("datasets/*/*"))
+
+
+@pytest.mark.parametrize("what", ["reward", "1e39", "observation", "signal", "full disk"])
 def test_what_stops_a_recording_leaves_no_set(what, monkeypatch, capsys):
     """A NaN of the environment with status 3, named at its step; nothing poisons the next run."""
     real, steps, run, status = Pays.step, [0], FakeRun(), 3
@@ -959,7 +985,7 @@ def test_what_stops_a_recording_leaves_no_set(what, monkeypatch, capsys):
         obs, rew, *rest = real(self, action)
         steps[0] += 1
         if steps[0] == 43:
-            rew = rew * math.nan if what == "reward" else rew
+            rew = {"reward": math.nan, "1e39": 1e39}.get(what, rew)  # beyond float32
             obs = obs * math.inf if what == "observation" else obs
             run.signum = signal.SIGTERM if what == "signal" else 0
         return obs, rew, *rest
@@ -968,15 +994,12 @@ def test_what_stops_a_recording_leaves_no_set(what, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Pays, "step", step)
-    named = f"step {42 + 42 // 4}" if what in ("reward", "observation") else ""
+    named = "" if what == "signal" else "step 3 of episode 10"  # of four steps each
     if what == "full disk":
         monkeypatch.setattr(os, "posix_fallocate", full)
         named, status = "No space left", 2
-    if what == "run folder":
-        Path("runs").write_text("a file")
-        named, status = "--run-dir runs", 2
-    with pytest.raises(SystemExit) as stop:
-        c.collect("Pays-v0", args, run)
+    with pytest.raises(SystemExit) as stop, c.ExitStack() as stack:
+        c.collect(c.Envs("Pays-v0", 2, stack), args, run)
     out, err = capsys.readouterr()
     assert stop.value.code == (143 if what == "signal" else status)
     assert what == "signal" or (err.count("\n") == 1 and named in err), err
@@ -1126,6 +1149,34 @@ def test_pictures_are_made_grey_and_small_and_others_are_refused():
     for wrong in (x[:, :, :, :2], x - 300.0, x * 2.0, x[:, 0, 0], np.full((2, 84, 84), np.nan)):
         with pytest.raises(ValueError, match="shape"):
             grey(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind, largest", [(np.uint8, 1), (np.float32, 255)])
+def test_bytes_are_bytes_and_floats_up_to_one_are_scaled(kind, largest, monkeypatch):
+    """Pictures of 0 and 1, which an environment shows as they are if they are bytes."""
+    space = gym.spaces.Box(0, 1 if kind == np.float32 else 255, (84, 84), kind)
+    frames = np.zeros((3, 84, 84), kind)
+    frames[1:, 0, 0] = 1
+    name = minari_set(monkeypatch, [(frames, [0, 1], [0.0, 1.0], True)] * 2, space)
+    assert load(name, game((84, 84), 2)).frames.max() == largest
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_changed_set_is_unpacked_anew_and_seeds_share_one(monkeypatch):
+    obs, space = np.eye(4, dtype=np.float32), gym.spaces.Box(-1, 1, (4,), np.float32)
+    episode = obs, [0, 1, 0], [0.0, 1.0, 0.0], True
+    name = minari_set(monkeypatch, [episode] * 2, space)
+    envs = game((4,), 2)
+    for seed in (1, 2):
+        load(name, envs, storage="mmap", seed=seed)
+    assert len(list(Path("datasets").iterdir())) == 1
+    path = c.find_minari(name) / "main_data.hdf5"
+    with h5py.File(path, "a") as f:
+        f["episode_0/rewards"][1] = 5.0
+    os.utime(path, ns=(1, 1))
+    data = load(name, envs, storage="mmap", clip_rewards=False)
+    assert data.reward_range[1] == 5.0 and len(list(Path("datasets").iterdir())) == 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

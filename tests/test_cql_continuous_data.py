@@ -248,14 +248,39 @@ def test_without_timeouts_and_next_observations_the_limit_cuts(capsys):
     assert "limit" in capsys.readouterr().out
 
 
+UNFINISHED = [(5, "terminal"), (5, "terminal"), (2, "open")]  # the recording stopped
 ODD = {  # episodes, and the line about their flags
     "terminals are timeouts as well": [episode(0, 3, "both"), episode(10, 4, "terminal")],
     "2 terminals follow a terminal": [
         episode(10 * i, n, "terminal") for i, n in enumerate((5, 1, 1))
     ],
     "is that a time limit": [episode(10 * i, 5, "terminal") for i in range(3)],
+    "after 5 steps": [episode(10 * i, n, how) for i, (n, how) in enumerate(UNFINISHED)],
     "": [episode(0, 5, "terminal"), episode(10, 5, "timeout"), episode(20, 3, "terminal")],
 }
+
+
+def test_spaces_are_flattened_by_gymnasiums_rule():
+    box, spaces = gym.spaces.Box(-1, 1, (2, 3)), gym.spaces
+    inner = spaces.Dict({"m": spaces.MultiDiscrete([3, 4]), "d": spaces.Discrete(3, start=-1)})
+    every = spaces.Dict({"z": box, "a": inner, "b": spaces.MultiBinary(2)})
+    pair = spaces.Tuple((spaces.Discrete(2), spaces.Box(0, 1, (1,))))
+    for space in (box, inner, every, pair, spaces.Discrete(5)):
+        space.seed(0)
+        values = [space.sample() for _ in range(4)]
+        stacked = gym.vector.utils.create_empty_array(space, 4)
+        stacked = gym.vector.utils.concatenate(space, values, stacked)
+        rows = np.stack([spaces.flatten(space, x) for x in values])
+        assert np.array_equal(cql.flat(space, stacked, 4), rows.astype(np.float32)), space
+
+
+def test_the_parts_of_a_dict_that_a_file_lacks_are_named(capsys):
+    space = gym.spaces.Dict({k: gym.spaces.Box(-1, 1, (n,)) for k, n in (("b", 27), ("a", 2))})
+    base = SimpleNamespace(observation_space=space)
+    env = fake_env([-1], [1])
+    env.envs[0].unwrapped, env.single_observation_space = base, gym.spaces.Box(-1, 1, (29,))
+    err = refused(capsys, lambda: cql.check_widths((27, 1), env, "Maze-v0"))
+    assert "a (2), b (27)" in err and "the data lack a" in err
 
 
 @pytest.mark.parametrize("line", ODD)
@@ -451,6 +476,19 @@ def h5(**changes):
     return lambda: write({k: x for k, x in good(**changes).items() if x is not None})
 
 
+def orbax():
+    Path("x.hdf5/17").mkdir(parents=True)
+    Path("x.hdf5/17/manifest.ocdbt").touch()
+    return "x.hdf5"
+
+
+def pointer_in_a_set():
+    name = minari_set("folder")(FOUR)
+    text = "version https://git-lfs.github.com/spec/v1\n"
+    Path(name, "data", "main_data.hdf5").write_text(text)
+    return name
+
+
 def small_set(damage):
     """A set by Minari's library, then damaged."""
 
@@ -477,9 +515,14 @@ def nan_observation(group):
 
 
 BAD_FILES = {  # how it is made, and words of the one line
-    "missing": (lambda: "gone.hdf5", "no such file"),
+    "missing": (lambda: "gone.hdf5", "minari download gone.hdf5"),
     "empty": (lambda: Path("x.hdf5").touch() or "x.hdf5", "no HDF5 file"),
-    "folder": (lambda: Path("x.hdf5").mkdir() or "x.hdf5", "no such file"),
+    "folder": (lambda: Path("x.hdf5").mkdir() or "x.hdf5", "a folder without a dataset"),
+    "orbax": (orbax, "an orbax checkpoint"),
+    "arrow": (raw(b"ARROW1\0\0"), "folder of its Minari set"),
+    "old pickle": (raw(b"(lp0\n."), "tools/convert.py FILE NEW.hdf5"),
+    "gzip": (raw(b"\x1f\x8b\x08"), "gzipped"),
+    "Minari's pointer": (pointer_in_a_set, "git lfs pull"),
     "text": (raw(b"s,a,r\n1,2,3\n"), "no HDF5 file"),
     "pickle": (raw(b"\x80\x04}."), "a pickle"),
     "npz": (raw(b"PK\3\4"), "npz"),
@@ -726,7 +769,7 @@ def test_rows_played_online(stack):
     played = np.array([-3.0, 0.0]) + (c["act"] + 1) / 2 * 4
     assert np.allclose(env.envs[0].unwrapped.seen, played, atol=1e-5)
     assert np.abs(played - greedy(learner, rows)).max() > 0.5
-    batch = cql.sample_online(replay, 500)
+    batch = replay.sample(500)
     assert set(batch.done.tolist()) == {0.0, 1.0} and len(batch.obs.unique(dim=0)) == 12
 
 
@@ -741,18 +784,13 @@ def quick(**changes) -> cql.Args:
 def test_the_online_phase_mixes_as_it_says(share, parts, monkeypatch):
     """Offline minibatches of 8, then of both; the workflow looks at offline moments alone. Episodes
     of 3, 4 and 5 steps pay 6, 10 and 15."""
-    asked, data, online = {"data": [], "online": []}, cql.Replay.sample, cql.sample_online
+    asked, sample = {"data": [], "online": []}, cql.Replay.sample
 
-    def of_data(self, n):
-        asked["data"].append(n)
-        return data(self, n)
+    def noted(self, n):
+        asked["data" if "to_go" in self.columns else "online"].append(n)
+        return sample(self, n)
 
-    def of_online(replay, n):
-        asked["online"].append(n)
-        return online(replay, n)
-
-    monkeypatch.setattr(cql.Replay, "sample", of_data)
-    monkeypatch.setattr(cql, "sample_online", of_online)
+    monkeypatch.setattr(cql.Replay, "sample", noted)
     cql.train(quick(online_steps=13, offline_share=share))
     assert asked == {"data": [8] * 40 + [parts[0]] * 26, "online": [parts[1]] * 26}
     run = only_run(".")

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import test_cql_continuous_runs as runs
 import torch
 import tyro
 
@@ -148,6 +147,8 @@ def test_the_change_to_n_steps(tmp_path, monkeypatch):
 
 def test_the_change_to_iql(tmp_path, monkeypatch):
     """V of a state is the expectile of Q over its actions; the policy gets better than its data."""
+    import test_cql_continuous_runs as runs
+
     monkeypatch.chdir(tmp_path)
     script = changed("cql_continuous", tmp_path)
     flags = "--cql-alpha 0 --bc-steps 0 --num-updates 600 --expectile 0.8"

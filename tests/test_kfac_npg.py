@@ -234,8 +234,14 @@ def test_a_factor_that_is_not_positive_definite_raises_the_damping_until_the_nex
     with pytest.warns(UserWarning, match="damping raised"):
         factors.roots = factors.factorise()
     assert factors.damping > 1e-6 and k.flat(factors.solve(g)).isfinite().all()
-    learner.policy_step(batch)  # its first update replaces the factors
+    learner.policy_step(batch, False)  # its first update replaces the factors
     assert factors.damping == 1e-12
+    factors.S1.copy_(-3e38 * torch.eye(len(factors.S1)))  # no damping is enough: no endless descent
+    with pytest.warns(UserWarning, match="damping raised to inf"):
+        factors.roots = factors.factorise()
+    assert not k.flat(factors.solve(g)).isfinite().all()
+    factors.damping = 1e-12
+    factors.S1.copy_(torch.eye(len(factors.S1)))
     factors.S1[0, 0] = math.inf
     factors.roots = factors.factorise()
     assert factors.solve(g)[2].isnan().all()
@@ -289,7 +295,7 @@ def test_predicted_and_measured_kl_agree(space, solver, delta):
         batch = k.Batch(obs, act, logp, (good - good.mean()) / good.std(), logp)
         natural = learner.natural
         learner.natural = lambda b, g: [sign * x for x in natural(b, g)]  # noqa: B023
-        _, info = learner.policy_step(batch)
+        _, info = learner.policy_step(batch, False)
         assert abs(info["kl_predicted"] / delta - 1) < 1e-6 and (info["gain"] > 0) == (sign > 0)
         measured.append(float(info["kl"]) / delta)
     assert abs(sum(measured) / 2 - 1) < 0.02
@@ -307,7 +313,7 @@ def test_the_line_search_refuses_what_does_not_help_or_goes_too_far(sign, far):
     learner.natural = lambda batch, g: [sign * x for x in natural(batch, g)]
     if far:
         agent.kl = lambda *x: torch.where(kl(*x) > 0, far, 0.0)
-    _, info = learner.policy_step(batch)
+    _, info = learner.policy_step(batch, False)
     assert torch.equal(k.flat(params), before) and info["backtracks"] == 15
     for name in ("step_scale", "gain", "gain_predicted", "kl", "kl_predicted", "kl_kfac"):
         assert info[name] == 0, name
@@ -319,7 +325,7 @@ def test_what_is_logged_is_of_the_step_that_was_taken():
     before = [p.detach().clone() for p in params]
     learner.natural = lambda batch, g: d.extend(natural(batch, g)) or d
     agent.kl = lambda *a: kl(*a) + (len(calls) < 2) * (calls.append(1) or 1.0)  # twice too far
-    _, info = learner.policy_step(batch)
+    _, info = learner.policy_step(batch, False)
     scale = info["step_scale"]
     assert info["backtracks"] == 2 and 0 < info["kl"] <= 1e-3 and info["gain"] > 0
     for p, old, x in zip(params, before, d):
@@ -339,7 +345,7 @@ def test_solver_none_is_adam_on_the_policy_gradient():
     loss = -(batch.advantage * other.log_prob(head, batch.act)).mean()
     (loss - 0.1 * other.entropy(head).mean()).backward()
     torch.optim.Adam(other.policy_parameters(), lr=0.01).step()
-    learner.policy_step(batch)
+    learner.policy_step(batch, False)
     expected = k.flat(other.policy_parameters())
     assert torch.allclose(k.flat(agent.policy_parameters()), expected, atol=1e-6)
 
@@ -412,7 +418,7 @@ def test_a_batch_is_the_rollouts_rows_with_their_own_targets():
     advantage = batch.target - r.value.flatten()
     assert torch.allclose(batch.advantage * advantage.std() + advantage.mean(), advantage)
     r.rew, r.value, r.next_value = torch.zeros(3, 5, 2)
-    losses, numbers = learner.update(r)
+    losses, numbers = learner.update(r, False)
     assert all(math.isfinite(float(x)) for x in [*losses.values(), *numbers.values()])
 
 
@@ -461,7 +467,7 @@ def test_the_gain_of_a_linear_policy_reaches_the_riccati_solution(solver):
         W, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
         advantage = q_values(W, b, x, x @ W.T + b) - q_values(W, b, x, act.numpy())
         advantage = torch.from_numpy(advantage / advantage.std())
-        learner.policy_step(k.Batch(obs, act, logp, advantage, logp))
+        learner.policy_step(k.Batch(obs, act, logp, advantage, logp), False)
     K = riccati()
     assert np.abs(K).min() > 0.4
     assert np.abs(W + K).max() < 0.03 and abs(b[0]) < 0.03, (W, -K, b)
@@ -508,7 +514,7 @@ def test_diagnostics_logging_and_evaluation_change_nothing(solver):
     saved = [load(runs[x] / "checkpoint.pt") for x in ("on", "off")]
     for key in ("networks", "optim", "random"):
         assert_equal(*({key: x[key]} for x in saved))
-    expected = {"losses/policy_loss", "losses/value_loss", "losses/explained_variance"}
+    expected = {"losses/entropy", "losses/value_loss", "losses/explained_variance"}
     names = "kl srank_policy" + " kl_kfac policy_condition gain_predicted" * (solver == "kfac")
     expected |= {"diagnostics/" + name for name in names.split()} | {"eval/episodic_return"}
     assert expected <= {tag for _, tag, _ in metrics(runs["on"])}
@@ -535,7 +541,7 @@ BAD = {
     "--solver none --max-kl 0.1": "--max-kl",
     "--learning-rate 0.1": "--learning-rate",
     "--solver exact --damping 0": "--damping",
-    "--num-steps 1": "--num-steps",
+    "--num-steps 1 --num-envs 1": "--num-steps",
     "--solver exact --width 512": "exact Fisher matrix",
     "--log-std-init 1": "--log-std-init",
 }

@@ -550,6 +550,36 @@ def test_what_is_given_anew_takes_effect_or_is_refused(script, capsys):
     assert_equal(after, load(run / "checkpoint.pt"))
 
 
+@SCRIPTS
+def test_a_finished_run_resumed_with_evaluations_has_none_to_tell(script):
+    script.train(tiny(script, total_timesteps=60, eval_episodes=0))
+    run = only_run(".")
+    again = script.train(tiny(script, total_timesteps=60, eval_episodes=2, resume=str(run)))
+    assert "final_return_mean" not in again
+    json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN, Infinity
+
+
+def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_overwritten(capsys):
+    """It had the lock while this one loaded, and let it go before this one asked for it."""
+    sac.train(tiny(sac, total_timesteps=60))
+    run = only_run(".")
+    with sac.Run(tiny(sac, resume=str(run)), 100) as late:
+        (run / "checkpoint.pt").touch()
+        assert "another process" in refused(capsys, late.open)
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(monkeypatch, capsys):
+    """Also a colleague's run: nothing is opened in it."""
+    sac.train(tiny(sac, total_timesteps=60))
+    run = only_run(".")
+    before = {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
+    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
+    assert "--run-dir runs" in refused(capsys, lambda: sac.train(tiny(sac)))
+    err = refused(capsys, lambda: sac.train(tiny(sac, resume=str(run))))
+    assert "--resume" in err and "copy" in err
+    assert {p.name: p.stat().st_mtime_ns for p in run.iterdir()} == before
+
+
 def test_another_optimiser_resumes_too(monkeypatch):
     for optimiser in ("SGD", "RMSprop", "AdamW"):
         cls = getattr(torch.optim, optimiser)
@@ -596,25 +626,40 @@ def test_non_finite_numbers_stop_the_run_before_a_checkpoint(script, monkeypatch
 
 
 @SCRIPTS
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e39])  # 1e39: beyond float32
 @pytest.mark.parametrize("where, named", [(0, "an observation"), (1, "a reward")])
 def test_a_nan_of_the_environment_never_reaches_the_replay(
-    script, where, named, monkeypatch, capsys
+    script, where, named, bad, monkeypatch, capsys
 ):
     step = Counting.step
 
     def poisoned(self, action):
         out = list(step(self, action))
         if self.episode == 12 and self.t == 3:
-            out[where] = out[where] * math.nan
+            out[where] = out[where] * 0.0 + bad
         return tuple(out)
 
     monkeypatch.setattr(Counting, "step", poisoned)
     with pytest.raises(SystemExit) as stop:
         script.train(tiny(script, env_id="Counting-v0", eval_episodes=0))
-    n = sum(3 + e % 3 for e in range(12)) + 3
     err = capsys.readouterr().err
-    assert stop.value.code == 3 and f"step {n}: {named} is not finite" in err
+    assert stop.value.code == 3 and f"step 3 of episode 12: {named} of the environment" in err
     assert load(only_run(".") / "checkpoint.pt")["step"] == 40
+
+
+@SCRIPTS
+def test_a_nan_of_a_reset_is_named(script, monkeypatch, capsys):
+    reset = Counting.reset
+
+    def poisoned(self, **options):
+        obs, info = reset(self, **options)
+        return obs * (math.nan if self.episode == 2 else 1), info
+
+    monkeypatch.setattr(Counting, "reset", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        script.train(tiny(script, env_id="Counting-v0", eval_episodes=0))
+    assert stop.value.code == 3
+    assert "step 0 of episode 2: an observation of the env" in capsys.readouterr().err
 
 
 def test_evaluating_at_every_step_is_no_fault():
@@ -635,6 +680,8 @@ BAD = [  # what no run could use, or what would have no effect
     ("sac", "--alpha 0.2 --target-entropy -3", "--target-entropy"),
     ("sac", "--target-subset 3", "--target-subset"),
     ("sac", "--save-dataset there.hdf5", "there.hdf5"),
+    ("sac", "--save-dataset there.hdf5/x.hdf5", "cannot be written"),
+    ("td3", "--save-dataset there.hdf5/deep/x.hdf5", "cannot be written"),
     ("sac", "--save-dataset x.hdf5 --buffer-size 100", "--buffer-size"),
     ("sac", "--resume nowhere", "nowhere"),
     ("sac", "--resume there.hdf5", "there.hdf5"),

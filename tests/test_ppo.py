@@ -491,7 +491,7 @@ def test_non_finite_numbers_of_the_environment_are_named(where, normalize, monke
     both = {"normalize_obs": normalize, "normalize_reward": normalize}
     with pytest.raises(SystemExit) as stop:
         ppo.train(tiny(env_id="PPOToy-v0", eval_episodes=0, **both))
-    named = f"{where.split()[-1]} is not finite" in capsys.readouterr().err
+    named = f"{where.split()[-1]} of the environment is not finite" in capsys.readouterr().err
     assert stop.value.code == 3 and named and not (only_run(".") / "checkpoint.pt").exists()
 
 

@@ -131,6 +131,13 @@ def test_convert_reads_the_replay_of_stable_baselines(tool, tmp_path):
         np.testing.assert_allclose(f["actions"][:4, 0], [7, 8, 9, 10])  # bounds 0 to 10
         assert np.flatnonzero(f["terminals"][()]).tolist() == [1]
         assert np.flatnonzero(f["timeouts"][()]).tolist() == [3, 4, 7]
+    # optimize_memory_usage: the newest next observation lies in the oldest row, which is left out
+    buffer.observations[2] += 100
+    buffer.next_observations = None
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(buffer))
+    assert "6 transitions" in tool("convert", "b.pkl", "c.hdf5")
+    with h5py.File("c.hdf5") as f:
+        assert f["observations"][:, 1].tolist() == [3, 4, 5, 13, 14, 15]
 
 
 class Evil:
@@ -151,6 +158,27 @@ def test_convert_reads_lists_of_dicts_and_npz_and_runs_no_code(tool, tmp_path):
     np.savez("r.npz", dones=[0, 1, 0], **columns)
     assert "3 transitions, 1 terminals, 1 time-outs" in tool("convert", "r.npz", "r.hdf5")
     assert "exists" in tool("convert", "r.npz", "r.hdf5", status=2)
+    starts = {k: np.ones((6, 1)) for k in columns} | {"episode_starts": [1, 0, 1, 0, 0, 1]}
+    np.savez("sb2.npz", **starts)  # Stable-Baselines 2: expert data
+    ends = {k: np.ones((6, 1)) for k in columns} | {"terminals": [0, 0, 0, 1, 0, 0]}
+    with h5py.File("d3rlpy1.h5", "w") as f:
+        f.update(ends | {"episode_terminals": [0, 1, 0, 1, 0, 1]})
+    (tmp_path / "columns.pkl").write_bytes(pickle.dumps(ends | {"timeouts": [0, 1, 0, 0, 0, 1]}))
+    found = {}
+    for name in ("sb2.npz", "d3rlpy1.h5", "columns.pkl"):
+        tool("convert", name, name + ".hdf5")
+        with h5py.File(name + ".hdf5") as f:
+            found[name] = [np.flatnonzero(f[x]).tolist() for x in ("terminals", "timeouts")]
+            assert set(f) == {"observations", "actions", "rewards", "terminals", "timeouts"}
+    assert found == {
+        "sb2.npz": [[], [1, 4, 5]],
+        "d3rlpy1.h5": [[3], [1, 5]],
+        "columns.pkl": [[3], [1, 5]],
+    }
+    (tmp_path / "pointer.pkl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in tool("convert", "pointer.pkl", "y.hdf5", status=2)
+    (tmp_path / "none.pkl").write_bytes(pickle.dumps([]))
+    assert "list of episodes" in tool("convert", "none.pkl", "y.hdf5", status=2)
     np.savez("bad.npz", **columns | {"rewards": np.full(3, np.nan)})
     assert "NaN" in tool("convert", "bad.npz", "x.hdf5", status=2)
 

@@ -31,7 +31,8 @@ NAMES = {
     "next_observations": "next_observations next_obs",
     "terminals": "terminals terminal terminated terminations",
     "timeouts": "timeouts truncated truncations",
-    "dones": "dones done",  # of both kinds
+    "dones": "dones done episode_terminals",  # of both kinds
+    "episode_starts": "episode_starts",
 }
 
 
@@ -67,6 +68,8 @@ def read_sb3(buffer) -> dict:
     """A pickled ReplayBuffer: (T, environments, ...) arrays, a ring; the oldest row is at `pos`."""
     rows = np.arange(buffer.buffer_size)
     rows = np.roll(rows, -buffer.pos) if buffer.full else rows[: buffer.pos]
+    if buffer.full and getattr(buffer, "next_observations", None) is None:
+        rows = rows[1:]  # optimize_memory_usage: the newest next observation lies in the oldest row
     last = np.zeros((buffer.n_envs, len(rows)), bool)
     last[:, -1:] = True  # one environment after the other, each is cut where the recording ends
 
@@ -90,6 +93,8 @@ def read_sb3(buffer) -> dict:
 def read_episodes(episodes) -> dict:
     """A list with a dict of arrays for each episode, ended by a time-out if nothing says more."""
     parts = []
+    if not isinstance(episodes, list) or not episodes:
+        raise ValueError(f"expected columns, or a list of episodes, found {str(episodes)[:60]}")
     for i, episode in enumerate(episodes):
         c = renamed(episode) if isinstance(episode, dict) else {}
         if not {"observations", "actions"} <= c.keys():
@@ -113,7 +118,12 @@ def read(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as f:
             return renamed({k: f[k] for k in f.files})
     with path.open("rb") as f:
+        if f.read(20) == b"version https://git-":
+            raise ValueError("a Git LFS pointer, not the file itself: `git lfs pull`")
+        f.seek(0)
         content = Unpickler(f, encoding="latin1").load()
+    if isinstance(content, dict):
+        return renamed(content)
     return read_sb3(content) if hasattr(content, "buffer_size") else read_episodes(content)
 
 
@@ -127,11 +137,14 @@ def completed(c: dict) -> dict:
     n = len(c["observations"])
     if wrong := {name: len(x) for name, x in c.items() if len(x) != n}:
         raise ValueError(f"{n} observations, but {wrong}")
-    for name in {"dones", "terminals", "timeouts", "rewards"} & c.keys():
+    for name in {"dones", "terminals", "timeouts", "rewards", "episode_starts"} & c.keys():
         c[name] = c[name].reshape(n, -1)[:, 0]  # (N, 1)
-    dones = c.pop("dones", np.zeros(n)) > 0
+    ends = c.pop("dones", np.zeros(n)) > 0
     timeouts = c.get("timeouts", np.zeros(n)) > 0
-    terminals = c.get("terminals", dones & ~timeouts) > 0
+    terminals = c.get("terminals", ends & ~timeouts) > 0
+    if "episode_starts" in c:  # Stable-Baselines 2
+        ends |= np.append(c.pop("episode_starts")[1:] > 0, True)
+    timeouts |= ends & ~terminals
     timeouts[-1] |= not terminals[-1]
     return c | {"terminals": terminals, "timeouts": timeouts}
 

@@ -672,6 +672,7 @@ def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, 
         "q_max": q.max(),
         "cql_gap": (q.logsumexp(1) - math.log(q.shape[1]) - q_data).mean(),
         "td_error": (q_data - y).pow(2).mean() / y.var(correction=0).clamp(min=1e-12),
+        "cql_push": args.cql_alpha / (q_data - y).pow(2).mean().sqrt().clamp(min=1e-12),
     }
     to_go = data.returns_to_go[rows]
     known = ~to_go.isnan()
@@ -1137,7 +1138,7 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
         if envs.frames:
             say(f"{name}: {space.dtype} {space.shape} become grey frames {envs.frame_shape}")
             size = (max(lengths, default=0) + 1) * math.prod(space.shape) * space.dtype.itemsize
-            size *= 3 if data.storage.FORMAT == "arrow" else 1.25  # copies on the way
+            size *= 4.5 if data.storage.FORMAT == "arrow" else 1.25  # copies on the way
             reserve(size, "its longest episode, decoded", torch.device("cpu"))
             if is_image_space(space) and data.storage.jpeg_encoding:
                 say("  kept as JPEG: up to 40 of 255 off what the environment shows in evaluations")
@@ -1502,6 +1503,9 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
         return "too short to judge", f"{numbers}. {moved}: {advised}"
+    if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
+        cause = "the conservative term alone explains so large a TD error"
+        return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and gap > -0.5:
         cause = "both stay high, this critic cannot lower them"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"

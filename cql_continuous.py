@@ -854,6 +854,7 @@ def diagnose(learner, data, args: Args) -> dict:
     # Q at the data's actions comes to rest at 2 (Q - y) <= weight, at every step of the backup
     weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
     numbers["q_lift"] = horizon * weight / 2
+    numbers["cql_push"] = weight / 2 / squared_error.sqrt().clamp(min=1e-12)
     return {name: float(x) for name, x in numbers.items()}
 
 
@@ -1154,6 +1155,9 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
         return "too short to judge", f"{numbers}. {moved}: {advised}"
+    if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
+        cause = "the conservative term alone explains so large a TD error"
+        return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and gap > -0.5:
         cause = "both stay high, this critic cannot lower them"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"

@@ -1158,7 +1158,8 @@ def test_bytes_are_bytes_and_floats_up_to_one_are_scaled(kind, largest, monkeypa
     space = gym.spaces.Box(0, 1 if kind == np.float32 else 255, (84, 84), kind)
     frames = np.zeros((3, 84, 84), kind)
     frames[1:, 0, 0] = 1
-    name = minari_set(monkeypatch, [(frames, [0, 1], [0.0, 1.0], True)] * 2, space)
+    episode = frames, [0, 1], [0.0, 1.0], True
+    name = minari_set(monkeypatch, [episode] * 2, space, jpeg_encoding=False)
     assert load(name, game((84, 84), 2)).frames.max() == largest
 
 

@@ -568,6 +568,8 @@ VERDICTS = [
     # underfitting: both stay high
     ("underfitting", UP, dict(td_error=0.5, cql_gap=2.0), {}),
     ("underfitting", UP, dict(td_error=0.15, cql_gap=-0.4, q_minus_return=-11.0), {}),
+    ("underfitting", UP, dict(td_error=0.5, cql_gap=2.0, cql_push=0.9), {}),
+    (ALPHA, UP, dict(td_error=0.5, cql_gap=2.0, cql_push=1.1), {}),
     (GOOD, UP, dict(td_error=np.linspace(1, 0.2, 40), td_error_holdout=0.2), {}),
     (GOOD, UP, dict(td_error=0.5, td_error_holdout=0.5, cql_gap=-1.0), {}),
     (SHORT, approach(30, 0.1), dict(td_error=0.9, td_error_holdout=0.9), {}),

@@ -120,6 +120,7 @@ REAL = [  # verdict, flags, data
     ("too short to judge", "--gamma 0.99 --tau 0.01", {"reward": lambda x: 2 - abs(x)}),
     ("too short to judge", "--gamma 0.99 --tau 0.01 --cql-alpha 0", {"reward": lambda x: x - 5}),
     ("underfitting", "--width 2 --depth 1", {"reward": lambda x: np.sign(np.sin(25 * x))}),
+    ("alpha too large", "--cql-alpha 100", {"reward": lambda x: 2 - abs(x), "ends": True}),
     ("overfitting", "--holdout 0.5 --width 64", {"episodes": 4}),
     ("divergence", "--cql-alpha 0 --backup max --cql-samples 10 --tau 1", FEW),
 ]

@@ -17,7 +17,7 @@ for env in $envs; do
   case $env in
     CartPole-v1) steps=200_000 ppo="" npg="" ;;
     Pendulum-v1)
-      steps=200_000 episodes=100 npg="--gamma 0.9 $normal" none="$none --gamma 0.9 $normal"
+      steps=200_000 episodes=100 npg="--gamma 0.9 --log-std-init -0.7 $normal" none="$none --gamma 0.9 $normal"
       ppo="--num-steps 256 --update-epochs 10 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0"
       ppo="$ppo --no-clip-vloss --recompute-advantages" ;;
     *)

@@ -399,7 +399,7 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     device = batch.obs.device.type
     with torch.set_grad_enabled(full), torch.autocast(device, torch.bfloat16, enabled=bf16):
         q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
-    q = q.float()
+    q = q.float() if bf16 else q
     term = conservative_term(q, log_ratio, q_data, args)
     info = {"cql_loss": term.mean()}
     log_w = q.detach() / args.cql_temperature - (log_ratio if args.cql_variant == "H" else 0.0)

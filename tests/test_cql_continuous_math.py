@@ -4,6 +4,7 @@ forms; its verdicts on planted curves."""
 import itertools
 import math
 import shlex
+from dataclasses import replace
 
 import cql_continuous as cql
 import numpy as np
@@ -183,7 +184,100 @@ def test_conservative_terms_by_hand():
         assert float(term[0, 0]) == pytest.approx(2 * math.log(x / 2) - 0.5, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------- the sampled backward
+def cql_gradient(nets, batch, args, seed=7):
+    """Value, and gradient of the term by the critics' weights as one vector."""
+    torch.manual_seed(seed)  # proposals are the same; then draw() takes its number
+    q_data = nets.critic(batch.obs, batch.act)
+    term, info = cql.conservative_loss(nets, batch, q_data, args)
+    grads = torch.autograd.grad(term.sum(), list(nets.critic.parameters()))
+    return info["cql_loss"], torch.cat([g.flatten() for g in grads])
+
+
+def double_case(**changes):
+    """Networks and a batch in float64, with a Q that differs enough for the weights to matter."""
+    args = tiny(cql_samples=3, **changes)
+    nets, batch = Learner(3, 2, args, CPU).double(), random_batch(4)
+    nets.critic.head.weight.data *= 12
+    return args, nets, Batch(*(x.double() for x in batch))
+
+
+FORMS = {
+    "three sets": {},
+    "mixture": {"cql_proposals": "mixture"},
+    "rho": {"cql_variant": "rho"},
+    "temperature": {"cql_temperature": 3.0},
+    "ten critics": {"num_critics": 10},
+    "clip": {"cql_clip_diff": 0.1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_sampled_gradient_is_unbiased(form, k, monkeypatch):
+    """Integrated over its one random number it is the full pass's: the finer the grid, the nearer.
+    The value is the exact one."""
+    args, nets, batch = double_case(**FORMS[form])
+    value, exact = cql_gradient(nets, batch, args)
+    if form == "clip":
+        q_data = nets.critic(batch.obs, batch.act)
+        torch.manual_seed(7)
+        act, log_ratio = cql.proposals(nets.actor, batch.obs, batch.next_obs, "three-sets", 3)
+        q = nets.critic(batch.obs, act)
+        clipped = cql.conservative_term(q, log_ratio, q_data, args) == 0.1
+        assert clipped.any() and not clipped.all()
+    errors = []
+    for n in (16, 512):
+        mean = 0
+        for u in (torch.arange(n) + 0.5) / n:
+            monkeypatch.setattr(torch, "rand_like", lambda x, u=u: torch.full_like(x, u))
+            same, gradient = cql_gradient(nets, batch, replace(args, cql_backward=k))
+            assert torch.equal(same, value)
+            mean = mean + gradient / n
+        errors.append(float((mean - exact).norm() / exact.norm()))
+    assert errors[1] < 5e-3 and errors[1] < errors[0] / 8, errors
+
+
+def test_with_equal_weights_and_all_of_them_it_is_exact():
+    args, nets, batch = double_case(cql_variant="rho")
+    nets.critic.head.weight.data.zero_()  # one Q for all actions, whose gradients differ
+    _, exact = cql_gradient(nets, batch, args)
+    _, found = cql_gradient(nets, batch, replace(args, cql_backward=3))
+    assert float((found - exact).norm()) < 1e-12 * float(exact.norm()) > 0
+
+
+@pytest.mark.parametrize("form", ["three sets", "rho"])
+def test_more_draws_divide_the_variance(form, monkeypatch):
+    """By k or by more, for they are spread evenly."""
+    args, nets, batch = double_case(**FORMS[form])
+    own = torch.Generator().manual_seed(1)
+    fresh = lambda x: torch.rand(x.shape, dtype=x.dtype, generator=own)  # noqa: E731
+    monkeypatch.setattr(torch, "rand_like", fresh)
+    variances = []
+    for k in (1, 2, 4):
+        drawn = replace(args, cql_backward=k)
+        x = torch.stack([cql_gradient(nets, batch, drawn)[1] for _ in range(600)])
+        variances.append(float(x.var(0).sum()))
+    assert variances[1] < 1.1 * variances[0] / 2 and variances[2] < 1.1 * variances[0] / 4
+    assert variances[0] > 0
+
+
+@pytest.mark.parametrize("m, k", [(3, 1), (12, 5), (300, 2)])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])  # what torch.rand can give
+def test_draws_are_spread_and_never_meet_a_weight_of_zero(m, k, u, monkeypatch):
+    """Index i is met floor(k w) or ceil(k w) times; in float32, with weights that underflow."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, u))
+    log_w = torch.randn(50, m) * 4
+    log_w[torch.rand(50, m) < 0.4] = -1e4
+    log_w[0], log_w[0, m // 2] = -1e4, 0.0  # one weight is 1
+    w, index = torch.softmax(log_w, -1), cql.draw(log_w, k)
+    assert index.shape == (50, k) and (w.gather(-1, index) > 0).all()
+    assert (index[0] == m // 2).all()
+    met = torch.zeros(50, m).scatter_add_(-1, index, torch.ones(50, k))
+    assert ((met - k * w).abs() < 1 + 1e-4).all()
+    assert cql.draw(torch.full((2, m), math.nan), k).max() < m  # a NaN is for the guard to name
+
+
 def test_ensemble_equals_separate_critics():
     """Every member, cut out of the stack, gives the same Q and the same gradients; it starts like
     nn.Linear, U(+-1/sqrt(in)), whose fan torch.nn.init misreads in a stack."""

@@ -77,6 +77,7 @@ VARIANTS = {
     "max backup, one critic": "--backup max --num-critics 1",
     "backup of the mean, five critics": "--backup mean --num-critics 5",
     "bf16 on the sampled actions": "--precision bf16 --num-updates 200 --cql-samples 2",
+    "two of the samples backward": "--cql-backward 2",
     "representation": "--layer-norm --residual --dropout 0.02 --dr3-coef 0.001",
     "unit norm": "--unit-norm --alpha 0.01",
     "VIB": "--vib-coef 0.0001",
@@ -198,13 +199,17 @@ def test_the_bare_kind_of_run_leaves_what_the_plan_says(tmp_path):
     assert one == two
 
 
-IGNORED = """--cql-alpha 0 --cql-variant rho; --cql-alpha 0 --cql-target-gap 1; --cql-alpha 0
---precision bf16; --cql-variant eq2 --cql-temperature 2; --cql-variant eq1 --cql-target-gap 1;
---backup max --backup-entropy; --backup sarsa --online-steps 9; --depth 1 --residual; --action-low
--1; --dataset x --action-high data; --dataset no/such/file.hdf5 --eval-episodes 0"""
+IGNORED = """
+--cql-alpha 0 --cql-variant rho; --cql-alpha 0 --cql-target-gap 1;
+--cql-alpha 0 --precision bf16; --cql-alpha 0 --cql-backward 1;
+--cql-variant eq1 --cql-backward 1; --cql-backward 1 --dropout 0.1;
+--cql-backward 2 --vib-coef 0.1; --cql-variant eq2 --cql-temperature 2;
+--cql-variant eq1 --cql-target-gap 1; --backup max --backup-entropy;
+--backup sarsa --online-steps 9; --depth 1 --residual; --action-low -1;
+--dataset x --action-high data; --dataset no/such/file.hdf5 --eval-episodes 0"""
 
 
-@pytest.mark.parametrize("words", IGNORED.replace("\n", " ").split("; "))
+@pytest.mark.parametrize("words", IGNORED.strip().replace("\n", " ").split("; "))
 def test_what_would_be_ignored_is_refused(words, capsys):
     refused(capsys, lambda: train(tyro.cli(Args, args=words.split())))
     assert not Path("runs").exists()

@@ -806,6 +806,35 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stands(tmp_path):
     assert not list(only_run(tmp_path).glob("*.tmp"))
 
 
+def test_the_rules_of_windows(monkeypatch, capsys):
+    """No folder is opened, fsync wants a descriptor that may be written, names hold none of
+    < > : " | ? *, and there is no fcntl, hence no lock and a line about that."""
+    import fcntl
+
+    real_open, real_fsync, real_mkdir, access = os.open, os.fsync, os.mkdir, fcntl.fcntl
+
+    def like_open(path, *how):
+        assert not os.path.isdir(path), path
+        return real_open(path, *how)
+
+    def like_fsync(descriptor):
+        assert access(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        return real_fsync(descriptor)
+
+    def like_mkdir(path, *how):
+        assert not re.search(r'[<>:"|?*]', Path(path).name), path
+        return real_mkdir(path, *how)
+
+    for name, like in {"open": like_open, "fsync": like_fsync, "mkdir": like_mkdir}.items():
+        monkeypatch.setattr(os, name, like)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    args = tiny(sac, env_id="conftest:Counting-v0", exp_name="a:b/c", save_dataset="deep/x.hdf5")
+    assert sac.train(args)["global_step"] == args.total_timesteps
+    assert Path("deep/x.hdf5").exists() and "is not locked" in capsys.readouterr().out
+    again = sac.train(replace(args, resume=str(only_run(".")), save_dataset=None))
+    assert again["global_step"] == args.total_timesteps
+
+
 def test_torchrun_is_refused_where_one_process_trains(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in refused(capsys, lambda: sac.train(tiny(sac)))

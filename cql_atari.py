@@ -101,7 +101,7 @@ class Args:
     eval_frequency: int = 2_000  # updates between evaluations (0: only at the end)
     eval_episodes: int = 10  # episodes of each evaluation, side by side (0: no evaluation)
     log_frequency: int = 100  # updates between logged losses
-    diagnostics_frequency: int = 500  # updates between diagnostics (0: none, hence no verdict)
+    diagnostics_frequency: int = 500  # updates between diagnostics (0: nothing to judge by)
 
     # length and data
     num_updates: int = 6_000  # gradient steps (12_500_000 in the authors' defaults)
@@ -947,6 +947,7 @@ def prepare(path, frames, columns: dict, args: Args, actions: int, device) -> Da
     some = (frames[0], frames[len(frames) // 2], frames[-1])
     for array in (act, rew, terminal, real, begins, *some):
         digest.update(np.ascontiguousarray(array))
+    point_out(terminal[at], np.isin(np.arange(len(at)), last) & ~terminal[at], None)
     data.sha256, data.terminals = digest.hexdigest(), int(terminal[at].sum())
     data.reward_range = float(rew[at].min()), float(rew[at].max())
     values, counts = np.unique(rew[at], return_counts=True)
@@ -1279,6 +1280,19 @@ def flat(space, x, n: int) -> np.ndarray:
         return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
     x = np.asarray(x, dtype=np.float32)
     return x.reshape(len(x), -1)
+
+
+def point_out(terminal, timeout, limit: int | None):
+    """Print what looks odd in flags, which are read as they are."""
+    end = terminal | timeout
+    length = np.diff(np.flatnonzero(end), prepend=-1)
+    if both := (terminal & timeout).sum():
+        say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
+    if together := (terminal[1:] & terminal[:-1]).sum():
+        say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    alike = len(length) > 1 and (length == (limit or length[0])).all()
+    if alike and length[0] > 1 and terminal[end].all():
+        say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
 
 
 def parts_of(space) -> str:

@@ -89,7 +89,7 @@ class Args:
     checkpoint_frequency: int = 1_000  # updates between checkpoints (0: only at the end)
     eval_frequency: int = 1_000  # updates between evaluations (0: after cloning and at the end)
     eval_episodes: int = 10  # episodes of each evaluation (0: none, no environment needed)
-    diagnostics_frequency: int = 250  # updates between diagnostics (0: none, hence no verdict)
+    diagnostics_frequency: int = 250  # updates between diagnostics (0: nothing to judge by)
     log_frequency: int = 250  # updates between logged losses
 
     # length and data
@@ -701,8 +701,7 @@ def read(name: str, device) -> dict:
 
 
 def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
-    """Each episode's last row, and how that was told. Flags are read as they are; a line is printed
-    for what looks odd in them."""
+    """Each episode's last row, and how that was told. Flags are read as they are."""
     terminal, timeout = columns["terminals"], columns.get("timeouts")
     note, rows = "as its timeouts say", np.arange(len(terminal))
     if timeout is None and "next_observations" in columns:
@@ -714,15 +713,8 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
         begins = np.append(0, np.flatnonzero(terminal) + 1)
         step = rows - begins[np.searchsorted(begins, rows, "right") - 1] + 1
         timeout = (step % (limit or len(rows)) == 0) & ~terminal
+    point_out(terminal, timeout, limit)
     end = terminal | timeout
-    length = np.diff(np.flatnonzero(end), prepend=-1)
-    if both := (terminal & timeout).sum():
-        say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
-    if together := (terminal[1:] & terminal[:-1]).sum():
-        say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
-    alike = len(length) > 1 and (length == (limit or length[0])).all()
-    if alike and length[0] > 1 and terminal[end].all():
-        say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
     end[-1] = True  # the file ends here, whatever its flags say
     return end, note
 
@@ -1265,6 +1257,19 @@ def flat(space, x, n: int) -> np.ndarray:
         return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
     x = np.asarray(x, dtype=np.float32)
     return x.reshape(len(x), -1)
+
+
+def point_out(terminal, timeout, limit: int | None):
+    """Print what looks odd in flags, which are read as they are."""
+    end = terminal | timeout
+    length = np.diff(np.flatnonzero(end), prepend=-1)
+    if both := (terminal & timeout).sum():
+        say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
+    if together := (terminal[1:] & terminal[:-1]).sum():
+        say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    alike = len(length) > 1 and (length == (limit or length[0])).all()
+    if alike and length[0] > 1 and terminal[end].all():
+        say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
 
 
 def parts_of(space) -> str:

@@ -454,8 +454,7 @@ def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem
     n, done = len(c["rew"]), c["done"] > 0
     over = done | (c["cut"] > 0)
     over[-1:] = True
-    if (both := done & (c["cut"] > 0)).any():
-        say(f"{what}: {both.sum()} rows end by a terminal and a time-out, taken as terminals")
+    point_out(done, c["cut"] > 0, None)
     left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
     left[done[np.arange(n) + left.astype(int) - 1]] = np.inf
     fits = (math.ceil(1_000 * 0.01 ** (1 / np.median(left))) - 1) / 1_000 if n else 0
@@ -926,6 +925,19 @@ def flat(space, x, n: int) -> np.ndarray:
         return np.stack([gym.spaces.flatten(space, one) for one in each]).astype(np.float32)
     x = np.asarray(x, dtype=np.float32)
     return x.reshape(len(x), -1)
+
+
+def point_out(terminal, timeout, limit: int | None):
+    """Print what looks odd in flags, which are read as they are."""
+    end = terminal | timeout
+    length = np.diff(np.flatnonzero(end), prepend=-1)
+    if both := (terminal & timeout).sum():
+        say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
+    if together := (terminal[1:] & terminal[:-1]).sum():
+        say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    alike = len(length) > 1 and (length == (limit or length[0])).all()
+    if alike and length[0] > 1 and terminal[end].all():
+        say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
 
 
 def parts_of(space) -> str:

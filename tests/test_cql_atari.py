@@ -1164,6 +1164,15 @@ def test_bytes_are_bytes_and_floats_up_to_one_are_scaled(kind, largest, monkeypa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("over, odd", [((True, True), 1), ((True, False), 0)])
+def test_terminals_at_a_time_limit_are_pointed_at(over, odd, monkeypatch, capsys):
+    obs, space = np.eye(4, dtype=np.float32), gym.spaces.Box(-1, 1, (4,), np.float32)
+    episodes = [(obs, [0, 1, 0], [0.0, 1.0, 0.0], x) for x in over]
+    load(minari_set(monkeypatch, episodes, space), game((4,), 2))
+    assert capsys.readouterr().out.count("ends by a terminal after 3 steps") == odd
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_changed_set_is_unpacked_anew_and_seeds_share_one(monkeypatch):
     obs, space = np.eye(4, dtype=np.float32), gym.spaces.Box(-1, 1, (4,), np.float32)
     episode = obs, [0, 1, 0], [0.0, 1.0, 0.0], True

@@ -185,8 +185,6 @@ def test_every_layout_row_by_row(layout, capsys, monkeypatch):
     """An episode's last step is neither lost nor joined to the next one; what cannot be used is
     counted. Thirteen episodes: names sorted as text would be in another order."""
     make, has_final = LAYOUTS[layout]
-    if "arrow" in layout:
-        pytest.importorskip("pyarrow")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path("sets").resolve()))
     many = (
         FOUR[:3] + [episode(300 + 10 * i, 1 + i % 3, ENDS[i % 2][2]) for i in range(9)] + FOUR[3:]

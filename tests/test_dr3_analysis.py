@@ -406,7 +406,7 @@ def test_one_file_from_end_to_end(quick_clone, capsys):
     write_d4rl("x.hdf5", n=1000, next_obs=False, rewards=np.ones(1000), **about)
     p = d.dataset(from_file("x.hdf5"), CPU)
     out, g = capsys.readouterr().out, torch.Generator().manual_seed(0)
-    assert "20 rows end by a terminal and a time-out" in out and "all rewards are 1" in out
+    assert "odd: 20 terminals are timeouts as well" in out and "all rewards are 1" in out
     assert np.array_equal(p.act, np.eye(3)[act]) and np.array_equal(p.done, end)
     assert torch.equal(p.next_obs[:49], p.obs[1:50])
     fresh = p.behaviour.fresh(p.obs[:50], g)

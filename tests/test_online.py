@@ -35,6 +35,7 @@ from conftest import (
     run_script,
     stop_at,
     summary,
+    write_d4rl,
 )
 
 CPU = torch.device("cpu")
@@ -557,6 +558,36 @@ def test_a_finished_run_resumed_with_evaluations_has_none_to_tell(script):
     again = script.train(tiny(script, total_timesteps=60, eval_episodes=2, resume=str(run)))
     assert "final_return_mean" not in again
     json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)  # NaN, Infinity
+
+
+@SCRIPTS
+def test_an_environment_that_raises_leaves_the_last_checkpoint_and_is_closed(script, monkeypatch):
+    """Its own error is shown, for it is no mistake of the command line."""
+    step, closed = Counting.step, []
+
+    def broken(self, action):
+        if self.episode == 12 and self.t == 2:
+            raise ConnectionError("the simulator is gone")
+        return step(self, action)
+
+    monkeypatch.setattr(Counting, "step", broken)
+    monkeypatch.setattr(Counting, "close", lambda self: closed.append(1))
+    with pytest.raises(ConnectionError, match="is gone"):
+        script.train(tiny(script, env_id="Counting-v0", eval_episodes=2))
+    assert load(only_run(".") / "checkpoint.pt")["step"] == 40 and len(closed) == 3
+
+
+def test_no_home_and_no_name_for_the_user(tmp_path):
+    """A container with a number for a user, who is not in /etc/passwd."""
+    stranger = "import os, pwd\ndef none(uid): raise KeyError(uid)\npwd.getpwuid = none\n"
+    (tmp_path / "sitecustomize.py").write_text(stranger + "os.environ.pop('HOME', None)\n")
+    words = [*SHORT, "--total-timesteps", 60]
+    done = run_script("sac.py", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and load(only_run(tmp_path) / "checkpoint.pt")["step"] == 60
+    data = write_d4rl(tmp_path / "x.hdf5", obs_dim=3, act_dim=1, scale=0.9)
+    words = ["--dataset", data, "--num-updates", 3, "--eval-episodes", 0, "--width", 8]
+    done = run_script("cql_continuous.py", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "verdict" in done.stdout
 
 
 def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_overwritten(capsys):

@@ -27,7 +27,6 @@ whose second term rewards features that are alike on both sides of the backup. D
   sl:c  rank:c               mean phi.phi; s_max^2 - s_min^2 of the batch's phi (arXiv 2010.14498)
   unit  layer  dropout:p     phi / |phi|; layer norm before each ReLU; dropout after it
   tau:t  l2:c                Polyak rate; sum of squared weights
-  refit:k                    every k updates the target becomes the network, which starts anew
 
   Q(s,a)     net(x), x = (s,a)   (n, B), n networks: targets and cures x seeds
   phi(s,a)   net.features(x)     (n, B, width)
@@ -123,7 +122,7 @@ FIXED = "env_id seed transitions grid targets cures cure_target seeds gamma widt
 
 # the least and the most that a cure's number may be; (0, 0): it takes none
 CURES = dict.fromkeys("dr3 dr3abs dr3stop sl rank l2".split(), (0, 1e9))
-CURES.update(tau=(1e-9, 1), dropout=(1e-9, 0.99), refit=(1, 1e9))
+CURES.update(tau=(1e-9, 1), dropout=(1e-9, 0.99))
 CURES.update(dict.fromkeys(("unit", "layer", "none"), (0, 0)))
 
 
@@ -133,7 +132,7 @@ def parse_cure(label: str) -> tuple[str, float]:
     least, most = CURES.get(cure, (1, 0))
     with suppress(ValueError):
         value = float(number) if most else float(number or 0)
-        if least <= value <= most and (cure != "refit" or value % 1 == 0):
+        if least <= value <= most:
             return cure, value
     fail(f"--cures {label}: expected NAME:NUMBER (NAME where that is 0) within {CURES}")
 
@@ -377,8 +376,7 @@ class Learner(nn.Module):
         reserve(4 * len(self.members) * floats, "networks and one update, roughly", device)
         self.net = Members(inputs, self.members, args)
         self.target = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.first = [p.detach().clone().to(device) for p in self.net.parameters()]
-        taus = [{"tau": m.number, "refit": 0}.get(m.cure, args.tau) for m in self.members]
+        taus = [m.number if m.cure == "tau" else args.tau for m in self.members]
         self.register_buffer("taus", torch.tensor(taus)[:, None, None], persistent=False)
         numbers = torch.tensor([m.number for m in self.members])
         self.register_buffer("numbers", numbers, persistent=False)
@@ -401,40 +399,16 @@ class Learner(nn.Module):
             drawn.append(p.batch(rows, draw))
         return Batch(*(torch.stack(x)[self.seeds] for x in zip(*drawn)))
 
-    def update(self, step: int):
-        """One step of every member, `step` counts from 1; their errors, (n,)."""
+    def update(self):
+        """One step of every member; their errors, (n,)."""
         error, penalty = losses(self, self.sample())
         self.optim.zero_grad()
         (error + penalty).sum().backward()
-        refits = self.chosen(cure="refit")
-        before = [p[refits].detach() for p in self.net.parameters()]
         self.optim.step()
         with torch.no_grad():
             for p, p_target in zip(self.net.parameters(), self.target.parameters()):
                 p_target.lerp_(p, self.taus)  # target <- target + tau (p - target)
-            for j, i in enumerate(refits):
-                k = int(self.members[i].number)
-                age = (step - 1) % k + 1  # Adam counts the run's steps, not this network's
-                share = adam_scale(age) / adam_scale(step)
-                for p, old in zip(self.net.parameters(), before):
-                    p[i] = old[j] + share * (p[i] - old[j])
-                if age == k:
-                    self.refit(i)
         return error.detach()
-
-    def refit(self, i: int):
-        """Fitted Q-iteration: what was fitted becomes the target, and fitting starts anew."""
-        parameters = zip(self.net.parameters(), self.target.parameters(), self.first)
-        for p, p_target, first in parameters:
-            p_target[i] = p[i]
-            p[i] = first[i]
-            self.optim.state[p]["exp_avg"][i] = 0
-            self.optim.state[p]["exp_avg_sq"][i] = 0
-
-
-def adam_scale(step: int) -> float:
-    """Adam's correction for moments that started at 0, `step` steps ago."""
-    return (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -838,7 +812,7 @@ def train(args: Args) -> dict:
         moments = (args.num_updates // 4, args.num_updates // 2)
         while step < args.num_updates and not run.signum:
             step += 1
-            error = learner.update(step)
+            error = learner.update()
             if every(args.log_frequency, step - 1, step):
                 run.log(step, {f"losses/{name}": x for name, x in zip(names, error)})
                 run.log(step, {"charts/updates_per_second": run.rate(step)})

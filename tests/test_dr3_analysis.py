@@ -38,7 +38,7 @@ from minari.data_collector import EpisodeBuffer
 CPU = torch.device("cpu")
 ALL = ("mc", "oracle", "sarsa", "td", "td10", "q", "moving")
 CURES = ("dr3:0.02", "dr3abs:0.03", "dr3stop:0.04", "sl:0.05", "rank:0.01", "unit", "layer")
-CURES += ("dropout:0.3", "tau:0.5", "l2:0.06", "refit:3")
+CURES += ("dropout:0.3", "tau:0.5", "l2:0.06")
 GRID = dict(problem="gridworld", grid=3, transitions=300, width=8, batch_size=8, num_updates=40)
 GRID |= dict(diagnostics_frequency=8, checkpoint_frequency=0, gamma=0.99)
 
@@ -515,7 +515,7 @@ def test_members_of_a_seed_start_alike_and_see_the_same_batches():
             for net in (one.net, one.target) if step == 0 else ():
                 found = fingerprint(*[p[i] for p in net.parameters()])
                 weights.setdefault(m.seed, set()).add(found)
-        one.update(step + 1)  # which draws another one
+        one.update()  # which draws another one
     for shared, different in ((weights, 3), (batches, 12)):
         assert all(len(x) == 1 for x in shared.values())
         assert len(set.union(*shared.values())) == different
@@ -526,21 +526,18 @@ def test_targets_of_a_seed_differ_only_in_y():
     p = a_problem()
     same = p._replace(mc=p.rew, truth=dict.fromkeys(ALL, p.rew))
     learner = a_learner(same, seeds=2, cures=(), gamma=0.0)
-    for step in range(1, 4):
-        learner.update(step)
+    for _ in range(3):
+        learner.update()
     for w in learner.net.parameters():
         assert torch.equal(w, w[:2].repeat(7, *[1] * (w.dim() - 1)))
     learner = a_learner(p, seeds=2, cures=(), learning_rate=1e-3)
-    for step in range(1, 201):
-        learner.update(step)
+    for _ in range(200):
+        learner.update()
     for i, j in itertools.combinations(range(14), 2):  # nor is moving td over again
         assert any((w[i] - w[j]).abs().max() > 1e-3 for w in learner.net.parameters()), (i, j)
 
 
 # --------------------------------------------- the ensemble and separate networks, each cure
-EPS = 1e-13  # of Adam, small: what the ensemble does after a refit is exact but for it
-
-
 class Plain:
     """One network trained by itself: matrices, loops over rows for y, an Adam of its own."""
 
@@ -549,11 +546,8 @@ class Plain:
         pairs = zip(learner.net.weights, learner.net.biases)
         self.start = [x[i].detach().clone() for pair in pairs for x in pair]
         self.target = self.start
-        self.begin()
-
-    def begin(self):
         self.params = [x.clone().requires_grad_() for x in self.start]
-        self.optim = torch.optim.Adam(self.params, lr=self.args.learning_rate, eps=EPS)
+        self.optim = torch.optim.Adam(self.params, lr=self.args.learning_rate)
 
     def phi(self, params, x, noise=None):
         for W, b in zip(params[:-2:2], params[1:-2:2]):
@@ -603,18 +597,14 @@ class Plain:
             return error, c * sum((W**2).sum() for W in self.params[::2])
         return error, 0 * error
 
-    def step(self, rows, y, next_act, noise, t):
+    def step(self, rows, y, next_act, noise):
         error, penalty = self.loss(rows, y, next_act, noise)
         self.optim.zero_grad()
         (error + penalty).backward()
         self.optim.step()
-        cure, tau = self.m.cure, self.m.number if self.m.cure == "tau" else self.args.tau
-        if cure != "refit":
-            moved = zip(self.target, self.params)
-            self.target = [(1 - tau) * old + tau * x.detach() for old, x in moved]
-        elif t % self.m.number == 0:
-            self.target = [x.detach() for x in self.params]
-            self.begin()
+        tau = self.m.number if self.m.cure == "tau" else self.args.tau
+        moved = zip(self.target, self.params)
+        self.target = [(1 - tau) * old + tau * x.detach() for old, x in moved]
         return error, penalty
 
 
@@ -629,7 +619,6 @@ def test_the_ensemble_is_separate_networks_trained_one_by_one(
     noise = torch.rand(batch_size, 6)  # dropout's draws, the same table for everyone
     monkeypatch.setattr(torch, "rand_like", lambda x: noise.expand_as(x))
     learner = a_learner(cure_target=cure_target, depth=depth, batch_size=batch_size, seeds=2)
-    learner.optim.param_groups[0]["eps"] = EPS
     plains = {}
     for i, m in enumerate(learner.members):
         plains[m.target, m.label, m.seed] = Plain(learner, i)
@@ -639,15 +628,14 @@ def test_the_ensemble_is_separate_networks_trained_one_by_one(
         batch = draw()
         learner.sample = lambda batch=batch: batch
         error, penalty = d.losses(learner, batch)
-        assert torch.equal(learner.update(t), error)
+        assert torch.equal(learner.update(), error)
         y = {}
         for i, (key, plain) in enumerate(plains.items()):
             source = plains["td", "none", 3 - key[2]] if key[0] == "moving" else plain
             y[key] = plain.y(*[x[i] for x in batch], source)
         for i, (key, plain) in enumerate(plains.items()):
-            e, p = plain.step(batch.rows[i], *y[key], noise, t)
-            rounding = 1e-3 if plain.m.cure == "refit" else 1e-5
-            assert torch.isclose(e, error[i], rtol=rounding), (t, key)
+            e, p = plain.step(batch.rows[i], *y[key], noise)
+            assert torch.isclose(e, error[i], rtol=1e-5), (t, key)
             assert torch.isclose(p, penalty[i], atol=1e-9), (t, key)
             assert (p != 0) == (plain.m.cure in "dr3 dr3abs dr3stop sl rank l2".split())
         for i, (key, plain) in enumerate(plains.items()):
@@ -718,8 +706,8 @@ def test_diagnostics_by_loops():
     """(The shared ones on planted features: test_online.py.)"""
     p = a_problem(n=50, behaviour=Planned())  # so that the order of rows does not matter
     learner = a_learner(p, seeds=1, cures=("unit", "layer", "dropout:0.5"), gamma=0.9, width=7)
-    for t in range(1, 20):
-        learner.update(t)
+    for _ in range(19):
+        learner.update()
     state, n = torch.get_rng_state(), len(learner.members)
     found = d.diagnose(learner)
     assert torch.equal(state, torch.get_rng_state()) and learner.net.training
@@ -816,8 +804,8 @@ def test_intervals():
 # ---------------------------------------------------------------------------------------- mistakes
 BAD = """--cures dr4:1 | --cures dr3 | --cures dr3: | --cures dr3:x | --cures dr3:nan
 --cures dr3:inf | --cures dr3:-1 | --cures dr3:1:2 | --cures unit:3 | --cures none | --cures none:3
---cures dropout:0 | --cures dropout:1 | --cures tau:0 | --cures tau:1.5 | --cures refit:0
---cures refit:2.5 | --cures unit unit | --targets td td | --targets | --targets oracle td
+--cures dropout:0 | --cures dropout:1 | --cures tau:0 | --cures tau:1.5
+--cures unit unit | --targets td td | --targets | --targets oracle td
 --targets moving sarsa --cures | --targets td moving --seeds 1 | --cure-target q | --resume nowhere
 --env-id Hopper-v5 --problem gridworld | --dataset x.hdf5 | --problem dataset | --transitions 0
 --grid 2 | --transitions 31 | --gamma 1 | --tau 0 | --learning-rate 0 | --seeds 0 | --seed -1
@@ -839,11 +827,11 @@ def test_sizes_that_no_machine_has_are_refused_at_once(capsys):
 
 
 # ---------------------------------------------------------------------------------------- promises
-FULL = dict(targets=ALL, cures=("dr3:0.01", "rank:1e-4", "dropout:0.2", "refit:7"), seeds=2)
+FULL = dict(targets=ALL, cures=("dr3:0.01", "rank:1e-4", "dropout:0.2"), seeds=2)
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, reports):
-    """By SIGTERM at update 13, in the middle of a refit; the printed command goes on."""
+    """By SIGTERM at update 13; the printed command goes on."""
     line = "--problem gridworld --grid 3 --transitions 300 --width 8 --seeds 2 --num-updates 40"
     line = f"{line} --diagnostics-frequency 8 --checkpoint-frequency 11 --targets {' '.join(ALL)}"
     line = f"{line} --cures {' '.join(FULL['cures'])}".split()
@@ -927,12 +915,12 @@ def test_same_seed_same_numbers_another_seed_others():
 
 
 def test_one_member_with_nan_stops_the_run_before_a_checkpoint(monkeypatch, capsys):
-    real = d.Learner.update
+    real, steps = d.Learner.update, itertools.count(1)
 
-    def poisoned(self, step):
-        if step == 21:
+    def poisoned(self):
+        if next(steps) == 21:
             self.net.weights[0].data[self.chosen(target="sarsa", seed=2), 0, 0] = math.nan
-        return real(self, step)
+        return real(self)
 
     monkeypatch.setattr(d.Learner, "update", poisoned)
     with pytest.raises(SystemExit) as stop:
@@ -961,7 +949,7 @@ def test_what_a_run_leaves_behind(capsys, reports):
     keys = {"num_updates", "updates_per_second", "wall_seconds", "device", "results"}
     assert keys < result.keys() and result["num_updates"] == 48
     info = json.loads((run / "args.json").read_text())["info"]
-    assert info["members"] == 22 and len(info["data_sha256"]) == 64
+    assert info["members"] == 20 and len(info["data_sha256"]) == 64
     names = "srank rank_pca effective_rank sigma_max sigma_min feature_dot feature_cos feature_norm"
     names += " dormant q_mean q_error td_error truth reg_sl reg_td reg_sl_full reg_td_full"
     rows = {(step, tag): float(value) for step, tag, value in metrics(run)}

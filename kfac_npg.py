@@ -7,30 +7,31 @@ small step x (TRPO, arXiv 1502.05477).
   F = E_s E_{a~pi} [ grad log pi(a|s) grad log pi(a|s)^T ]                   the Fisher matrix
   max g^T x  s.t.  x^T F x / 2 <= delta   =>   x = sqrt(2 delta / d^T F d) d,   d = F^-1 g
 
-Solvers differ in how well d solves F d = g. The length d^T F d is exact for all of them (one
-forward-mode product), so that each step has the predicted KL, also where d is only approximate.
+Solvers differ in how well d solves F d = g. The squared length d^T F d is exact for all of them
+(one forward-mode product), so that each step has a KL of delta to second order, also where d is
+only approximate.
 
 F has a row for each parameter, 4,610 for a small policy here. K-FAC (arXiv 1503.05671; for
-policies ACKTR, arXiv 1708.05144) writes it in small factors. For a layer s = W a, a with a 1
-appended for the bias, let e = grad_s log pi in each row, G the part of g that is shaped like W, and
+policies ACKTR, arXiv 1708.05144) writes it in small factors. For a layer z = W h, h with a 1
+appended for the bias, let e = grad_z log pi in each row, G the part of g that is shaped like W, and
 (x) the Kronecker product:
 
-  grad_W log pi = e a^T,    vec(e a^T) = e (x) a          (row-major, as torch flattens W)
-  F_W = E[ e e^T (x) a a^T ]  ~  E[e e^T] (x) E[a a^T] = S (x) A
+  grad_W log pi = e h^T,    vec(e h^T) = e (x) h          (row-major, as torch flattens W)
+  F_W = E[ e e^T (x) h h^T ]  ~  E[e e^T] (x) E[h h^T] = S (x) A
   (S (x) A)^-1 vec(G) = vec( S^-1 G A^-1 )
 
 Two approximations: no terms between layers, and a product's expectation is the product of the
 expectations. All solvers damp, (F + l I) d = g; K-FAC splits l over its factors. The critic's F is
-the Gauss-Newton matrix, e = dV/ds: nothing is sampled. The log-deviations of a Gaussian policy are
+the Gauss-Newton matrix, e = dV/dz: nothing is sampled. The log-deviations of a Gaussian policy are
 no layer: their Fisher matrix is 2 I exactly.
 
   symbol      in the code                  shape
-  a, s        a layer's input, output      (B, in), (B, out)
+  h, z        a layer's input, output      (B, in), (B, out)
   A, S        buffers of KFAC              (in + 1, in + 1), (out, out)
   g, d        g, d                         lists, shaped like the parameters
   delta, l    --max-kl, --damping          scalars
 
-K-FAC; TRPO; the exact F; the plain gradient, an advantage actor-critic; K-FAC's direction beside
+K-FAC; TRPO; the exact F; the plain gradient by Adam, an actor-critic; K-FAC's direction beside
 the exact one (`diagnostics/fisher_cosine_kfac`, at most 2,000 parameters); MuJoCo:
   python kfac_npg.py
   python kfac_npg.py --solver cg --line-search --damping 0.1
@@ -112,7 +113,7 @@ class Args:
     learning_rate: float = 3e-4  # of Adam, with --solver none
 
     # K-FAC and the critic
-    stats_decay: float = 0.95  # of the factors' running average; the first batches count alike
+    stats_decay: float = 0.95  # of the factors' running average, at each step on them
     critic_updates: int = 20  # Gauss-Newton steps by K-FAC on the value of each rollout
     critic_damping: float = 0.1  # l of the critic's factors
 
@@ -219,7 +220,8 @@ class Agent(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(head))
 
     def kl(self, head, log_std, new_head):
-        """KL(old || now), (B,), of an old head and log_std (None if discrete)."""
+        """KL(old || now), (B,), of an old head and log_std (None if discrete); now is new_head and
+        this agent's log_std."""
         if self.discrete:
             logp, new = F.log_softmax(head, -1), F.log_softmax(new_head, -1)
             return (logp.exp() * (logp - new)).sum(-1)
@@ -356,7 +358,7 @@ class KFAC(nn.Module):
         """Merge the recorded pass's factors, the k-th with weight max(1 / k, 1 - decay). Frees the
         graph: take other gradients before.
 
-        e = grad_s of each row's own term of `scalar`, a sum over rows, not a mean. For a policy it
+        e = grad_z of each row's own term of `scalar`, a sum over rows, not a mean. For a policy it
         is the sum of log pi of sampled actions; for a squared error of one output, as V, v.sum();
         of several outputs it would be (out * torch.randn_like(out)).sum()."""
         self.count += 1
@@ -555,7 +557,7 @@ class Learner(nn.Module):
         error = v - batch.target
         loss = 0.5 * (error**2).mean()
         g = torch.autograd.grad(loss, list(critic.parameters()), retain_graph=True)
-        factors.update(v.sum())  # e = dV/ds
+        factors.update(v.sum())  # e = dV/dz
         d = factors.solve(g)
         with torch.no_grad():
             Jd = tangent(critic, batch.obs, d)[1][:, 0]

@@ -271,7 +271,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
-        # KL(pi_old || pi) by two estimates, unbiased on fresh rows; the second is never below 0
+        # KL(pi_old || pi) by two estimates, unbiased on rows not trained on; the second is >= 0
         "old_approx_kl": -log_ratio.mean(),
         "approx_kl": (ratio - 1 - log_ratio).mean(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
@@ -380,9 +380,9 @@ class Atari(gym.vector.VectorWrapper):
         return obs, {}
 
     def step(self, act):
-        """Infos as of the block "environments": where a game ended, its last observation, return
-        and length. A terminated row with fewer lives than before is a lost life; after a game's
-        end the lives are the next one's. (Adventure ends with one life left.)"""
+        """Infos like those of the other environments: where a game ended, its last observation,
+        return and length. A terminated row with fewer lives than before is a lost life; after a
+        game's end the lives are the next one's, also where one was left (Adventure)."""
         obs, rew, terminated, truncated, info = self.env.step(act)
         over = terminated & (info["lives"] >= self.lives) | truncated
         self.lives = info["lives"]

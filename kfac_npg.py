@@ -341,16 +341,16 @@ class KFAC(nn.Module):
         return [(getattr(self, f"A{i}"), getattr(self, f"S{i}")) for i in range(len(self.layers))]
 
     def record(self, net: nn.Sequential, x):
-        """net(x), with a note of each layer's A on the way, and of where its s is in the graph:
-        s itself may be overwritten by an activation in place."""
+        """net(x), with a note of each layer's A on the way, and of where its z is in the graph:
+        z itself may be overwritten by an activation in place."""
         self.notes = []
         for m in net:
-            a, x = x.detach(), m(x)
+            h, x = x.detach(), m(x)
             if isinstance(m, nn.Linear):
                 if m.bias is not None:
-                    a = nn.functional.pad(a, (0, 1), value=1.0)  # homogeneous coordinates
+                    h = nn.functional.pad(h, (0, 1), value=1.0)  # homogeneous coordinates
                 edge = torch.autograd.graph.get_gradient_edge(x)
-                self.notes.append((a.T @ a / len(a), edge))
+                self.notes.append((h.T @ h / len(h), edge))
         return x
 
     @torch.no_grad()

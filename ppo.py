@@ -129,8 +129,7 @@ def check(args: Args):
     check_numbers(args, "threads eval_episodes", 0, 1e4)
     check_numbers(args, "learning_rate clip_coef max_grad_norm", 1e-12, 1e12)
     check_numbers(args, "ent_coef vf_coef target_kl", 0, 1e12)
-    check_numbers(args, "gamma", 0, 0.99999)
-    check_numbers(args, "gae_lambda sticky", 0, 1)
+    check_numbers(args, "gamma gae_lambda sticky", 0, 1)
     check_numbers(args, "log_std_init", -20, 20)
     if (rows := args.num_envs * args.num_steps) < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: a rollout has {rows} rows, each needs two")

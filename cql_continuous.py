@@ -53,6 +53,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
@@ -1469,7 +1470,6 @@ class Replay:
         c = {name: x.cpu()[in_order].numpy() for name, x in self.columns.items()}
         c["cut"].reshape(n, -1)[:, -1] = 1  # the recording stops here, whatever follows
         done = c["done"] > 0
-        path.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(path) as temporary, h5py.File(temporary, "w") as f:
             f["observations"], f["next_observations"] = c["obs"], c["next_obs"]
             f["actions"] = to_env(torch.from_numpy(c["act"]), envs).astype(np.float32)
@@ -1636,8 +1636,9 @@ def reserve(size: int, what: str, device):
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+    hint = "name another place, or copy a colleague's run"
+    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def every(n: int, before: int, step: int) -> bool:
@@ -1651,6 +1652,7 @@ def write_beside(path: Path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does

@@ -58,6 +58,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -1045,8 +1046,9 @@ def reserve(size: int, what: str, device):
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        fail(f"{flag} {folder} cannot be written; name another place, copy a colleague's run")
+    hint = "name another place, or copy a colleague's run"
+    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def every(n: int, before: int, step: int) -> bool:
@@ -1060,6 +1062,7 @@ def write_beside(path: Path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with failing(f"{path} not written; what was there is intact", OSError, RuntimeError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "r+b") as f:
                 os.fsync(f.fileno())  # the bytes reach the disk before the name does

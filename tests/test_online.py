@@ -604,7 +604,11 @@ def test_a_place_that_cannot_be_written_is_refused_first(monkeypatch, capsys):
     sac.train(tiny(sac, total_timesteps=60))
     run = only_run(".")
     before = {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
-    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
+
+    def read_only(**where):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sac.tempfile, "TemporaryFile", read_only)
     assert "--run-dir runs" in refused(capsys, lambda: sac.train(tiny(sac)))
     err = refused(capsys, lambda: sac.train(tiny(sac, resume=str(run))))
     assert "--resume" in err and "copy" in err

@@ -673,8 +673,9 @@ def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, 
         "q_max": q.max(),
         "cql_gap": (q.logsumexp(1) - math.log(q.shape[1]) - q_data).mean(),
         "td_error": (q_data - y).pow(2).mean() / y.var(correction=0).clamp(min=1e-12),
-        "cql_push": args.cql_alpha / (q_data - y).pow(2).mean().sqrt().clamp(min=1e-12),
     }
+    if args.head in ("dqn", "rem"):  # of the others Q gives way by less than alpha
+        numbers["cql_push"] = args.cql_alpha / (q_data - y).pow(2).mean().sqrt().clamp(min=1e-12)
     to_go = data.returns_to_go[rows]
     known = ~to_go.isnan()
     if known.sum() >= 32:
@@ -953,7 +954,8 @@ def prepare(path, frames, columns: dict, args: Args, actions: int, device) -> Da
     data.reward_range = float(rew[at].min()), float(rew[at].max())
     values, counts = np.unique(rew[at], return_counts=True)
     data.rewarded = 1 - counts.max() / len(at)
-    if values[counts.argmax()] != 0 and data.terminals:
+    pays = values[counts.argmax()] != 0 and data.terminals
+    if pays and (data.terminals == 1 or np.ptp(lengths[ended]) > 0):
         data.rewarded = 1.0  # then an episode's length pays
     of = f"the {complete.sum():,} whole ones" if complete.any() else "these pieces"
     returns = returns[complete] if complete.any() else returns
@@ -1227,7 +1229,7 @@ def normalized_score(game: str, value: float) -> float:
 # === shared: files (canonical copy: cql_continuous.py) ===
 # Needs failing() and say() of the block "run".
 KINDS = {  # files by their first bytes
-    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x89HDF": "HDF5 that is damaged, incomplete or no dataset",
     b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
@@ -1245,7 +1247,8 @@ def kind_of(path: Path) -> str:
         return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
-    with open(path, "rb") as f:
+    start = b""
+    with suppress(OSError), open(path, "rb") as f:
         start = f.read(32)
     return next(text for first, text in KINDS.items() if start.startswith(first))
 
@@ -1626,9 +1629,10 @@ def reserve(size: int, what: str, device):
 
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    hint = "name another place, or copy a colleague's run"
-    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+    hint = ": copy the run first" if flag == "--resume" else ""
+    with failing(f"{flag} {folder} cannot be written{hint}", OSError):
+        above = (folder.absolute(), *folder.absolute().parents)
+        place = next((p for p in above if p.exists()), folder)
         tempfile.TemporaryFile(dir=place).close()
 
 

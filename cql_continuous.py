@@ -184,6 +184,8 @@ def check(args: Args):
         fail("--cql-temperature has no effect on Eqs. 1 and 2")
     if args.cql_variant in ("eq1", "eq2") and args.cql_backward:
         fail("--cql-backward on Eqs. 1 and 2, plain means, is a smaller --cql-samples")
+    if args.cql_backward > args.cql_samples:
+        fail(f"--cql-backward {args.cql_backward}: at most --cql-samples, {args.cql_samples}")
     if args.cql_backward and (args.dropout or args.vib_coef):
         fail("--cql-backward: the noise of --dropout and --vib-coef would bias it, give 0")
     if args.backup != "sac" and args.backup_entropy:
@@ -751,7 +753,8 @@ def check_widths(widths: tuple, env, env_id: str):
     if parts := parts_of(space):
         lacking = expected[0] - widths[0]
         names = [key for key in space if gym.spaces.flatdim(space[key]) == lacking]
-        hint = f"its observations are {parts}; the data lack {' or '.join(names) or 'some'}"
+        hint = f"its observations are {parts}"
+        hint += f"; the data lack {' or '.join(names) or 'some'}" if lacking > 0 else ""
     elif widths[0] in (27, 111):  # D4RL's ant, without or with 84 zeros
         hint = "D4RL's ant: take the first 27 columns, and an Ant-v5 that was registered with "
         hint += "include_cfrc_ext_in_observation=False"
@@ -799,7 +802,8 @@ def load(name: str, args: Args, env, device):
     train, holdout = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
 
     ended, rewarded = int(terminal.sum()), float((rew != np.median(rew)).mean())
-    if ended and np.median(rew) != 0 and np.ptp(length) > 0:
+    whole = length[terminal[end]]  # lengths of episodes that end by a terminal
+    if ended and np.median(rew) != 0 and (ended == 1 or np.ptp(whole) > 0):
         rewarded = 1.0  # then an episode's length pays
     rows, lacking = np.append(train, holdout), "action" if args.backup == "sarsa" else "state"
     say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
@@ -1204,7 +1208,7 @@ def evaluated(summary: dict) -> str:
 # === shared: files (canonical copy: cql_continuous.py) ===
 # Needs failing() and say() of the block "run".
 KINDS = {  # files by their first bytes
-    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x89HDF": "HDF5 that is damaged, incomplete or no dataset",
     b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
@@ -1222,7 +1226,8 @@ def kind_of(path: Path) -> str:
         return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
-    with open(path, "rb") as f:
+    start = b""
+    with suppress(OSError), open(path, "rb") as f:
         start = f.read(32)
     return next(text for first, text in KINDS.items() if start.startswith(first))
 
@@ -1635,9 +1640,10 @@ def reserve(size: int, what: str, device):
 
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    hint = "name another place, or copy a colleague's run"
-    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+    hint = ": copy the run first" if flag == "--resume" else ""
+    with failing(f"{flag} {folder} cannot be written{hint}", OSError):
+        above = (folder.absolute(), *folder.absolute().parents)
+        place = next((p for p in above if p.exists()), folder)
         tempfile.TemporaryFile(dir=place).close()
 
 

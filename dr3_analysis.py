@@ -631,7 +631,8 @@ def clone(problem: Problem, discrete: bool, batch_size: int, steps: int = 3_000)
 def read_d4rl(path: Path) -> dict:
     """The COLUMNS of a D4RL-layout file. Without timeouts an episode ends where next_observations
     is not the next row."""
-    import h5py
+    with failing("a dataset needs `pip install h5py`", ImportError):
+        import h5py
 
     keys = "observations actions rewards terminals next_observations timeouts".split()
     needed = keys[:4]
@@ -647,6 +648,8 @@ def read_d4rl(path: Path) -> dict:
             c["act"] = f["actions"][()]
         for name in {"rew", "done", "cut"} & {*c}:
             c[name] = c[name].reshape(-1)  # rlkit's buffers have (N, 1)
+        if keys[-1] == "episode_terminals" and "cut" in c:
+            c["cut"] *= 1 - c["done"]
         if "cut" not in c:
             c["cut"] = np.zeros(len(c["rew"]))
             if "next_obs" in c:
@@ -846,7 +849,7 @@ def report(folder: Path):
 # === shared: files (canonical copy: cql_continuous.py) ===
 # Needs failing() and say() of the block "run".
 KINDS = {  # files by their first bytes
-    b"\x89HDF": "a damaged or incomplete HDF5 file: fetch it again",
+    b"\x89HDF": "HDF5 that is damaged, incomplete or no dataset",
     b"\x80": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"(lp": "a pickle: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
     b"PK": "an npz or zip: make an HDF5 file of it by `python tools/convert.py FILE NEW.hdf5`",
@@ -864,7 +867,8 @@ def kind_of(path: Path) -> str:
         return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
-    with open(path, "rb") as f:
+    start = b""
+    with suppress(OSError), open(path, "rb") as f:
         start = f.read(32)
     return next(text for first, text in KINDS.items() if start.startswith(first))
 
@@ -1045,9 +1049,10 @@ def reserve(size: int, what: str, device):
 
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    hint = "name another place, or copy a colleague's run"
-    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+    hint = ": copy the run first" if flag == "--resume" else ""
+    with failing(f"{flag} {folder} cannot be written{hint}", OSError):
+        above = (folder.absolute(), *folder.absolute().parents)
+        place = next((p for p in above if p.exists()), folder)
         tempfile.TemporaryFile(dir=place).close()
 
 

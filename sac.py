@@ -795,9 +795,10 @@ def reserve(size: int, what: str, device):
 
 def writable(flag: str, folder: Path):
     """Refuse a place that cannot be written before any work is done for it."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    hint = "name another place, or copy a colleague's run"
-    with failing(f"{flag} {folder} cannot be written, {hint}", OSError):
+    hint = ": copy the run first" if flag == "--resume" else ""
+    with failing(f"{flag} {folder} cannot be written{hint}", OSError):
+        above = (folder.absolute(), *folder.absolute().parents)
+        place = next((p for p in above if p.exists()), folder)
         tempfile.TemporaryFile(dir=place).close()
 
 

@@ -1368,6 +1368,9 @@ def test_diagnostics_against_loops(head, double):
         "srank": next(k for k in range(1, len(s) + 1) if s[:k].sum() >= 0.99 * s.sum()),
         "dormant": np.mean(units),
     }
+    assert ("cql_push" in found) == (args.head in ("dqn", "rem"))
+    if "cql_push" in found:
+        expected["cql_push"] = args.cql_alpha / ((q - y) ** 2).mean() ** 0.5
     for k, v in expected.items():
         assert abs(found[k] - v) < 1e-3 * max(1, abs(v)), (k, found[k], v)
 

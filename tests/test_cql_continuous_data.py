@@ -525,7 +525,7 @@ BAD_FILES = {  # how it is made, and words of the one line
     "pickle": (raw(b"\x80\x04}."), "a pickle"),
     "npz": (raw(b"PK\3\4"), "npz"),
     "pointer": (raw(b"version https://git-lfs.github.com/spec/v1\noid x\n"), "git lfs pull"),
-    "cut": (cut(0.1), "damaged or incomplete"),
+    "cut": (cut(0.1), "damaged, incomplete"),
     "something else": (
         lambda: write({"weights": np.zeros(3)}),
         "no array 'observations' (found: w",
@@ -883,12 +883,14 @@ def test_the_numbers_of_a_moment_by_loops(changes, weight):
         if not suffix:
             expected["q_data"], expected["q_pi"] = np.mean(lows, axis=0)
             expected["feature_dot"] = np.mean(dots)
+            rms = ((values - targets[:, None]) ** 2).mean() ** 0.5
     starts = data.columns["obs"][data.columns["start"] > 0]
     expected["v_s0"] = np.mean([float(q(learner.critic, s, pi(s)).min().detach()) for s in starts])
     rew = data.columns["rew"]
     expected |= {"q_bound": float(rew.max()) / 0.2, "q_lift": weight / 2 / 0.2}
     expected["q_range"] = float(rew.max() - rew.min()) / 0.2
     assert "q_minus_return" in expected
+    expected["cql_push"] = weight / 2 / rms
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
 

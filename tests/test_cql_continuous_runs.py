@@ -203,7 +203,7 @@ IGNORED = """
 --cql-alpha 0 --cql-variant rho; --cql-alpha 0 --cql-target-gap 1;
 --cql-alpha 0 --precision bf16; --cql-alpha 0 --cql-backward 1;
 --cql-variant eq1 --cql-backward 1; --cql-backward 1 --dropout 0.1;
---cql-backward 2 --vib-coef 0.1; --cql-variant eq2 --cql-temperature 2;
+--cql-backward 2 --vib-coef 0.1; --cql-backward 5; --cql-variant eq2 --cql-temperature 2;
 --cql-variant eq1 --cql-target-gap 1; --backup max --backup-entropy;
 --backup sarsa --online-steps 9; --depth 1 --residual; --action-low -1;
 --dataset x --action-high data; --dataset no/such/file.hdf5 --eval-episodes 0"""

@@ -479,7 +479,7 @@ def test_a_file_that_is_none_is_refused(capsys):
     Path("pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     np.savez(open("recording", "wb"), obs=np.zeros(3))
     write_d4rl("wrapped", n=1000, actions=np.arange(-1, 999))
-    named = {"cut": "damaged or incomplete", "pointer": "git lfs pull", "recording": "convert.py"}
+    named = {"cut": "damaged, incomplete", "pointer": "git lfs pull", "recording": "convert.py"}
     named |= {"empty": "no transitions", "no/set-v0": "minari download no/set-v0"}
     named["wrapped"] = "an action is -1"
     for path, word in named.items():

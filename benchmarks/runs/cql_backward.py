@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SIZES = {"3x256, N=10": (3, 10, 24), "2x256, N=4": (2, 4, 80)}  # depth, N, updates a round
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure(size: str, k: int, precision: str, threads: int):

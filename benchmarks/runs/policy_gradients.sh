@@ -19,7 +19,7 @@ for env in $envs; do
     Pendulum-v1)
       steps=200_000 episodes=100 npg="--gamma 0.9 --log-std-init -0.7 $normal" none="$none --gamma 0.9 $normal"
       ppo="--num-steps 256 --update-epochs 10 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0"
-      ppo="$ppo --no-clip-vloss --recompute-advantages" ;;
+      ppo="$ppo --no-clip-vloss --recompute-advantages --log-std-init -1.2" ;;
     *)
       steps=500_000 npg="--num-envs 1 --num-steps 2048 $normal" none="$none $normal"
       ppo="--num-envs 8 --num-steps 256 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --ent-coef 0"

@@ -1129,9 +1129,7 @@ def read_minari(name: str, args: Args, envs: Envs, make) -> tuple:
     if folder is None:
         what = kind_of(Path(name))
         fail(f"--dataset {name}: {what}; expected a folder of DQN Replay, Minari or this script")
-    main = folder / "main_data.hdf5"
-    what = kind_of(main) if main.is_file() else "not readable by Minari's library"
-    with failing(f"--dataset {name} is {what}", Exception):
+    with failing(f"--dataset {name} is {kind_of(folder)}", Exception):
         data = open_minari(folder)
         from minari.dataset.minari_storage import is_image_space
 
@@ -1242,9 +1240,11 @@ KINDS = {  # files by their first bytes
 
 def kind_of(path: Path) -> str:
     """What is there instead of a dataset, and what to do about it."""
+    if (path / "main_data.hdf5").is_file():  # a Minari set's
+        path = path / "main_data.hdf5"
     if path.is_dir():
         orbax = any(path.glob("**/manifest.ocdbt"))
-        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder that is no dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
     start = b""

@@ -131,7 +131,7 @@ class Args:
     cql_samples: int = 4  # N, sampled actions of each proposal set (authors: 10)
     cql_temperature: float = 1.0  # T in T log E exp(Q / T)
     # K, of a state's sampled actions those with a backward pass, drawn by their weights in the
-    # gradient: unbiased, and twice as fast at 1 or 2; 0: all of them
+    # gradient: unbiased, at 1 or 2 in 1.4 to 2.2 times the updates; 0: all of them
     cql_backward: int = 0
     # lower clip of the term of one state (AntMaze, N = 10: -208.9, which is CORL's -200)
     cql_clip_diff: float | None = None
@@ -405,13 +405,13 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     q = q.float() if bf16 else q
     term = conservative_term(q, log_ratio, q_data, args)
     info = {"cql_loss": term.mean()}
-    log_w = q.detach() / args.cql_temperature - (log_ratio if args.cql_variant == "H" else 0.0)
+    log_ratio = log_ratio if args.cql_variant == "H" else 0.0
+    w = torch.softmax(q.detach() / args.cql_temperature - log_ratio, -1)  # (n, B, M)
     if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
-        weight = torch.softmax(log_w, -1)
-        info["cql_ess"] = (1 / (weight**2).sum(-1) / weight.shape[-1]).mean()
+        info["cql_ess"] = (1 / (w**2).sum(-1) / w.shape[-1]).mean()
     if not full:  # the gradient of the log-sum-exp is a mean of Q's gradients, weighted by w
         rows = torch.arange(len(act), device=act.device)[:, None]
-        drawn = act[rows, draw(log_w, args.cql_backward)]  # (n, B, K, act)
+        drawn = act[rows, draw(w, args.cql_backward)]  # (n, B, K, act)
         mean_q = learner.critic(batch.obs, drawn).mean(-1)  # (n, B)
         if args.cql_clip_diff is not None:  # no gradient where the term is clipped
             mean_q = mean_q * (term > args.cql_clip_diff)
@@ -419,13 +419,13 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     return term.mean(1), info
 
 
-def draw(log_w, k: int):
-    """k indices a row, (..., k), in proportion to w = exp(log_w), (..., M): systematic resampling,
-    by one random number a row. Each w_m is met k w_m times on average, exact to less than one."""
-    cumulative = log_w.softmax(-1).cumsum(-1)
+def draw(w, k: int):
+    """k indices a row, (..., k), in proportion to w (..., M), whose rows sum to 1: systematic
+    resampling, by one random number a row. Index m is met k w_m times, to less than one."""
+    cumulative = w.cumsum(-1)
     u = 1 - torch.rand_like(cumulative[..., :1])  # in (0, 1]: at 0 an index of weight 0 is found
     at = (torch.arange(k, device=u.device) + u) / k * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, at).clamp(max=log_w.shape[-1] - 1)  # of NaN it is M
+    return torch.searchsorted(cumulative, at).clamp(max=w.shape[-1] - 1)  # of NaN it is M
 
 
 def critic_loss(learner, batch: Batch, args: Args):
@@ -677,10 +677,8 @@ def read(name: str, device) -> dict:
     path, folder = Path(name), find_minari(name)
     if not folder and not path.is_file():
         fail(f"--dataset {name}: {kind_of(path)}")
-    path = folder / "main_data.hdf5" if folder else path
-    kind = kind_of(path) if path.is_file() else "not readable by Minari's library"
     damage = (OSError, RuntimeError, LookupError, ValueError, TypeError, AssertionError)
-    with failing(f"{name} is {kind}", *damage):
+    with failing(f"{name} is {kind_of(folder or path)}", *damage):
         columns = read_minari(folder, device) if folder else read_hdf5(path, device)
     n = len(columns["rewards"])
     if n == 0:
@@ -1221,9 +1219,11 @@ KINDS = {  # files by their first bytes
 
 def kind_of(path: Path) -> str:
     """What is there instead of a dataset, and what to do about it."""
+    if (path / "main_data.hdf5").is_file():  # a Minari set's
+        path = path / "main_data.hdf5"
     if path.is_dir():
         orbax = any(path.glob("**/manifest.ocdbt"))
-        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder that is no dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
     start = b""
@@ -1318,21 +1318,21 @@ class Episodes(gym.Wrapper):
         self.episode, self.actions, self.total = self.episode + 1, [], 0.0
         own = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0]
         self.obs, _ = self.env.reset(seed=int(own), options=options)
-        self.finite(self.obs, "an observation")
+        self.check((np.abs(self.obs) < 3.4e38).all(), "an observation")
         return self.obs, {}
 
     def step(self, action):
         self.actions.append(np.array(action))
         self.obs, rew, terminated, truncated, _ = self.env.step(action)
         rew = np.asarray(rew, dtype=np.float64).item()  # some hand out an array of one number
-        self.finite(self.obs, "an observation")
-        self.finite(rew, "a reward")
+        self.check((np.abs(self.obs) < 3.4e38).all(), "an observation")  # nor beyond float32
+        self.check(abs(rew) < 3.4e38, "a reward")
         self.total += rew
         ended = {"return": self.total, "length": len(self.actions)}
         return self.obs, rew, terminated, truncated, ended if terminated or truncated else {}
 
-    def finite(self, x, what: str):
-        if not (np.abs(x) < 3.4e38).all():  # nor beyond float32
+    def check(self, finite: bool, what: str):
+        if not finite:
             at = f"step {len(self.actions)} of episode {self.episode}"
             fail(f"{at}: {what} of the environment is not finite; what was saved before stands", 3)
 

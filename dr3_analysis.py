@@ -580,9 +580,7 @@ def dataset(args: Args, device) -> Problem:
     path, folder = Path(args.dataset), find_minari(args.dataset)
     if not folder and not path.is_file():
         fail(f"--dataset {path}: {kind_of(path)}")
-    main = folder / "main_data.hdf5" if folder else path
-    what = kind_of(main) if main.is_file() else "not readable by Minari's library"
-    with failing(f"--dataset {path} is {what}", Exception):
+    with failing(f"--dataset {path} is {kind_of(folder or path)}", Exception):
         c = read_minari(folder) if folder else read_d4rl(path)
     if not len(c["rew"]):
         fail(f"--dataset {path}: no transitions")
@@ -862,9 +860,11 @@ KINDS = {  # files by their first bytes
 
 def kind_of(path: Path) -> str:
     """What is there instead of a dataset, and what to do about it."""
+    if (path / "main_data.hdf5").is_file():  # a Minari set's
+        path = path / "main_data.hdf5"
     if path.is_dir():
         orbax = any(path.glob("**/manifest.ocdbt"))
-        return "an orbax checkpoint: export it by JAX" if orbax else "a folder without a dataset"
+        return "an orbax checkpoint: export it by JAX" if orbax else "a folder that is no dataset"
     if not path.exists():
         return f"not a file here, nor a Minari set's id: `minari download {path}`"
     start = b""

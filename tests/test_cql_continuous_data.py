@@ -515,7 +515,7 @@ def nan_observation(group):
 BAD_FILES = {  # how it is made, and words of the one line
     "missing": (lambda: "gone.hdf5", "minari download gone.hdf5"),
     "empty": (lambda: Path("x.hdf5").touch() or "x.hdf5", "no HDF5 file"),
-    "folder": (lambda: Path("x.hdf5").mkdir() or "x.hdf5", "a folder without a dataset"),
+    "folder": (lambda: Path("x.hdf5").mkdir() or "x.hdf5", "a folder that is no dataset"),
     "orbax": (orbax, "an orbax checkpoint"),
     "arrow": (raw(b"ARROW1\0\0"), "folder of its Minari set"),
     "old pickle": (raw(b"(lp0\n."), "tools/convert.py FILE NEW.hdf5"),

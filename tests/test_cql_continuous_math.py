@@ -270,7 +270,8 @@ def test_draws_are_spread_and_never_meet_a_weight_of_zero(m, k, u, monkeypatch):
     log_w = torch.randn(50, m) * 4
     log_w[torch.rand(50, m) < 0.4] = -1e4
     log_w[0], log_w[0, m // 2] = -1e4, 0.0  # one weight is 1
-    w, index = torch.softmax(log_w, -1), cql.draw(log_w, k)
+    w = torch.softmax(log_w, -1)
+    index = cql.draw(w, k)
     assert index.shape == (50, k) and (w.gather(-1, index) > 0).all()
     assert (index[0] == m // 2).all()
     met = torch.zeros(50, m).scatter_add_(-1, index, torch.ones(50, k))

@@ -1164,6 +1164,15 @@ def test_bytes_are_bytes_and_floats_up_to_one_are_scaled(kind, largest, monkeypa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("lengths, share", [((3, 3), 0.0), ((3, 2), 1.0)])
+def test_equal_rewards_teach_something_where_ended_episodes_differ(lengths, share, monkeypatch):
+    space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    obs = np.zeros((4, 4), np.float32)
+    episodes = [(obs[: n + 1], [0] * n, [1.0] * n, True) for n in lengths]
+    assert load(minari_set(monkeypatch, episodes, space), game((4,), 2)).rewarded == share
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("over, odd", [((True, True), 1), ((True, False), 0)])
 def test_terminals_at_a_time_limit_are_pointed_at(over, odd, monkeypatch, capsys):
     obs, space = np.eye(4, dtype=np.float32), gym.spaces.Box(-1, 1, (4,), np.float32)

@@ -105,6 +105,8 @@ def test_cloning_only_gives_the_data_and_sarsa_improves_one_step():
     assert run("--backup sarsa --cql-alpha 0", data)["final_return_mean"] > -5
 
 
+LAST = np.arange(4_000) % 20 == 19  # of each episode of point_data()
+SAME = {"reward": lambda x: 1.0, "terminals": LAST, "timeouts": 0 * LAST}
 FEW = {"episodes": 5, "reward": lambda x: abs(x)}
 REAL = [  # verdict, flags, data
     ("no sign of trouble", "", {}),
@@ -114,6 +116,7 @@ REAL = [  # verdict, flags, data
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: -1.0}),
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: float(abs(x) < 1e-4)}),
     ("nothing to learn from", "--num-updates 20", {"reward": lambda x: 0.0, "ends": True}),
+    ("nothing to learn from", "--num-updates 20", SAME),  # all ended ones are of one length
     ("underfitting", "", {"reward": lambda x: 1.0, "ends": True}),  # to live longer pays
     ("no sign of trouble", "", {"reward": lambda x: -1.0, "ends": True}),
     ("too short to judge", "--num-updates 15 --diagnostics-frequency 1", {}),

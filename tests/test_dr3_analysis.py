@@ -472,6 +472,16 @@ def test_a_bad_dataset_is_refused_in_one_line(changes, named, capsys):
     assert named in err and "x.hdf5" in err and not Path("runs").exists()
 
 
+def test_both_kinds_of_ends_in_one_column_are_nothing_odd(quick_clone, capsys):
+    """d3rlpy 1: episode_terminals; terminals are some of them."""
+    end = np.arange(1, 1001) % 50 == 0
+    write_d4rl("x.hdf5", n=1000, timeouts=None, terminals=end & (np.arange(1000) % 100 < 50))
+    with h5py.File("x.hdf5", "a") as f:
+        f["episode_terminals"] = end
+    d.dataset(from_file("x.hdf5"), CPU)
+    assert "odd" not in capsys.readouterr().out
+
+
 def test_a_file_that_is_none_is_refused(capsys):
     empty = {"observations": np.zeros((0, 3)), "actions": np.zeros((0, 1)), "rewards": np.zeros(0)}
     write_d4rl("empty", n=0, terminals=np.zeros(0), next_obs=False, timeouts=None, **empty)

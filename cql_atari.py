@@ -1472,7 +1472,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     off, off_held = mean("q_minus_return") / unit, mean("q_minus_return_holdout") / unit
     numbers = f"TD error {td:.3f} of the target's variance"
     numbers += "" if math.isnan(held) else f" ({held:.3f} held out)"
-    numbers += f", cql_gap {gap:.1f}"
+    numbers += "" if math.isnan(gap) else f", cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     drift, moving = (end["q_data"] - before["q_data"]) / unit, on_its_way(history)
     moved = f"Q went from {before['q_data']:.3g} to {end['q_data']:.3g} in the last fifth"
@@ -1516,7 +1516,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     # on its way up: the second half of the run made good a tenth of what is missing
     enough = (end["q_data"] - midway["q_data"]) / unit > -0.1 * off
     rising = drift > 0 and (moving or enough)
-    if args.cql_alpha > 0 and gap < -0.5 and off < -1 and not rising:
+    if gap < -0.5 and off < -1 and not rising and args.cql_alpha > 0:
         cause = "the conservative term outweighs the TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
@@ -1524,7 +1524,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
-    if td > LOW_TD and td > 0.6 * midway["td_error"] and gap > -0.5:
+    if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:
         cause = "both stay high, this critic cannot lower them"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"

@@ -156,7 +156,8 @@ class Args:
 # a resumed run must have these as before: its networks and its data would not fit
 FIXED = """env_id seed width depth num_critics vib_coef alpha cql_alpha holdout action_low
 action_high clip_actions normalize_obs reward_scale reward_shift""".split()
-RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
+# of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
+COLLECTOR = {"cql_alpha": 0.0, "backup_entropy": True, "policy_lr": 3e-4, "q_lr": 3e-4}
 VIB_DIM = 16  # width of the bottleneck of --vib-coef
 
 
@@ -550,8 +551,178 @@ class Learner(nn.Module):
         return self.critic(obs, act).amin(0)
 
 
-# ------------------------------------------------------------- data: collected, or read from a file
-def find_env(args: Args, eval_envs, run):
+# ------------------------------------------------------------------------------ diagnostics, advice
+def diagnose(learner, data, args: Args) -> dict:
+    """The numbers of one moment on at most 2,048 transitions, in fp32 and eval mode; the TD error
+    and Q against the data's returns on held-out episodes, too.
+
+    A fresh generator each time. Every Q is the ensemble's minimum; the TD error is the ensemble's
+    mean, in units of the variance of y; features are those of the first critic."""
+    size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
+
+    def probe(rows):
+        return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:2048]]
+
+    rows, numbers = torch.arange(data.capacity, device=data.device), {}
+    with strict_fp32():
+        learner.eval()
+        for suffix, some in (("_holdout", probe(rows[size:])), ("", probe(rows[:size]))):
+            if len(some) == 0:
+                continue
+            batch, to_go = data.batch(some), data.columns["to_go"][some]
+            next_act, y = backup(learner, batch, args, draw)
+            q = learner.critic(batch.obs, batch.act)
+            squared_error, variance = (q - y).pow(2).mean(), y.var(correction=0)
+            if suffix and variance == 0:  # of one row, or of one target
+                continue
+            numbers["td_error" + suffix] = squared_error / variance.clamp(min=1e-12)
+            q, known = q.amin(0), ~to_go.isnan()
+            if known.sum() >= 32:
+                numbers["q_minus_return" + suffix] = (q - to_go)[known].mean()
+                numbers["return_std" + suffix] = to_go[known].std()
+        uniform = torch.rand(batch.act.shape, generator=draw, device=data.device) * 2 - 1
+        s0 = data.columns["obs"][probe(rows[data.columns["start"] > 0])]
+        numbers["q_data"] = q.mean()
+        numbers["q_pi"] = learner.least_q(batch.obs, learner.act(batch.obs, explore=False)).mean()
+        numbers["q_rand"] = learner.least_q(batch.obs, uniform).mean()
+        numbers["v_s0"] = learner.least_q(s0, learner.act(s0, explore=False)).mean()
+        states = batch.obs[:256], batch.next_obs[:256]  # 64 actions each: Jensen's bias is small
+        act, log_ratio = proposals(learner.actor, *states, "mixture", 32, draw)
+        q_box = learner.least_q(states[0], act)
+        numbers["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
+        numbers["q_max"] = torch.maximum(q_box.max(), q.max())
+        phi, _, hidden = learner.critic.features(batch.obs, batch.act)
+        phi_next = learner.critic.features(batch.next_obs, next_act)[0]
+        numbers |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
+        numbers["dormant"] = dormant([h[0] for h in hidden])
+        learner.train()
+    # the most that the rewards allow, with a uniform policy's entropy if the backup is soft
+    low, high, horizon = data.info["reward_min"], data.info["reward_max"], 1 / (1 - args.gamma)
+    if args.backup_entropy:
+        high += args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
+    ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
+    numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
+    # Q at the data's actions comes to rest at 2 (Q - y) <= weight, at every step of the backup
+    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
+    numbers["q_lift"] = horizon * weight / 2
+    numbers["cql_push"] = weight / 2 / squared_error.sqrt().clamp(min=1e-12)
+    return {name: float(x) for name, x in numbers.items()}
+
+
+def advice(args: Args) -> dict:
+    """The flags that each verdict recommends: those that this run would accept and has not on."""
+    stronger = f"--cql-alpha {max(5, 2 * args.cql_alpha):g}"
+    weaker = f"--cql-alpha {args.cql_alpha / 2:g}"
+    if args.cql_target_gap is not None:
+        stronger, weaker = "a lower --cql-target-gap", "a higher --cql-target-gap"
+    wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
+    flags = {
+        "divergence": [stronger, "--layer-norm"],
+        "sarsa fails": [f"--num-updates {2 * args.num_updates}", wider, "a larger --tau"],
+        "overfitting": ["--dropout 0.1", "--vib-coef 0.01", smaller],
+        "alpha too large": [weaker],
+        "underfitting": [wider, f"--depth {args.depth + 1}", "--residual", "--dr3-coef 0.01"],
+    }
+    on = {"--layer-norm": args.layer_norm, "--dropout": args.dropout, "--vib-coef": args.vib_coef}
+    on |= {"--residual": args.residual or args.depth == 1, "--dr3-coef": args.dr3_coef}
+    return {k: " or ".join(x for x in v if not on.get(x.split()[0])) for k, v in flags.items()}
+
+
+# --------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """Train as `args` says; returns what summary.json holds."""
+    check(args)
+    device, total = set_up(args), args.num_updates + args.online_steps
+    with Run(args, total) as run:
+        eval_envs = make_envs(args.env_id, args.eval_episodes, run)
+        env = find_env(args, eval_envs, run)
+        data = load(args.dataset or str(collect(args, env, run, device)), args, env, device)
+        torch.manual_seed(args.seed)  # again: collecting has drawn from it
+        sizes = data.columns["obs"].shape[1], data.columns["act"].shape[1]
+        learner = Learner(*sizes, args, device)
+        if args.normalize_obs:
+            learner.standardise(data.columns["obs"])
+        if args.online_steps:
+            replay = Replay(args.online_steps, *sizes, device)
+            obs, _ = env.reset(seed=env_seeds(args.seed, 1))
+        step, history, results = 0, [], {}
+        if run.saved:
+            check_resumed(run.saved, data, args)
+            step, history, results = (run.saved[k] for k in ("step", "history", "results"))
+            run.restore(learner, learner.optim)
+            if args.online_steps and run.saved["replay"]:
+                obs = replay.load_state_dict(run.saved["replay"], env)
+        run.open(**data.info)
+
+        def save():
+            state = {"history": history, "results": results}
+            state["replay"] = replay.state_dict(env) if args.online_steps else None
+            run.save(step, learner, learner.optim, **state)
+
+        def sample(online: bool) -> Batch:
+            if not online:
+                return data.sample(args.batch_size)
+            n = round(args.offline_share * args.batch_size)
+            pairs = zip(data.sample(n)[:-1], replay.sample(args.batch_size - n)[:-1])
+            return Batch(*(torch.cat(pair) for pair in pairs))
+
+        def update(cloning: bool, online: bool) -> dict:
+            return learner.update(lambda: sample(online), cloning)
+
+        if args.cudagraphs and device.type == "cuda":
+            update = GraphedUpdate(update)
+        while step < total and not run.signum:
+            online = step >= args.num_updates
+            if online:
+                obs, ended = interact(learner, env, replay, obs)
+            info = update(step < args.bc_steps, online)
+            before, step = step, step + 1
+            diagnosing = every(args.diagnostics_frequency, before, step)
+            scoring = every(args.eval_frequency, before, step) or step in (args.bc_steps, total)
+            if online and ended:
+                run.log(step, {"charts/online_return": ended[0]})
+            if every(args.log_frequency, before, step) or diagnosing:
+                run.log(step, {"losses/" + name: x for name, x in info.items()})
+                rate = run.rate(step)
+                run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
+                last_return = results.get("final_return_mean", math.nan)
+                run.show(step, loss=info["qf_loss"], Q=info["qf1_values"], last_return=last_return)
+            if diagnosing:
+                with run.paused():
+                    numbers = diagnose(learner, data, args)
+                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
+                if not online:
+                    history.append(numbers | {"step": step})
+                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                        run.save(step, learner, {}, "selected.pt")
+            if eval_envs and scoring:
+                with run.paused():
+                    results |= evaluate(learner, eval_envs, args)
+                if step == args.bc_steps:
+                    results["bc_return_mean"] = results["final_return_mean"]
+                run.log(step, {tag: results[x] for tag, x in TAGS.items() if x in results})
+            if every(args.checkpoint_frequency, before, step):
+                save()
+        save()
+        run.stop_if_asked()
+        summary = {"num_updates": step, "updates_per_second": run.rate(step)}
+        summary |= {"normalized_score": None} | results | data.info
+        if eval_envs and (run.dir / "selected.pt").exists():
+            chosen = load_checkpoint(run.dir, "selected.pt")
+            learner.load_state_dict(chosen["networks"])
+            selected = evaluate(learner, eval_envs, args)["final_return_mean"]
+            summary |= {"selected_step": chosen["step"], "selected_return_mean": selected}
+        said = verdict(history, args, summary["rewarded"], 1 / (args.tau * (1 - args.gamma)))
+        return run.finish(conclude(*said, summary))
+
+
+# === shared: offline (canonical copy: cql_continuous.py) ===
+# Needs the blocks "files", "environments", "replay", "run" and "workflow"; of the script Args,
+# Learner, and COLLECTOR, the settings by which it is an online actor-critic.
+RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
+
+
+def find_env(args, eval_envs, run):
     """The environment to collect and fine-tune in, whose bounds the actions have; None where a
     dataset is enough and --env-id is registered nowhere, or --action-low or -high is given."""
     if args.dataset and not args.online_steps:
@@ -583,10 +754,10 @@ def interact(learner, envs, replay, obs, uniform: bool = False) -> tuple[np.ndar
     return next_obs, infos["final_info"]["return"][over].tolist() if over.any() else []
 
 
-def collect(args: Args, env, run, device) -> Path:
+def collect(args, env, run, device) -> Path:
     """The replay of a soft actor-critic trained online, kept as a D4RL-layout file in --data-dir.
 
-    The collector has its paper's settings (arXiv 1812.05905): networks and rates of its own."""
+    The collector has networks and settings of its own, COLLECTOR's."""
     sizes = check_boxes(env, args.env_id)
     name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v2.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
@@ -595,7 +766,7 @@ def collect(args: Args, env, run, device) -> Path:
         return path
     writable("--data-dir", path.parent)
     say(f"no --dataset: {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}")
-    online = Args(env_id=args.env_id, cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
+    online = Args(env_id=args.env_id, **COLLECTOR)
     learner = Learner(*sizes, online, device)
     replay = Replay(args.collect_steps, *sizes, device)
     obs, returns = env.reset(seed=env_seeds(args.seed, 1))[0], [math.nan]
@@ -720,7 +891,7 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
     return end, note
 
 
-def scale_actions(act, args: Args, box, name: str) -> str:
+def scale_actions(act, args, box, name: str) -> str:
     """Actions to [-1, 1] in place: from the environment's box, or from what the flags say."""
     low, high = (-1.0, 1.0) if box is None else (box.low, box.high)
     low = act.min(0) if args.action_low == "data" else args.action_low or low
@@ -760,13 +931,13 @@ def check_widths(widths: tuple, env, env_id: str):
         fail(f"observations and actions are {widths} wide, {env_id} has {expected}; {hint}")
 
 
-def load(name: str, args: Args, env, device):
+def load(name: str, args, env, device):
     """Read, check and describe a dataset; a bad one ends the program in one line (status 2).
 
     The Replay has the training rows first, its `size`, then those held out. Beside the usual
     columns there are next_act, `start` of an episode, and `to_go`, the discounted return from there
     on, NaN where a time-out cuts off more than 1 % of it. Its `info` stands in the summary."""
-    columns = read(name, device)
+    columns, sarsa = read(name, device), getattr(args, "backup", "") == "sarsa"
     obs, act, rew, terminal = (columns[k] for k in "observations actions rewards terminals".split())
     digest = hashlib.sha256()
     for key in sorted(columns):
@@ -790,7 +961,7 @@ def load(name: str, args: Args, env, device):
     following = np.minimum(np.arange(n) + 1, n - 1)
     next_obs = columns.get("next_observations", obs[following])
     usable = terminal | ~end
-    if "next_observations" in columns and args.backup != "sarsa":
+    if "next_observations" in columns and not sarsa:
         usable[:] = True
     held = np.zeros(len(first), bool)
     if args.holdout and len(first) > 1:
@@ -803,7 +974,7 @@ def load(name: str, args: Args, env, device):
     whole = length[terminal[end]]  # lengths of episodes that end by a terminal
     if ended and np.median(rew) != 0 and (ended == 1 or np.ptp(whole) > 0):
         rewarded = 1.0  # then an episode's length pays
-    rows, lacking = np.append(train, holdout), "action" if args.backup == "sarsa" else "state"
+    rows, lacking = np.append(train, holdout), "action" if sarsa else "state"
     say(f"{name}: {n:,} transitions, {len(first):,} episodes ({note}), {ended:,} terminal")
     say(f"  returns {returns.mean():.1f} mean, {returns.min():.1f} to {returns.max():.1f}; {span}")
     lost = f"{n - len(rows):,} lack a next {lacking}"
@@ -824,83 +995,6 @@ def load(name: str, args: Args, env, device):
     return data
 
 
-# ------------------------------------------------------------------------------ diagnostics, advice
-def diagnose(learner, data, args: Args) -> dict:
-    """The numbers of one moment on at most 2,048 transitions, in fp32 and eval mode; the TD error
-    and Q against the data's returns on held-out episodes, too.
-
-    A fresh generator each time. Every Q is the ensemble's minimum; the TD error is the ensemble's
-    mean, in units of the variance of y; features are those of the first critic."""
-    size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
-
-    def probe(rows):
-        return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:2048]]
-
-    rows, numbers = torch.arange(data.capacity, device=data.device), {}
-    with strict_fp32():
-        learner.eval()
-        for suffix, some in (("_holdout", probe(rows[size:])), ("", probe(rows[:size]))):
-            if len(some) == 0:
-                continue
-            batch, to_go = data.batch(some), data.columns["to_go"][some]
-            next_act, y = backup(learner, batch, args, draw)
-            q = learner.critic(batch.obs, batch.act)
-            squared_error, variance = (q - y).pow(2).mean(), y.var(correction=0)
-            if suffix and variance == 0:  # of one row, or of one target
-                continue
-            numbers["td_error" + suffix] = squared_error / variance.clamp(min=1e-12)
-            q, known = q.amin(0), ~to_go.isnan()
-            if known.sum() >= 32:
-                numbers["q_minus_return" + suffix] = (q - to_go)[known].mean()
-                numbers["return_std" + suffix] = to_go[known].std()
-        uniform = torch.rand(batch.act.shape, generator=draw, device=data.device) * 2 - 1
-        s0 = data.columns["obs"][probe(rows[data.columns["start"] > 0])]
-        numbers["q_data"] = q.mean()
-        numbers["q_pi"] = learner.least_q(batch.obs, learner.act(batch.obs, explore=False)).mean()
-        numbers["q_rand"] = learner.least_q(batch.obs, uniform).mean()
-        numbers["v_s0"] = learner.least_q(s0, learner.act(s0, explore=False)).mean()
-        states = batch.obs[:256], batch.next_obs[:256]  # 64 actions each: Jensen's bias is small
-        act, log_ratio = proposals(learner.actor, *states, "mixture", 32, draw)
-        q_box = learner.least_q(states[0], act)
-        numbers["cql_gap"] = (log_mean_exp(q_box, log_ratio) - q[:256]).mean()
-        numbers["q_max"] = torch.maximum(q_box.max(), q.max())
-        phi, _, hidden = learner.critic.features(batch.obs, batch.act)
-        phi_next = learner.critic.features(batch.next_obs, next_act)[0]
-        numbers |= spectrum(phi[0]) | alignment(phi[0], phi_next[0], 1 - batch.done)
-        numbers["dormant"] = dormant([h[0] for h in hidden])
-        learner.train()
-    # the most that the rewards allow, with a uniform policy's entropy if the backup is soft
-    low, high, horizon = data.info["reward_min"], data.info["reward_max"], 1 / (1 - args.gamma)
-    if args.backup_entropy:
-        high += args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
-    ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
-    numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
-    # Q at the data's actions comes to rest at 2 (Q - y) <= weight, at every step of the backup
-    weight = 0.0 if args.cql_variant == "eq1" else float(learner.log_cql_alpha.detach().exp())
-    numbers["q_lift"] = horizon * weight / 2
-    numbers["cql_push"] = weight / 2 / squared_error.sqrt().clamp(min=1e-12)
-    return {name: float(x) for name, x in numbers.items()}
-
-
-def advice(args: Args) -> dict:
-    """The flags that each verdict recommends: those that this run would accept and has not on."""
-    stronger = f"--cql-alpha {max(5, 2 * args.cql_alpha):g}"
-    weaker = f"--cql-alpha {args.cql_alpha / 2:g}"
-    if args.cql_target_gap is not None:
-        stronger, weaker = "a lower --cql-target-gap", "a higher --cql-target-gap"
-    wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
-    flags = {
-        "divergence": [stronger, "--layer-norm"],
-        "sarsa fails": [f"--num-updates {2 * args.num_updates}", wider, "a larger --tau"],
-        "overfitting": ["--dropout 0.1", "--vib-coef 0.01", smaller],
-        "alpha too large": [weaker],
-        "underfitting": [wider, f"--depth {args.depth + 1}", "--residual", "--dr3-coef 0.01"],
-    }
-    on = {"--layer-norm": args.layer_norm, "--dropout": args.dropout, "--vib-coef": args.vib_coef}
-    on |= {"--residual": args.residual or args.depth == 1, "--dr3-coef": args.dr3_coef}
-    return {k: " or ".join(x for x in v if not on.get(x.split()[0])) for k, v in flags.items()}
-
-
 D4RL_REFERENCE = {  # returns of a random and an expert policy, D4RL's infos.py
     "halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3),
     "walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "ant": (-325.6, 3879.7),
@@ -919,13 +1013,13 @@ def normalized_score(env_id: str, value: float) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(learner, envs, args: Args) -> dict:
-    """One episode in each of `envs` by tanh(mean): mean and deviation of the returns, as the
+def evaluate(learner, envs, args) -> dict:
+    """One episode in each of `envs` without exploration: mean and deviation of the returns, as the
     environment pays them; `overestimation`, the mean of Q(s0, a0) less the discounted return that
     followed, both scaled (an episode cut at T steps misses gamma^T). Draws no random number."""
+    learner.eval()
     s0, rewards, alive = play(learner, envs, args.seed)
     s0 = torch.as_tensor(s0, dtype=torch.float32, device=learner.device)
-    learner.eval()
     predicted = learner.least_q(s0, learner.act(s0, explore=False)).cpu().numpy()
     learner.train()
     scaled = args.reward_scale * rewards + args.reward_shift * alive
@@ -938,101 +1032,6 @@ def evaluate(learner, envs, args: Args) -> dict:
     return {name: float(x) for name, x in numbers.items()}
 
 
-# --------------------------------------------------------------------------------------- training
-def train(args: Args) -> dict:
-    """Train as `args` says; returns what summary.json holds."""
-    check(args)
-    device, total = set_up(args), args.num_updates + args.online_steps
-    with Run(args, total) as run:
-        eval_envs = make_envs(args.env_id, args.eval_episodes, run)
-        env = find_env(args, eval_envs, run)
-        data = load(args.dataset or str(collect(args, env, run, device)), args, env, device)
-        torch.manual_seed(args.seed)  # again: collecting has drawn from it
-        sizes = data.columns["obs"].shape[1], data.columns["act"].shape[1]
-        learner = Learner(*sizes, args, device)
-        if args.normalize_obs:
-            learner.standardise(data.columns["obs"])
-        if args.online_steps:
-            replay = Replay(args.online_steps, *sizes, device)
-            obs, _ = env.reset(seed=env_seeds(args.seed, 1))
-        step, history, results = 0, [], {}
-        if run.saved:
-            check_resumed(run.saved, data, args)
-            step, history, results = (run.saved[k] for k in ("step", "history", "results"))
-            run.restore(learner, learner.optim)
-            if args.online_steps and run.saved["replay"]:
-                obs = replay.load_state_dict(run.saved["replay"], env)
-        run.open(**data.info)
-
-        def save():
-            state = {"history": history, "results": results}
-            state["replay"] = replay.state_dict(env) if args.online_steps else None
-            run.save(step, learner, learner.optim, **state)
-
-        def sample(online: bool) -> Batch:
-            if not online:
-                return data.sample(args.batch_size)
-            n = round(args.offline_share * args.batch_size)
-            pairs = zip(data.sample(n)[:-1], replay.sample(args.batch_size - n)[:-1])
-            return Batch(*(torch.cat(pair) for pair in pairs))
-
-        def update(cloning: bool, online: bool) -> dict:
-            return learner.update(lambda: sample(online), cloning)
-
-        if args.cudagraphs and device.type == "cuda":
-            update = GraphedUpdate(update)
-        while step < total and not run.signum:
-            online = step >= args.num_updates
-            if online:
-                obs, ended = interact(learner, env, replay, obs)
-            info = update(step < args.bc_steps, online)
-            before, step = step, step + 1
-            diagnosing = every(args.diagnostics_frequency, before, step)
-            scoring = every(args.eval_frequency, before, step) or step in (args.bc_steps, total)
-            if online and ended:
-                run.log(step, {"charts/online_return": ended[0]})
-            if every(args.log_frequency, before, step) or diagnosing:
-                run.log(step, {"losses/" + name: x for name, x in info.items()})
-                rate = run.rate(step)
-                run.log(step, {"charts/updates_per_second": rate, "charts/SPS": rate})
-                last_return = results.get("final_return_mean", math.nan)
-                run.show(step, loss=info["qf_loss"], Q=info["qf1_values"], last_return=last_return)
-            if diagnosing:
-                with run.paused():
-                    numbers = diagnose(learner, data, args)
-                run.log(step, {"diagnostics/" + name: x for name, x in numbers.items()})
-                if not online:
-                    history.append(numbers | {"step": step})
-                    if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
-                        run.save(step, learner, {}, "selected.pt")
-            if eval_envs and scoring:
-                with run.paused():
-                    results |= evaluate(learner, eval_envs, args)
-                if step == args.bc_steps:
-                    results["bc_return_mean"] = results["final_return_mean"]
-                run.log(step, {tag: results[x] for tag, x in TAGS.items() if x in results})
-            if every(args.checkpoint_frequency, before, step):
-                save()
-        save()
-        run.stop_if_asked()
-        summary = {"num_updates": step, "updates_per_second": run.rate(step)}
-        summary |= {"normalized_score": None} | results | data.info
-        if eval_envs and (run.dir / "selected.pt").exists():
-            chosen = load_checkpoint(run.dir, "selected.pt")
-            learner.load_state_dict(chosen["networks"])
-            selected = evaluate(learner, eval_envs, args)["final_return_mean"]
-            summary |= {"selected_step": chosen["step"], "selected_return_mean": selected}
-        return run.finish(conclude(history, args, summary))
-
-
-def check_resumed(saved: dict, data, args: Args):
-    """Refuse other data, and a longer offline phase after the online one has begun."""
-    if saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
-        fail(f"--resume: that run had other data, {saved['info']['dataset']}")
-    if args.num_updates != saved["args"]["num_updates"] < saved["step"]:
-        fail("--resume: that run is online already, its --num-updates must stay")
-
-
 TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no other episodes
     "charts/episodic_return": "final_return_mean",
     "eval/episodic_return": "final_return_mean",
@@ -1041,10 +1040,8 @@ TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no oth
 }
 
 
-def conclude(history: list[dict], args: Args, summary: dict) -> dict:
+def conclude(name: str, sentence: str, summary: dict) -> dict:
     """The verdict, printed and added to the summary."""
-    settling = 1 / (args.tau * (1 - args.gamma))
-    name, sentence = verdict(history, args, summary["rewarded"], settling)
     sentence += evaluated(summary)
     means = {k: summary.get(f"{k}_return_mean") for k in ("dataset", "bc", "selected", "final")}
     say("returns: " + ", ".join(f"{k} {x:.1f}" for k, x in means.items() if x is not None))
@@ -1052,6 +1049,17 @@ def conclude(history: list[dict], args: Args, summary: dict) -> dict:
         say(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")
     say(f"verdict: {name}. {sentence}")
     return summary | {"verdict": name, "verdict_text": sentence}
+
+
+def check_resumed(saved: dict, data, args):
+    """Refuse other data, and a longer offline phase after the online one has begun."""
+    if saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
+        fail(f"--resume: that run had other data, {saved['info']['dataset']}")
+    if args.num_updates != saved["args"]["num_updates"] < saved["step"]:
+        fail("--resume: that run is online already, its --num-updates must stay")
+
+
+# === end shared ===
 
 
 # === shared: workflow (canonical copy: cql_continuous.py) ===
@@ -1130,7 +1138,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     off, off_held = mean("q_minus_return") / unit, mean("q_minus_return_holdout") / unit
     numbers = f"TD error {td:.3f} of the target's variance"
     numbers += "" if math.isnan(held) else f" ({held:.3f} held out)"
-    numbers += f", cql_gap {gap:.1f}"
+    numbers += "" if math.isnan(gap) else f", cql_gap {gap:.1f}"
     numbers += "" if math.isnan(off) else f", Q {off:+.1f} deviations from the data's returns"
     drift, moving = (end["q_data"] - before["q_data"]) / unit, on_its_way(history)
     moved = f"Q went from {before['q_data']:.3g} to {end['q_data']:.3g} in the last fifth"
@@ -1174,7 +1182,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     # on its way up: the second half of the run made good a tenth of what is missing
     enough = (end["q_data"] - midway["q_data"]) / unit > -0.1 * off
     rising = drift > 0 and (moving or enough)
-    if args.cql_alpha > 0 and gap < -0.5 and off < -1 and not rising:
+    if gap < -0.5 and off < -1 and not rising and args.cql_alpha > 0:
         cause = "the conservative term outweighs the TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
@@ -1182,7 +1190,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
-    if td > LOW_TD and td > 0.6 * midway["td_error"] and gap > -0.5:
+    if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:
         cause = "both stay high, this critic cannot lower them"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"

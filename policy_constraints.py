@@ -674,7 +674,7 @@ def advice(args: Args) -> dict:
     }
 
 
-def constraint_verdict(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
+def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     """The critic's verdict, and what became of the constraint in the last fifth of the run: its
     name counts where the critic shows no sign of trouble."""
     name, sentence = verdict(history, args, rewarded, 1 / (args.tau * (1 - args.gamma)))
@@ -796,9 +796,7 @@ def train(args: Args) -> dict:
             learner.load_state_dict(chosen["networks"])
             selected = evaluate(learner, eval_envs, args)["final_return_mean"]
             summary |= {"selected_step": chosen["step"], "selected_return_mean": selected}
-        return run.finish(
-            conclude(*constraint_verdict(history, args, summary["rewarded"]), summary)
-        )
+        return run.finish(conclude(*judge(history, args, summary["rewarded"]), summary))
 
 
 # === shared: offline (canonical copy: cql_continuous.py) ===

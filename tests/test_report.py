@@ -1,7 +1,8 @@
 """tools/report.py on planted runs; benchmarks/figures.py's statistics; that what benchmarks/ takes
-from the scripts is there."""
+from the scripts is there; benchmarks/runs/gpu.py."""
 
 import ast
+import csv
 import importlib
 import json
 import re
@@ -10,7 +11,7 @@ import sys
 import dr3_analysis
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 import figures  # noqa: E402
@@ -329,3 +330,28 @@ def test_what_benchmarks_take_from_the_scripts_is_there(path, monkeypatch):
     assert len(names) > 8 or path.name != "same_update.py"
     gone = [f"{s}.{n}" for s, n in sorted(names) if not hasattr(importlib.import_module(s), n)]
     assert not gone, f"{path.name}: {', '.join(gone)}"
+
+
+def test_gpu_command_runs_on_a_cpu_and_names_its_absence(tmp_path):
+    few = ("--cpu", "--updates", 4, "--no-compile", "--out", "gpu.csv")
+    run_script("benchmarks/runs/gpu.py", *few, cwd=tmp_path)
+    with open(tmp_path / "gpu.csv") as f:
+        rows = list(csv.DictReader(f))
+    for what in ("rate", "max_difference"):
+        assert {r["script"] for r in rows if r["what"] == what} == {*SCRIPTS}
+    assert {r["note"] for r in rows if r["what"] == "rate"} == {""}
+    assert all(float(r["value"]) > 0 for r in rows if r["what"] == "rate")
+    resumed = [(r["variant"], float(r["value"])) for r in rows if r["what"] == "max_difference"]
+    assert set(resumed) == {("eager > eager", 0)}  # bitwise
+    late = ("--cpu", "--minutes", 0, "--out", "late.csv")
+    run_script("benchmarks/runs/gpu.py", *late, cwd=tmp_path)
+    with open(tmp_path / "late.csv") as f:
+        late = list(csv.DictReader(f))
+    assert len(late) > len(rows) and {r["value"] for r in late} == {"nan"}
+    assert all(r["note"].startswith("left out") for r in late)
+
+
+def test_gpu_command_without_a_gpu_is_one_line(tmp_path):
+    done = run_script("benchmarks/runs/gpu.py", "--out", "gpu.csv", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not (tmp_path / "gpu.csv").exists()
+    assert done.stderr.startswith("error: no GPU") and done.stderr.count("\n") == 1

@@ -410,6 +410,36 @@ def atari_heads():
     save(figure, "atari_heads")
 
 
+def divergences():
+    """benchmarks/runs/divergences.py"""
+    rows = read("divergences.csv")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    panels = {  # case: title, what moves, where D is taken as 1
+        "gap": ("modes at -0.5 (90 %) and 0.5 (10 %)", "mean", 0.5),
+        "uniform": ("b uniform on [-1, 1]", "mean", 0.0),
+        "width": ("b = N(0, 1), pi = N(0, std^2)", "std", 0.1),
+    }
+    for axis, (case, (title, x, unit)) in zip(axes, panels.items()):
+        names = ["kl", "forward-kl", "mmd, N = 4"]
+        names = names[:1] + ["mmd, N = 4", "mmd, N = 10", "mmd, N = 100"] if x == "std" else names
+        for i, name in enumerate(names):
+            found = [r for r in rows if (r["case"], r["divergence"]) == (case, name)]
+            points = {float(r[x]): float(r["value"]) for r in found}
+            y = [value / points[unit] for value in points.values()]
+            axis.plot(points.keys(), y, label=name, color=COLOURS[i], linestyle=LINES[i])
+            if x == "std":
+                low = min(points, key=points.get)
+                print(f"  {name}: least D at std {low}")
+        axis.set(title=title, xlabel=f"{x} of pi", ylim=(0, 4.5 if x == "mean" else 1.1))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set(ylabel="D over D at the small mode")
+    axes[1].set(ylabel="D over D at 0")
+    axes[2].set(ylabel="D over D at 0.1")
+    axes[0].axvline(0, color="grey", linewidth=0.8)
+    save(figure, "divergences")
+
+
 FIGURES = (
     online,
     updates_per_step,
@@ -421,6 +451,7 @@ FIGURES = (
     pong,
     kfac_cost,
     atari_heads,
+    divergences,
 )
 FIGURES = {f.__name__: f for f in FIGURES}
 

@@ -1149,7 +1149,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
 
     # the most that the rewards allow, and what raising Q at the data's actions may add to it
     scale = max(end["q_range"], abs(end["q_bound"]))
-    allowed = end["q_bound"] + end["q_lift"] + 0.05 * scale + UNTRAINED
+    allowed = end["q_bound"] + end.get("q_lift", 0) + 0.05 * scale + UNTRAINED
     # but Q starts at 0, and to a bound below that it has to come down
     step_down = before["q_data"] - end["q_data"]
     risen = step_down <= 0 or end["q_max"] > max(UNTRAINED, history[0]["q_max"])
@@ -1191,7 +1191,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:
-        cause = "both stay high, this critic cannot lower them"
+        cause = "it stays high, this critic cannot lower it"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
     return "no sign of trouble", healthy + (f". {moved}: {advised}" if abs(drift) > 0.1 else "")

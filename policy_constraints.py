@@ -3,50 +3,48 @@ r"""Policy constraints for offline RL: BEAR, BRAC, AWAC, CRR and BCQ as one obje
 Offline, an actor-critic's policy seeks actions that the data D never shows, where Q is wrong. One
 cure keeps it near the policy b that collected the data:
 
-  max_pi  E_s E_{a~pi} Q(s,a)   such that   E_s D(pi(.|s), b(.|s)) <= eps
+  max_pi  E_s E_{a~pi} min_i Q_i(s,a)   such that   E_s D(pi(.|s), b(.|s)) <= eps
+  min_Q   E_D (Q_i(s,a) - y)^2,  y = r + gamma (1 - done) min_i Q_target_i(s',a'),  a' ~ pi(.|s')
 
-The methods differ in D, in the place of the constraint, and in the solver:
+  D      kl         E_pi[log pi - log b]: pi stays where b is                        BRAC
+         forward-kl E_b[log b - log pi]: pi covers all that b does
+         w2         |mu - mu_b|^2 + |sigma - sigma_b|^2, squared Wasserstein distance
+         mmd        sqrt(mean k(x,x') + mean k(y,y') - 2 mean k(x,y) + 1e-6)         BEAR
+  where  policy     the actor maximises Q - weight D                                 BEAR, BRAC-p
+         value      the target has min Q - weight D(s'), too                         BRAC-v
+  solver gradient   ascent, a = tanh(mu + sigma noise)                               BEAR, BRAC
+         exp        for kl the best pi is b exp(A / lambda) / Z, A = Q(s,a) - V(s): likelihood of
+                    the data's actions, each weighted by exp(A / lambda)             AWAC, AWR, CRR
+         binary     the same, weighted by 1[A > 0]                                   CRR
+         best-of-n  the best of n samples of b; no actor                             BCQ
 
-  --constraint  kl          E_pi[log pi - log b]: pi stays where b is                      BRAC
-                forward-kl  E_b[log b - log pi]: pi covers all that b does
-                w2          |mu - mu_b|^2 + |sigma - sigma_b|^2, W_2^2 before the tanh
-                mmd         sqrt(mean k(x,x') + mean k(y,y') - 2 mean k(x,y) + 1e-6)       BEAR
-  --where       policy      in the actor's loss: weight D - Q                      BEAR, BRAC-p
-                value       in the target as well: min Q(s',a') - weight D(s')           BRAC-v
-  --extract     gradient    ascent of Q - weight D in a = tanh(mu + sigma noise)     BEAR, BRAC
-                exp         kl's maximiser is b exp(A / lambda) / Z: likelihood of the data's
-                            actions with weights exp(A / lambda), A = Q(s,a) - V(s)   AWAC, AWR
-                binary      the same with weights 1[A > 0]                                  CRR
-                best-of-n   the best of n samples of b, no actor                            BCQ
+In the first --behaviour-steps updates a clone b and the policy fit the data, while Q learns the
+policy's value; exp and binary need b for diagnostics alone. All D compare Gaussians, or samples,
+before the tanh, which leaves KL as it is. mmd has N samples each, x of pi and y of b, and
+k = exp(-|x - y|_1 / (2 sigma)) or exp(-|x - y|^2 / (2 sigma)). At small N it is above 0 even for
+pi = b (`diagnostics/divergence_floor`) and least for a pi narrower than b.
 
-b is a clone, fitted in the first --behaviour-steps updates. mmd compares N samples x of pi with N
-samples y of b before the tanh, k = exp(-|x - y|_1 / (2 sigma)) or exp(-|x - y|^2 / (2 sigma)); at
-small N it is above 0 even for pi = b (`diagnostics/divergence_floor`): no smaller eps can be met.
-arXiv: BEAR 1906.00949, BRAC 1911.11361, AWAC 2006.09359, AWR 1910.00177, CRR 2006.15134, BCQ
-1812.02900. Settings below are their authors', with networks and rates of this script.
+  pi, b      actor, clone            tanh of Gaussians, (B, act)   BRAC 1911.11361   BEAR 1906.00949
+  D          divergence()            (B,)                          AWAC 2006.09359   AWR 1910.00177
+  Q_i, y     critic, backup()        (n, B) or (n, B, M); (B,)     CRR 2006.15134    BCQ 1812.02900
+  eps        --threshold             tunes the weight              lambda            --temperature
 
-  symbol             in the code                              shape
-  pi, b              actor, clone                             tanh of a Gaussian; of a mixture
-  Q_i, y             critic(obs, act), backup()               (n, B) or (n, B, M); (B,)
-  D, weight          divergence(), log_weight                 (B,), scalar
-  eps, lambda        --threshold (tunes weight), --temperature
-
-The bare command (BRAC-p), and with the data it made: BRAC-v, BEAR, AWAC, CRR, BCQ without its
-perturbation, cloning, naive offline actor-critic:
+BRAC-p on data that it makes itself, the same on a D4RL file; then on the small data BRAC-v, BEAR,
+AWAC, CRR, BCQ without its perturbation, cloning, a naive actor-critic:
   python policy_constraints.py
+  python policy_constraints.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 \
+      --num-updates 1_000_000 --behaviour-steps 50_000
   python policy_constraints.py --where value
-  python policy_constraints.py --constraint mmd --threshold 0.3 --backup-samples 10 \
-      --min-weight 0.75 --act best-of-n
-  python policy_constraints.py --extract exp --temperature 2 --normalise-weights
+  python policy_constraints.py --constraint mmd --threshold 0.3 --act best-of-n \
+      --backup-samples 10 --min-share 0.75
+  python policy_constraints.py --extract exp --normalise-weights --advantage-samples 1
   python policy_constraints.py --extract binary
-  python policy_constraints.py --extract best-of-n --act best-of-n --backup-samples 10 \
-      --min-weight 0.75 --candidates 100
+  python policy_constraints.py --extract best-of-n --act best-of-n --candidates 100 \
+      --backup-samples 10 --min-share 0.75
   python policy_constraints.py --behaviour-steps 8_000
   python policy_constraints.py --weight 0
-
-Watch `diagnostics/divergence` against --threshold, `weight`, `distance` of policy and clone,
-`q_max`. Left out: BCQ's and BEAR's VAEs, whose density nobody knows, and the duals with critics.
-"""
+Watch `diagnostics/divergence`, `distance` from the clone, `q_max`. Left out: VAEs as clones (no
+density), divergences that a further critic estimates. docs/constraints.md has authors' settings."""
 
 import copy
 import ctypes
@@ -127,14 +125,14 @@ class Args:
     backup_entropy: bool = False  # subtract alpha log pi(a'|s') in the target (SAC's soft backup)
     backup_samples: int = 1  # samples of pi(.|s') whose best one is a' (BEAR, BCQ: 10)
     # share of the minimum over critics in the target, the rest is their maximum (BEAR, BCQ: 0.75)
-    min_weight: float = 1.0
+    min_share: float = 1.0
 
     # clone
     behaviour_steps: int = 2_000  # first updates, in which clone and policy fit the data
     behaviour_lr: float = 1e-3  # learning rate meanwhile
     behaviour_modes: int = 1  # Gaussians in the clone; with more D is an average over samples
     # least deviation of the clone before the tanh: at exp(-5) a shift of 0.1 costs 110 nats of kl
-    behaviour_std: float = 0.1
+    behaviour_min_std: float = 0.1
 
     # constraint
     constraint: Literal["kl", "forward-kl", "mmd", "w2"] = "kl"  # D
@@ -144,16 +142,17 @@ class Args:
     weight_lr: float = 1e-3  # learning rate of the weight's log
     divergence_samples: int = 4  # N of mmd, and of the averages for a mixture
     mmd_kernel: Literal["laplacian", "gaussian"] = "laplacian"  # k
-    mmd_sigma: float = 20.0  # sigma of k, for actions of order 1 no more than a unit of eps
+    mmd_sigma: float = 20.0  # sigma of k; far above |x - y| it only divides D by sqrt(2 sigma)
 
     # solver
     extract: Literal["gradient", "exp", "binary", "best-of-n"] = "gradient"
     temperature: float = 1.0  # lambda, in units of reward
     max_weight: float = 100.0  # cap of exp(A / lambda)
-    # divide the weights by their mean over the minibatch (AWAC): states where A is large count more
-    normalise_weights: bool = False
-    advantage_samples: int = 4  # samples of pi for V(s) (CRR; AWAC: 1)
-    advantage_baseline: Literal["mean", "max"] = "mean"  # V(s) is their mean Q or their largest
+    normalise_weights: bool = False  # divide the weights by their mean over the minibatch (AWAC)
+    advantage_samples: int = 4  # samples for V(s) (CRR; AWAC: 1)
+    # V(s): mean or largest Q of samples of pi; soft: lambda log mean exp(Q / lambda) of samples of
+    # b, with which the weights of a state average 1; else states where A varies more count more
+    advantage_baseline: Literal["mean", "max", "soft"] = "mean"
     # evaluations act by tanh(mean), by a sample, or by the best of --candidates samples
     act: Literal["mean", "sample", "best-of-n"] = "mean"
     candidates: int = 10  # n of best-of-n
@@ -166,61 +165,64 @@ class Args:
 
 
 # a resumed run must have these as before: its networks and its data would not fit
-FIXED = """env_id seed width depth num_critics behaviour_modes behaviour_std behaviour_steps
+FIXED = """env_id seed width depth num_critics behaviour_modes behaviour_min_std behaviour_steps
 alpha weight holdout action_low action_high clip_actions normalize_obs reward_scale
 reward_shift""".split()
 # of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
-COLLECTOR = {"alpha": "auto", "weight": 0.0, "backup_entropy": True}
-COLLECTOR |= {"policy_lr": 3e-4, "q_lr": 3e-4}
+COLLECTOR = dict(alpha="auto", weight=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
 WEIGHT_LIMITS = -5.0, 10.0  # of the weight's log (BEAR)
 
 
 def check(args: Args):
     """Refuse what no run could use, before anything starts."""
     check_numbers(args, "seed online_steps behaviour_steps checkpoint_frequency", 0, 1e12)
-    check_numbers(args, "diagnostics_frequency eval_frequency weight threshold", 0, 1e12)
+    check_numbers(args, "diagnostics_frequency eval_frequency weight", 0, 1e12)
     check_numbers(args, "num_updates collect_steps batch_size log_frequency", 1, 1e12)
     check_numbers(args, "width depth num_critics", 1, 1e6)
     check_numbers(args, "backup_samples divergence_samples advantage_samples candidates", 1, 1e4)
     check_numbers(args, "behaviour_modes", 1, 1e3)
     check_numbers(args, "threads eval_episodes", 0, 1e4)
     check_numbers(args, "policy_lr q_lr behaviour_lr weight_lr reward_scale", 1e-12, 1e12)
-    check_numbers(args, "behaviour_std temperature max_weight mmd_sigma", 1e-3, 1e12)
+    check_numbers(args, "temperature max_weight mmd_sigma threshold", 1e-6, 1e12)
+    check_numbers(args, "behaviour_min_std", 0.0068, 7)
     check_numbers(args, "reward_shift", -1e18, 1e18)
     check_numbers(args, "gamma holdout", 0, 0.99999)
-    check_numbers(args, "offline_share min_weight", 0, 1)
+    check_numbers(args, "offline_share min_share", 0, 1)
     check_numbers(args, "tau", 1e-9, 1)
     if args.alpha != "auto":
         check_numbers(args, "alpha", 0, 1e12)
-    idle = []  # flags that this solver or constraint does not read
-    if args.extract != "gradient" and args.where == "policy":
-        idle += "constraint weight threshold weight_lr".split()
-    if args.extract != "gradient":
-        idle += ["alpha"]
-    if args.extract not in ("exp", "binary"):
-        idle += ["advantage_samples", "advantage_baseline"]
-    if args.extract != "exp":
-        idle += "temperature max_weight normalise_weights".split()
-    if args.constraint != "mmd":
-        idle += ["mmd_kernel", "mmd_sigma"]
-    if args.constraint != "mmd" and args.behaviour_modes == 1:
-        idle += ["divergence_samples"]
-    if args.act != "best-of-n":
-        idle += ["candidates"]
-    given = [name for name in idle if getattr(args, name) != getattr(Args, name)]
-    if given:
-        setting = f"--extract {args.extract} --where {args.where} --constraint {args.constraint}"
-        fail(f"--{given[0].replace('_', '-')} has no effect with {setting} --act {args.act}")
+    exp, weighted = args.extract == "exp", args.extract in ("exp", "binary")
+    gradient, mmd = args.extract == "gradient", args.constraint == "mmd"
+    penalised = gradient or args.where == "value"
+    read = {  # flag: whether anything here depends on it
+        "constraint": penalised,
+        "weight": penalised,
+        "threshold": gradient,
+        "weight_lr": args.threshold is not None,
+        "alpha": gradient,
+        "backup_entropy": args.alpha != 0,
+        "min_share": args.num_critics > 1,
+        "mmd_kernel": mmd,
+        "mmd_sigma": mmd,
+        "divergence_samples": mmd or args.behaviour_modes > 1,
+        "temperature": exp or args.advantage_baseline == "soft",
+        "max_weight": exp and not args.normalise_weights,
+        "normalise_weights": exp,
+        "advantage_samples": weighted,
+        "advantage_baseline": weighted,
+        "candidates": args.act == "best-of-n",
+    }
+    for name, does in read.items():
+        if not does and getattr(args, name) != getattr(Args, name):
+            fail(f"--{name.replace('_', '-')} has no effect with the other flags given")
     if args.extract == "best-of-n" and (args.act != "best-of-n" or args.where == "value"):
         fail("--extract best-of-n has no actor: it needs --act best-of-n, and not --where value")
     if args.constraint == "w2" and args.behaviour_modes > 1:
         fail("--constraint w2 has no form for a mixture: --behaviour-modes 1")
-    if args.backup_entropy and args.alpha == 0:
-        fail("--backup-entropy has no effect with --alpha 0")
-    if args.normalise_weights and args.max_weight != Args.max_weight:
-        fail("--max-weight has no effect with --normalise-weights")
-    if args.behaviour_steps == 0 and (args.weight or args.threshold or args.extract == "best-of-n"):
-        fail("--behaviour-steps 0: without a clone there is nothing to stay near but --weight 0")
+    if args.threshold is not None and not 0.0068 <= args.weight <= 22_000:
+        fail("--threshold tunes the weight between 0.0068 and 22000: it must start there")
+    if args.behaviour_steps == 0 and (penalised and args.weight or args.extract == "best-of-n"):
+        fail("--behaviour-steps 0: this needs a clone to stay near")
     if args.behaviour_steps >= args.num_updates:
         say(f"--behaviour-steps {args.behaviour_steps}: all updates of the policy are cloning")
     played = not args.dataset or args.eval_episodes or args.online_steps
@@ -244,9 +246,9 @@ class Standardise(nn.Module):
 class Policy(nn.Module):
     """pi(a|s) on the box [-1, 1]^act: tanh of a Gaussian u, or of a mixture of K of them."""
 
-    def __init__(self, obs_dim: int, act_dim: int, args: Args, modes: int = 1, std: float = 0.0):
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, modes=1, min_log_std=-5.0):
         super().__init__()
-        self.modes, self.least = modes, max(-5.0, math.log(max(std, 1e-3)))
+        self.modes, self.min_log_std = modes, min_log_std
         sizes = [obs_dim] + [args.width] * args.depth
         layers = [Standardise(obs_dim)]
         for fan_in, fan_out in zip(sizes, sizes[1:]):
@@ -262,7 +264,7 @@ class Policy(nn.Module):
         log_weight = (
             self.logits(h).log_softmax(-1) if self.logits else torch.zeros_like(mean[..., 0])
         )
-        return mean, log_std.clamp(self.least, 2), log_weight
+        return mean, log_std.clamp(self.min_log_std, 2), log_weight
 
     def draw(self, modes, n: int, generator=None):
         """n reparameterised u a state, (B, n, act), from what forward() gave."""
@@ -372,9 +374,9 @@ def squared_w2(mean, log_std, mean_b, log_std_b):
 
 
 def mmd(x, y, kernel: str, sigma: float):
-    """Maximum mean discrepancy of samples x, y, (B, N, act), as (B,): the V-statistic, diagonals
-    included, which is 2/N (1 - E k(x,x')) on average where x and y are alike. The 1e-6 of its
-    authors keeps the root's slope finite."""
+    """Maximum mean discrepancy of samples x, y, (B, N, act), as (B,): root of the V-statistic,
+    whose diagonals make it 2/N (1 - E k(x,x')) on average where x and y are alike. The 1e-6 of
+    its authors keeps the slope of the root finite."""
 
     def mean_k(x, y):
         gap = x[:, :, None] - y[:, None]
@@ -392,10 +394,10 @@ def divergence(learner, obs, args: Args, generator=None):
         x, y = learner.actor.draw(pi, n, generator), learner.clone.draw(b, n, generator)
         return mmd(x, y, args.mmd_kernel, args.mmd_sigma)
     if args.behaviour_modes > 1:
-        player, modes = (learner.actor, pi) if args.constraint == "kl" else (learner.clone, b)
-        u = player.draw(modes, n, generator)
-        log_ratio = learner.actor.density(pi, u) - learner.clone.density(b, u)
-        return log_ratio.mean(1) if args.constraint == "kl" else -log_ratio.mean(1)
+        forward = args.constraint == "forward-kl"
+        u = (learner.clone if forward else learner.actor).draw(b if forward else pi, n, generator)
+        log_ratio = (learner.actor.density(pi, u) - learner.clone.density(b, u)).mean(1)
+        return -log_ratio if forward else log_ratio
     pi, b = ([x[:, 0] for x in modes[:2]] for modes in (pi, b))  # mean and log deviation, (B, act)
     if args.constraint == "w2":
         return squared_w2(*pi, *b)
@@ -419,7 +421,7 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     m = args.backup_samples
     next_act, next_logp = learner.policy.sample(batch.next_obs, m, generator)  # (B, m, act)
     q = learner.target(batch.next_obs, next_act)  # (n, B, m)
-    q = args.min_weight * q.amin(0) + (1 - args.min_weight) * q.amax(0)
+    q = args.min_share * q.amin(0) + (1 - args.min_share) * q.amax(0)
     value, best = q.max(-1)
     rows = torch.arange(len(best), device=best.device)
     if args.backup_entropy:
@@ -463,31 +465,35 @@ def advantage_weights(advantage, args: Args):
     """w(A), (B,), of exp or binary; the share of weights at the cap and the effective share of the
     minibatch, (sum w)^2 / (B sum w^2).
 
-    --normalise-weights makes it B softmax(A / lambda): the baseline V is then not the state's own,
-    and a state with large A outweighs another, whatever its best action is."""
+    With --normalise-weights B softmax(A / lambda), which has a mean of 1 whatever the level of A.
+    Either way the Z(s) of the solution is left out: only a soft V(s) puts it in."""
     scaled, log_cap = advantage / args.temperature, math.log(args.max_weight)
-    capped = (scaled >= log_cap).float().mean()
+    capped = torch.zeros_like(advantage)
     if args.extract == "binary":
-        w, capped = (advantage > 0).float(), torch.zeros_like(capped)
+        w = (advantage > 0).float()
     elif args.normalise_weights:
-        w, capped = len(scaled) * scaled.softmax(0), torch.zeros_like(capped)
+        w = len(scaled) * scaled.softmax(0)
     else:
-        w = scaled.clamp(max=log_cap).exp()
+        w, capped = scaled.clamp(max=log_cap).exp(), (scaled >= log_cap).float()
     share = w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=1e-30)
-    return w, {"weights_capped": capped, "weights_share": share, "weights_mean": w.mean()}
+    return w, {"weights_capped": capped.mean(), "weights_share": share, "weights_mean": w.mean()}
 
 
 def likelihood_loss(learner, batch: Batch, args: Args):
-    """-E_{(s,a)~D}[ w(A(s,a)) log pi(a|s) ], A = Q(s,a) - V(s): no action outside the data is asked
-    for, but in V, the mean or the largest of Q at samples of pi."""
+    """-E_{(s,a)~D}[ w(A(s,a)) log pi(a|s) ], A = Q(s,a) - V(s). V alone asks for Q at actions that
+    are not in the data."""
+    baseline, scale = args.advantage_baseline, args.temperature
     with torch.no_grad():
-        act, logp = learner.actor.sample(batch.obs, args.advantage_samples)
+        sampled = learner.clone if baseline == "soft" else learner.actor
+        act, _ = sampled.sample(batch.obs, args.advantage_samples)
         q = learner.least_q(batch.obs, act)  # (B, samples)
-        value = q.mean(-1) if args.advantage_baseline == "mean" else q.amax(-1)
-        advantage = learner.least_q(batch.obs, batch.act) - value
-        w, info = advantage_weights(advantage, args)
+        if baseline == "soft":
+            value = scale * (torch.logsumexp(q / scale, -1) - math.log(q.shape[-1]))
+        else:
+            value = q.mean(-1) if baseline == "mean" else q.amax(-1)
+        w, info = advantage_weights(learner.least_q(batch.obs, batch.act) - value, args)
     loss = -(w * learner.actor.log_prob(batch.obs, batch.act[:, None])[:, 0]).mean()
-    return loss, info | {"actor_loss": loss.detach(), "entropy": -logp.mean()}
+    return loss, info | {"actor_loss": loss.detach()}
 
 
 def dual_loss(log_x, excess):
@@ -505,7 +511,8 @@ class Learner(nn.Module):
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # the collector draws as cql_continuous.py's does
-            self.clone = Policy(obs_dim, act_dim, args, args.behaviour_modes, args.behaviour_std)
+            floor = math.log(args.behaviour_min_std)
+            self.clone = Policy(obs_dim, act_dim, args, args.behaviour_modes, floor)
         alpha = 1.0 if args.alpha == "auto" else max(args.alpha, 1e-30)  # log 0 is not finite
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.log_weight = nn.Parameter(torch.tensor(max(args.weight, 1e-30)).log())
@@ -524,6 +531,10 @@ class Learner(nn.Module):
             "weight": torch.optim.Adam([self.log_weight], lr=args.weight_lr, **flags),
         }
         self.noise = torch.Generator(device)  # of evaluations, which must not change the training
+
+    def train(self, mode: bool = True):
+        self.noise.manual_seed(0)  # each evaluation has the same random numbers
+        return super().train(mode)
 
     @property
     def policy(self):
@@ -548,11 +559,10 @@ class Learner(nn.Module):
         """Actions in [-1, 1] for an environment's observations: a sample of pi, or as --act says
         by random numbers of evaluations alone; the best of n where that is the policy."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        best = self.args.act if not explore else "sample"
-        best = "best-of-n" if self.args.extract == "best-of-n" else best
-        if best == "mean":
+        how = "sample" if explore and self.args.extract != "best-of-n" else self.args.act
+        if how == "mean":
             return self.actor.mode(obs)
-        n = self.args.candidates if best == "best-of-n" else 1
+        n = self.args.candidates if how == "best-of-n" else 1
         act, _ = self.policy.sample(obs, n, None if explore else self.noise)
         rows = torch.arange(len(act), device=act.device)
         return act[rows, self.least_q(obs, act).argmax(-1)]
@@ -601,7 +611,7 @@ def diagnose(learner, data, args: Args) -> dict:
     A fresh generator each time. Every Q is the ensemble's minimum; the TD error is the ensemble's
     mean, in units of the variance of y; features are those of the first critic."""
     size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
-    learner.noise.manual_seed(0)
+    learner.eval()
 
     def probe(rows):
         return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:2048]]
@@ -632,11 +642,12 @@ def diagnose(learner, data, args: Args) -> dict:
         numbers["q_pi"] = learner.least_q(batch.obs, chosen).mean()
         numbers["v_s0"] = learner.least_q(s0, learner.act(s0, explore=False)).mean()
         numbers["q_max"] = torch.maximum(q_rand.max(), q.max())
-        # how far the policy has gone: mean distance of an action from the clone's, and D
-        numbers["distance"] = (chosen - learner.clone.mode(batch.obs)).abs().mean()
-        numbers["weight"] = learner.log_weight.exp()
+        # how far the policy has gone: mean distance of tanh(mean) from the clone's, and D
         if args.extract != "best-of-n":
+            gone = learner.actor.mode(batch.obs) - learner.clone.mode(batch.obs)
+            numbers["distance"] = gone.abs().mean()
             numbers["divergence"] = divergence(learner, batch.obs, args, draw).mean()
+        numbers["weight"] = learner.log_weight.exp()
         if args.constraint == "mmd":  # what two draws of one distribution show
             modes, n = learner.clone(batch.obs), args.divergence_samples
             x, y = learner.clone.draw(modes, 2 * n, draw).chunk(2, dim=1)
@@ -645,31 +656,35 @@ def diagnose(learner, data, args: Args) -> dict:
         phi, phi_next = hidden[-1][0], learner.critic.hidden(batch.next_obs, next_act)[-1][0]
         numbers |= spectrum(phi) | alignment(phi, phi_next, 1 - batch.done)
         numbers["dormant"] = dormant([h[0] for h in hidden])
+        learner.train()
     # the most that the rewards allow, with a uniform policy's entropy if the backup is soft
     low, high, horizon = data.info["reward_min"], data.info["reward_max"], 1 / (1 - args.gamma)
     if args.backup_entropy:
         high += args.gamma * float(learner.log_alpha.detach().exp()) * learner.act_dim * math.log(2)
     ending = high < 0 and data.columns["done"].any()  # where all costs, to end at once is best
     numbers |= {"q_bound": high if ending else horizon * high, "q_range": horizon * (high - low)}
-    numbers["q_lift"] = 0.0
     return {name: float(x) for name, x in numbers.items()}
 
 
-def advice(args: Args) -> dict:
-    """The flags that each verdict recommends: those that this run would accept and has not on."""
-    stronger = {
-        "gradient": f"--weight {max(1, 3 * args.weight):g}",
-        "exp": f"--temperature {3 * args.temperature:g}",
-        "binary": "--advantage-baseline max",
-        "best-of-n": f"--candidates {max(1, args.candidates // 4)}",
-    }[args.extract]
-    if args.extract == "gradient" and args.threshold is not None:
-        stronger = f"--threshold {args.threshold / 3:g}"
-    wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
-    norm = "" if args.layer_norm else " or --layer-norm"
+def nearer(args: Args, factor: float) -> str:
+    """The flag that keeps the policy nearer to the data; with a factor below 1 less near."""
+    if args.threshold is not None:
+        return f"--threshold {args.threshold / factor:.3g}"
     return {
-        "divergence": stronger + norm,
-        "overfitting": f"{smaller}{norm}, or {stronger}",
+        "gradient": f"--weight {factor * (args.weight or 1):.3g}",
+        "exp": f"--temperature {factor * args.temperature:.3g}",
+        "binary": f"--extract exp --temperature {factor:.2g}",
+        "best-of-n": f"--backup-samples {max(1, round(args.backup_samples / factor))}",
+    }[args.extract]
+
+
+def advice(args: Args) -> dict:
+    """The flags that each verdict of the critic recommends."""
+    norm = "" if args.layer_norm else " or --layer-norm"
+    smaller, wider = f"--width {max(1, args.width // 4)}", f"--width {max(256, 2 * args.width)}"
+    return {
+        "divergence": nearer(args, 3) + norm,
+        "overfitting": f"{smaller}{norm} or {nearer(args, 3)}",
         "underfitting": f"{wider} or --depth {args.depth + 1}",
     }
 
@@ -685,31 +700,21 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     def mean(key: str) -> float:
         return float(np.mean([h.get(key, math.nan) for h in late]))
 
-    d, weight, distance = mean("divergence"), mean("weight"), mean("distance")
-    floor, tuned = mean("divergence_floor"), args.threshold is not None
-    least, most = (math.exp(x) for x in WEIGHT_LIMITS)
-    if args.extract == "gradient" and tuned and weight > 0.9 * most:
-        found, reachable = "threshold out of reach", np.nanmax([1.5 * floor, 1.2 * d])
-        why = f"D is {d:.3g} with the weight at its limit"
-        why += "" if math.isnan(floor) else f", two draws of the clone itself {floor:.3g} apart"
-        why += f": try --threshold {reachable:.2g}"
-    elif args.extract == "gradient" and tuned and weight < 1.1 * least:
-        found = "constraint inactive"
-        why = f"D is {d:.3g}, the weight at its least: try --threshold {d / 3:.2g}"
-    elif args.extract != "best-of-n" and distance < 0.02:
+    d, floor, eps = mean("divergence"), mean("divergence_floor"), args.threshold
+    compared = f"D is {d:.3g}, --threshold {eps}, the weight {mean('weight'):.3g}"
+    if eps is not None and d > 1.1 * eps:
+        found, why = "constraint not met", f"{compared}: try a larger --weight or --num-updates"
+        if floor > 0.9 * eps:
+            why = f"{compared}, two draws of the clone itself {floor:.3g} apart: "
+            why += f"try --threshold {2 * floor:.2g}"
+    elif eps is not None and d < 0.5 * eps:
+        found, why = "constraint inactive", f"{compared}: try --threshold {d:.2g}"
+    elif mean("distance") < 0.02 and args.weight and args.behaviour_steps < args.num_updates:
         found = "policy equals clone"
-        why = f"its actions are {distance:.3f} from the clone's on average: try {weaker(args)}"
+        why = f"actions differ by {mean('distance'):.3f}: try {nearer(args, 0.1)}"
     else:
         return name, sentence
     return found if name == "no sign of trouble" else name, f"{sentence}. {found}: {why}"
-
-
-def weaker(args: Args) -> str:
-    """The flag by which the policy may leave the clone farther."""
-    if args.extract == "gradient" and args.threshold is not None:
-        return f"--threshold {10 * args.threshold:g}"
-    flags = {"gradient": f"--weight {args.weight / 10:g}", "binary": "--extract exp"}
-    return flags.get(args.extract, f"--temperature {args.temperature / 10:g}")
 
 
 # --------------------------------------------------------------------------------------- training
@@ -782,7 +787,7 @@ def train(args: Args) -> dict:
             if eval_envs and (scoring or step in (args.behaviour_steps, total)):
                 with run.paused():
                     results |= evaluate(learner, eval_envs, args)
-                if step == args.behaviour_steps:
+                if step == args.behaviour_steps and args.act == "mean":
                     results["bc_return_mean"] = results["final_return_mean"]
                 run.log(step, {tag: results[x] for tag, x in TAGS.items() if x in results})
             if every(args.checkpoint_frequency, before, step):
@@ -1232,7 +1237,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
 
     # the most that the rewards allow, and what raising Q at the data's actions may add to it
     scale = max(end["q_range"], abs(end["q_bound"]))
-    allowed = end["q_bound"] + end["q_lift"] + 0.05 * scale + UNTRAINED
+    allowed = end["q_bound"] + end.get("q_lift", 0) + 0.05 * scale + UNTRAINED
     # but Q starts at 0, and to a bound below that it has to come down
     step_down = before["q_data"] - end["q_data"]
     risen = step_down <= 0 or end["q_max"] > max(UNTRAINED, history[0]["q_max"])
@@ -1274,7 +1279,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:
-        cause = "both stay high, this critic cannot lower them"
+        cause = "it stays high, this critic cannot lower it"
         return "underfitting", f"{numbers}: {cause}. Try {flags['underfitting']}"
     healthy = f"{numbers}, and the dataset's Q has not fallen from a peak"
     return "no sign of trouble", healthy + (f". {moved}: {advised}" if abs(drift) > 0.1 else "")

@@ -1,6 +1,7 @@
 """Rates of the scripts, their peers and the matmul limit, alternating in one run.
 
   python benchmarks/speed.py cql --peer-python peer/bin/python     # see peers/d3rlpy.py
+  python benchmarks/speed.py constraints --peer-python peer/bin/python
   python benchmarks/speed.py atari --peer-python peer/bin/python
   python benchmarks/speed.py online --peer-python sb3/bin/python   # see peers/sb3.py
   python benchmarks/speed.py ppo --peer-python sb3/bin/python \\
@@ -8,13 +9,14 @@
 
 Each rate is of the script's own train(), start-up left out: steps of the environment or updates per
 second. cql: HalfCheetah's shapes, random data, batch 256, three layers of 256, N = 10. Its limit is
-the time of the matrix products that an update cannot do without. atari: the Nature network, 200
-quantiles, batch 32, double Q, 1 step, frames of random play. online: sac.py and td3.py on
+the time of the matrix products that an update cannot do without; k1 is --cql-backward 1.
+constraints: AWAC and CRR, two layers. atari: the Nature network, 200 quantiles, batch 32, double Q,
+1 step, frames of random play. online: sac.py and td3.py on
 HalfCheetah-v5, two layers of 256, batch 256, an update a step. ppo: 2,048 steps a rollout, 32
 minibatches, 10 epochs, two layers of 64; beside CleanRL's also normalised, as there.
 
-A row a round goes to benchmarks/raw/speed_{cql,atari,online,ppo}.csv; `device` tells machines and
-threads apart. Ours and the peers have the same --threads.
+A row a round goes to benchmarks/raw/speed_{cql,constraints,atari,online,ppo}.csv; `device` tells
+machines and threads apart. Ours and the peers have the same --threads.
 """
 
 import argparse
@@ -35,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import cql_atari  # noqa: E402
 import cql_continuous  # noqa: E402
+import policy_constraints  # noqa: E402
 import ppo  # noqa: E402
 import sac  # noqa: E402
 import td3  # noqa: E402
@@ -108,9 +111,23 @@ def one_round(options, folder: str) -> dict:
         row["ours_fp32"] = rate(cql_continuous, 6, n, **settings)
         if options.bf16:
             row["ours_bf16"] = rate(cql_continuous, 6, n, **settings, precision="bf16")
+        row["ours_k1"] = rate(cql_continuous, 6, n, **settings, cql_backward=1)
+        if options.bf16:
+            both = {"precision": "bf16", "cql_backward": 1}
+            row["ours_bf16_k1"] = rate(cql_continuous, 6, n, **settings, **both)
         row["limit_fp32"] = matmul_limit()
         if with_peer:
             row["d3rlpy"] = peer(options, "d3rlpy.py", "speed", "--updates", n)
+    elif options.what == "constraints":
+        settings = threads | {"env_id": "HalfCheetah-v5", "dataset": f"{folder}/random.hdf5"}
+        settings |= {"behaviour_steps": 1, "diagnostics_frequency": 0}
+        own = {"awac": {"extract": "exp", "normalise_weights": True, "advantage_samples": 1}}
+        own |= {"crr": {"extract": "binary"}}
+        for algo, flags in own.items():
+            row[algo] = rate(policy_constraints, 6, n, **settings, **flags)
+            if with_peer:
+                words = "speed --depth 2 --algo".split()
+                row[f"d3rlpy_{algo}"] = peer(options, "d3rlpy.py", *words, algo, "--updates", n)
     elif options.what == "atari":
         settings = threads | {"width": 32, "n_step": 1, "collect_steps": 5_000}
         settings |= {"diagnostics_frequency": 0}
@@ -139,7 +156,7 @@ def one_round(options, folder: str) -> dict:
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["cql", "online", "ppo", "atari"])
+    parser.add_argument("what", choices=["cql", "constraints", "online", "ppo", "atari"])
     parser.add_argument("--peer-python", help="python of the peer's environment")
     parser.add_argument("--cleanrl", nargs=2, metavar=("PYTHON", "FILE"), help="with ppo")
     parser.add_argument("--rounds", type=int, default=3)
@@ -147,7 +164,7 @@ def main():
     parser.add_argument("--updates", type=int, help="updates or steps a round")
     parser.add_argument("--bf16", action="store_true", help="cql: bf16, too")
     options = parser.parse_args()
-    usual = {"cql": 40, "atari": 40, "online": 2_000, "ppo": 20_480}
+    usual = {"cql": 40, "constraints": 400, "atari": 40, "online": 2_000, "ppo": 20_480}
     options.updates = options.updates or usual[options.what]
     torch.set_num_threads(options.threads)
     device = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"

@@ -14,7 +14,15 @@ import policy_constraints as pc
 import pytest
 import torch
 import tyro
-from conftest import assert_same_checkpoint, one_thread, only_run, refused, run_script, stop_at
+from conftest import (
+    assert_same_checkpoint,
+    metrics,
+    one_thread,
+    only_run,
+    refused,
+    run_script,
+    stop_at,
+)
 from policy_constraints import Args, Policy, train
 from test_cql_continuous_runs import point_data
 
@@ -25,7 +33,7 @@ B, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([1.0, 2.0, 0.0])  # a bandit 
 def planted(mean, std, args=None, modes: int = 1, weights=None) -> Policy:
     """A policy that ignores its observation, of given means and deviations of u, (K, act)."""
     mean, std = (torch.as_tensor(x, dtype=torch.float32).reshape(modes, -1) for x in (mean, std))
-    policy = Policy(2, mean.shape[1], args or Args(width=8, depth=1), modes, 0.01)
+    policy = Policy(2, mean.shape[1], args or Args(width=8, depth=1), modes)
     torch.nn.init.zeros_(policy.head.weight)
     policy.head.bias.data = torch.cat([mean, std.log()], 1).flatten()
     if modes > 1:
@@ -153,18 +161,39 @@ def test_weighted_likelihood_of_a_gaussian():
     assert abs(info["weights_mean"] - math.exp(-1 / 3) / 3**0.5) < 3e-3
 
 
-def test_the_softmax_over_a_minibatch_weighs_states():
-    """Two states, two actions each, Q = (1, 0) and (5, 0), V left out: one has 15.5 % of the weight
-    and the other 84.5 %, though both have a best action; with V(s) of their own half each."""
-    q = torch.tensor([1.0, 0.0, 5.0, 0.0])
-    v = torch.logsumexp(q.view(2, 2), 1, keepdim=True).expand(2, 2).flatten() - math.log(2)
-    args = Args(extract="exp", normalise_weights=True)
-    w, _ = pc.advantage_weights(q, args)
-    share = w.view(2, 2).sum(1) / w.sum()
-    expected = torch.tensor([math.e + 1, math.exp(5) + 1])
-    assert torch.allclose(share, expected / expected.sum(), atol=1e-6)
-    w, _ = pc.advantage_weights(q - v, args)
-    assert torch.allclose(w.view(2, 2).sum(1) / w.sum(), torch.tensor([0.5, 0.5]), atol=1e-6)
+def test_only_a_soft_baseline_weighs_states_alike():
+    """Two states, two actions each, Q = (1, 0) and (5, 0), V = their mean: with or without the
+    minibatch's softmax one state has 15.5 % of the weight and the other 84.5 %, though both have a
+    best action; V = lambda log mean exp(Q / lambda) gives each half, and weights of mean 1."""
+    q = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
+    for softmax in (False, True):
+        args = Args(extract="exp", normalise_weights=softmax)
+        w, _ = pc.advantage_weights((q - q.mean(1, keepdim=True)).flatten(), args)
+        share = w.view(2, 2).sum(1) / w.sum()
+        assert torch.allclose(share, torch.tensor([0.155, 0.845]), atol=5e-4)
+        soft = torch.logsumexp(q, 1, keepdim=True) - math.log(2)
+        w, _ = pc.advantage_weights((q - soft).flatten(), args)
+        assert torch.allclose(w.view(2, 2).mean(1), torch.ones(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "max", "soft"])
+def test_the_likelihood_loss_is_its_formula(baseline):
+    """w(Q - V) log pi at the data's actions, V from the actor's samples, or softly the clone's."""
+    torch.manual_seed(9)
+    flags = dict(extract="exp", temperature=0.3, advantage_samples=5, advantage_baseline=baseline)
+    learner, batch = learner_of(**flags, num_critics=3), some_batch(40)
+    state = torch.get_rng_state()
+    loss, info = pc.likelihood_loss(learner, batch, learner.args)
+    torch.set_rng_state(state)
+    act, _ = (learner.clone if baseline == "soft" else learner.actor).sample(batch.obs, 5)
+    q = torch.stack([learner.critic(batch.obs, act[:, k]).min(0).values for k in range(5)], 1)
+    v = {"mean": q.mean(1), "max": q.max(1).values, "soft": 0.3 * (q / 0.3).exp().mean(1).log()}
+    advantage = learner.critic(batch.obs, batch.act).min(0).values - v[baseline]
+    logp = learner.actor.log_prob(batch.obs, batch.act[:, None])[:, 0]
+    expected = -((advantage / 0.3).exp().clamp(max=100).detach() * logp).mean()
+    assert torch.allclose(loss, expected, atol=1e-5)
+    loss.backward()
+    assert all(p.grad is None for net in (learner.critic, learner.clone) for p in net.parameters())
 
 
 def test_the_cap_is_counted():
@@ -212,7 +241,7 @@ def test_where_q_is_silent_the_constraint_alone_moves_the_policy(constraint):
             learner.optim["actor"].param_groups[0]["lr"] = 1e-3
         learner.update(lambda: batch._replace(rew=torch.zeros(512)), cloning=False)
     mean, log_std, _ = learner.actor(batch.obs)
-    ratio = float(log_std.exp().mean()) / 0.8
+    ratio = log_std.exp().mean().item() / 0.8
     assert abs(mean.mean() - 0.5) < 0.05
     assert 0.55 < ratio < 0.75 if constraint == "mmd" else abs(ratio - 1) < 0.05
 
@@ -235,7 +264,7 @@ def test_the_gradient_loss_is_its_formula():
 def test_the_targets_value():
     """The best of m samples by 3/4 min + 1/4 max over critics, less weight D(s')."""
     torch.manual_seed(6)
-    learner = learner_of(backup_samples=5, min_weight=0.75, where="value", weight=2.0)
+    learner = learner_of(backup_samples=5, min_share=0.75, where="value", weight=2.0)
     batch = some_batch(32)._replace(done=(torch.arange(32) % 4 == 0).float())
     state = torch.get_rng_state()
     next_act, y = pc.backup(learner, batch, learner.args)
@@ -319,7 +348,7 @@ def run(words: str, data: str) -> dict:
 VARIANTS = {  # with weights that fit a toy's rewards
     "BRAC-p": "--weight 0.1",
     "BRAC-v": "--where value --weight 0.1",
-    "BEAR": """--constraint mmd --threshold 0.3 --backup-samples 10 --min-weight 0.75
+    "BEAR": """--constraint mmd --threshold 0.3 --backup-samples 10 --min-share 0.75
         --act best-of-n""",
     "forward KL": "--constraint forward-kl --weight 0.1",
     "Wasserstein": "--constraint w2 --threshold 1.0 --weight-lr 0.01",
@@ -328,7 +357,7 @@ VARIANTS = {  # with weights that fit a toy's rewards
     "exp, capped": "--extract exp --temperature 0.05 --max-weight 20",
     "CRR": "--extract binary --act best-of-n",
     "CRR, max": "--extract binary --advantage-baseline max --advantage-samples 2",
-    "BCQ": """--extract best-of-n --act best-of-n --backup-samples 10 --min-weight 0.75
+    "BCQ": """--extract best-of-n --act best-of-n --backup-samples 10 --min-share 0.75
         --candidates 50""",
     "naive": "--weight 0 --alpha auto",
 }
@@ -353,13 +382,29 @@ def test_cloning_gives_the_data_and_a_heavy_weight_stays_there():
 
 def test_verdicts_of_the_constraint():
     data = point_data("point.hdf5")
-    tight = "--constraint mmd --threshold 0.001 --weight-lr 0.3"
-    out = run(tight, data)
-    assert (
-        out["verdict"] == "threshold out of reach" and "of the clone itself" in out["verdict_text"]
-    )
-    out = run("--threshold 1000 --weight-lr 0.3", data)
-    assert out["verdict"] == "constraint inactive"
+    out = run("--constraint mmd --threshold 0.001", data)
+    assert out["verdict"] == "constraint not met"
+    assert "of the clone itself" in out["verdict_text"]
+    assert run("--threshold 0.001", data)["verdict"] == "constraint not met"
+    assert run("--threshold 1000", data)["verdict"] == "constraint inactive"
+
+
+def flags_of(advised: str) -> list[list[str]]:
+    return [x.split() for x in advised.split(" or ")]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_verdict_recommends_is_accepted(name, capsys):
+    """And is not what the run had."""
+    given = shlex.split(VARIANTS[name])
+    for factor in (3, 0.1):
+        args = tyro.cli(Args, args=given)
+        every = [*pc.advice(args).values(), pc.nearer(args, factor)]
+        for words in [flag for advised in every for flag in flags_of(advised)]:
+            changed = tyro.cli(Args, args=given + words)
+            assert changed != args, words
+            if not words[0] == "--extract":  # that goes with other flags
+                pc.check(changed)
 
 
 def test_fine_tuning_goes_on_from_the_data():
@@ -387,7 +432,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(n, tmp_path):
     """Stopped while cloning and after it; evaluations by samples have numbers of their own."""
     data = str(Path(point_data("point.hdf5")).absolute())
     words = f"{FAST} --num-updates 160 --behaviour-steps 80 --constraint mmd --threshold 0.2"
-    words += f" --act sample --eval-frequency 50 --eval-episodes 2 --dataset {data}"
+    words += f" --act sample --eval-frequency 15 --eval-episodes 2 --dataset {data}"
     words = words.replace("Point-v0", "test_cql_continuous_runs:Point-v0").split()
     here = {"PYTHONPATH": str(Path(__file__).parent)}
     for place in ("whole", "half"):
@@ -401,13 +446,16 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(n, tmp_path):
     whole = only_run(tmp_path / "whole")
     assert_same_checkpoint(whole / "checkpoint.pt", folder / "checkpoint.pt")
     assert_same_checkpoint(whole / "selected.pt", folder / "selected.pt")
+    assert metrics(whole) == metrics(folder)
 
 
 IDLE = """--extract exp --weight 2 | --temperature 2 | --mmd-sigma 3 | --divergence-samples 9
 --extract best-of-n | --extract best-of-n --act best-of-n --where value | --behaviour-steps 0
 --constraint w2 --behaviour-modes 2 | --backup-entropy | --extract binary --normalise-weights
 --candidates 4 | --extract exp --alpha 0.1 | --extract exp --normalise-weights --max-weight 3
---advantage-samples 2 | --action-low data --action-high data"""
+--advantage-samples 2 | --action-low data --action-high data | --weight-lr 0.1
+--extract exp --where value --threshold 0.3 | --num-critics 1 --min-share 0.5
+--weight 0 --threshold 1 | --extract binary --advantage-baseline max --temperature 3"""
 
 
 @pytest.mark.parametrize("words", [x.strip() for x in IDLE.replace("\n", "|").split("|")])
@@ -418,10 +466,12 @@ def test_what_would_be_ignored_is_refused(words, capsys):
 
 def test_the_commands_of_the_docstring_run(capsys):
     commands = [x.strip() for x in pc.__doc__.replace("\\\n", " ").splitlines() if "python" in x]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         args = tyro.cli(Args, args=shlex.split(command)[2:])
         cloning = min(args.behaviour_steps, 2 if args.behaviour_steps <= 2_000 else 4)
         changes = dict(num_updates=4, behaviour_steps=cloning, collect_steps=1_005, width=8)
+        if args.dataset:
+            continue
         train(Args(**vars(args) | changes | dict(eval_episodes=1)))
         assert "verdict" in capsys.readouterr().out

@@ -1,9 +1,10 @@
-"""d3rlpy's CQL on the same file at the same sizes: the peer of cql_continuous.py, in its own
-environment.
+"""d3rlpy's CQL, AWAC and CRR on the same file at the same sizes: the peers of cql_continuous.py
+and policy_constraints.py, in an environment of their own.
 
   python -m venv peer && peer/bin/pip install torch==2.13.0 d3rlpy==2.8.1 "gymnasium[mujoco]" h5py
   peer/bin/python benchmarks/peers/d3rlpy.py train FILE.hdf5 Hopper-v5 --seed 1 --out row.csv
   peer/bin/python benchmarks/peers/d3rlpy.py speed --updates 60
+  peer/bin/python benchmarks/peers/d3rlpy.py speed --algo awac --depth 2 --updates 400
   peer/bin/python benchmarks/peers/d3rlpy.py speed-atari --updates 40
 
 `train` appends one line to a CSV: peer, env, seed, updates, mean and deviation of 10 returns,
@@ -24,22 +25,34 @@ import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 
-def make_cql(width: int, depth: int, samples: int, batch_size: int):
-    """Its reproduction recipe (no Lagrange, weight 5, actor 1e-4, critic 3e-4), the sizes given."""
+def make(algo: str, width: int, depth: int, samples: int, batch_size: int):
+    """CQL by its reproduction recipe (no Lagrange, weight 5, actor 1e-4, critic 3e-4); AWAC with
+    lambda 1, CRR with binary weights, both with 1e-4 and 3e-4, two critics and soft targets, as
+    policy_constraints.py has them; the sizes given."""
     encoder = d3rlpy.models.VectorEncoderFactory([width] * depth)
-    return d3rlpy.algos.CQLConfig(
+    common = dict(
         actor_learning_rate=1e-4,
         critic_learning_rate=3e-4,
-        temp_learning_rate=1e-4,
-        alpha_learning_rate=0.0,
-        initial_alpha=1.0,
-        conservative_weight=5.0,
         actor_encoder_factory=encoder,
         critic_encoder_factory=encoder,
-        n_action_samples=samples,
         batch_size=batch_size,
         observation_scaler=d3rlpy.preprocessing.StandardObservationScaler(),
-    ).create(device="cpu")
+    )
+    if algo == "awac":
+        config = d3rlpy.algos.AWACConfig(**common)
+    elif algo == "crr":
+        both = dict(weight_type="binary", n_critics=2, target_update_type="soft")
+        config = d3rlpy.algos.CRRConfig(**common, **both)
+    else:
+        config = d3rlpy.algos.CQLConfig(
+            **common,
+            temp_learning_rate=1e-4,
+            alpha_learning_rate=0.0,
+            initial_alpha=1.0,
+            conservative_weight=5.0,
+            n_action_samples=samples,
+        )
+    return config.create(device="cpu")
 
 
 def fit(algo, dataset, updates: int):
@@ -63,7 +76,8 @@ def train(args):
         obs, act, rew, terminal.astype(np.float32), timeout.astype(np.float32)
     )
     d3rlpy.seed(args.seed)
-    algo, begin = make_cql(args.width, args.depth, args.samples, args.batch_size), time.time()
+    algo = make(args.algo, args.width, args.depth, args.samples, args.batch_size)
+    begin = time.time()
     fit(algo, dataset, args.updates)
     seconds, env, returns = time.time() - begin, gym.make(args.env), []
     # the seeds that cql_continuous.py evaluates on, in the first episode of ten environments
@@ -74,7 +88,8 @@ def train(args):
             x, r, terminated, truncated, _ = env.step(algo.predict(x[None].astype(np.float32))[0])
             total, done = total + float(r), terminated or truncated
         returns.append(total)
-    row = ["d3rlpy", args.env, args.seed, args.updates, np.mean(returns), np.std(returns), seconds]
+    peer = "d3rlpy" if args.algo == "cql" else f"d3rlpy {args.algo}"
+    row = [peer, args.env, args.seed, args.updates, np.mean(returns), np.std(returns), seconds]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a", newline="") as f:
         csv.writer(f).writerow(row)
@@ -92,7 +107,7 @@ def speed(args):
     dataset = d3rlpy.dataset.MDPDataset(
         obs, act, rng.normal(size=n).astype(np.float32), end * 0, end
     )
-    algo = make_cql(256, args.depth, args.samples, 256)
+    algo = make(args.algo, 256, args.depth, args.samples, 256)
     fit(algo, dataset, 5)
     begin = time.perf_counter()
     fit(algo, dataset, args.updates)
@@ -140,11 +155,13 @@ if __name__ == "__main__":
     p.add_argument("--depth", type=int, default=2)
     p.add_argument("--samples", type=int, default=4)
     p.add_argument("--updates", type=int, default=25_000)
+    p.add_argument("--algo", choices=["cql", "awac", "crr"], default="cql")
     p.set_defaults(run=train)
     p = commands.add_parser("speed")
     p.add_argument("--depth", type=int, default=3)
     p.add_argument("--samples", type=int, default=10)
     p.add_argument("--updates", type=int, default=60)
+    p.add_argument("--algo", choices=["cql", "awac", "crr"], default="cql")
     p.set_defaults(run=speed)
     p = commands.add_parser("speed-atari")
     p.add_argument("--updates", type=int, default=40)

@@ -1,10 +1,11 @@
-"""Updates per second of sac.py by --threads and by the number of busy processes beside it.
+"""Updates per second by --threads and by the number of busy processes beside, for every script.
 
-  python benchmarks/runs/threads.py          # 0, 1 and 4 of them, on a machine that is quiet
-  python benchmarks/runs/threads.py --busy 0   # as the machine is
+  python benchmarks/runs/threads.py                      # all, twenty minutes on a quiet machine
+  python benchmarks/runs/threads.py sac --busy 0 1 4 --threads 1 2 4
 
-HalfCheetah's shapes, batch 256, two layers of 256, a replay of made-up rows. Rows are appended to
-benchmarks/raw/threads.csv, with the machine's load before each.
+`serious` are the sizes of profile_scripts.py (HalfCheetah; CQL 3 x 256, N = 10), `bare` those
+of the bare command. The steady loop alone is timed, each time in a process of its own, since OpenMP
+keeps its threads. Rows of benchmarks/raw/threads.csv are replaced by those of the scripts measured.
 """
 
 import argparse
@@ -12,56 +13,62 @@ import csv
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+from profile_scripts import RUNS, between  # noqa: E402
+
 BUSY = [sys.executable, "-c", "while True: pass"]
+SHORT = {"collect_steps": 1_100, "learning_starts": 300, "bc_steps": 0, "behaviour_steps": 1}
+BARE = {  # script: the first and the last call of Learner.update
+    "cql_continuous": (20, 220), "policy_constraints": (50, 450), "cql_atari": (20, 120),
+    "dr3_analysis": (50, 150), "sac": (100, 500), "td3": (100, 500), "ppo": (3, 23),
+    "kfac_npg": (2, 5),
+}  # fmt: skip
 
 
-def updates_per_second(threads: int, seconds: float = 10.0) -> float:
-    """Measured in a process of its own, since OpenMP keeps its threads."""
-    sys.path.insert(0, str(HERE.parent))
-    import sac
-    import torch
-
-    torch.set_num_threads(threads)
-    args, device = sac.Args(), torch.device("cpu")
-    learner, replay = sac.Learner(17, 6, args, device), sac.Replay(20_000, 17, 6, device)
-    rows = torch.randn(20_000, 17), torch.rand(20_000, 6) * 2 - 1, torch.randn(20_000)
-    replay.add(*rows, torch.randn(20_000, 17), torch.zeros(20_000), torch.zeros(20_000))
-    done, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        learner.update(replay.sample(args.batch_size), with_policy=True)
-        done += 1
-    return done / (time.perf_counter() - begin)
+def updates_per_second(script: str, size: str, threads: int) -> float:
+    settings, first, last = RUNS[script] if size == "serious" else (SHORT, *BARE[script])
+    return (last - first) / between(script, run=(settings | {"threads": threads}, first, last))
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--measure", type=int, metavar="THREADS", help="in this process")
+    parser.add_argument("scripts", nargs="*", default=list(RUNS))
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--here", nargs=2, metavar=("SIZE", "THREADS"), help="in this process")
     options = parser.parse_args()
-    if options.measure:
-        print(updates_per_second(options.measure))
+    if options.here:
+        print(updates_per_second(options.scripts[0], options.here[0], int(options.here[1])))
         return
-    path, rows = HERE / "raw" / "threads.csv", []
-    if not path.exists():
-        rows.append(["cores", "load_before", "busy", "threads", "updates_per_second"])
+    path, kept = HERE / "raw" / "threads.csv", []
+    if path.exists():
+        with open(path) as f:
+            kept = [r for r in csv.DictReader(f) if r["script"] not in options.scripts]
+    rows = []
     for busy in options.busy:
         others = [subprocess.Popen(BUSY) for _ in range(busy)]
-        for threads in (1, 2):
-            load = round(os.getloadavg()[0], 1)
-            line = [sys.executable, __file__, "--measure", str(threads)]
-            done = subprocess.run(line, capture_output=True, text=True, check=True)
-            rate = float(done.stdout.split()[-1])
-            rows.append([os.cpu_count(), load, busy, threads, round(rate, 2)])
-            print(rows[-1], flush=True)
+        for script in options.scripts:
+            for size in ("bare", "serious"):
+                for threads in options.threads:
+                    words = [script, "--here", size, str(threads)]
+                    line = [sys.executable, __file__, *words]
+                    with TemporaryDirectory() as folder:
+                        done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+                    rate = round(float(done.stdout.split()[-1]), 2)
+                    row = {"script": script, "size": size, "cores": os.cpu_count(), "busy": busy}
+                    rows.append(row | {"threads": threads, "updates_per_second": rate})
+                    print(rows[-1], flush=True)
         for other in others:
             other.kill()
-    with open(path, "a", newline="") as f:
-        csv.writer(f).writerows(rows)
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(kept + rows)
 
 
 if __name__ == "__main__":

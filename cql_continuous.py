@@ -131,8 +131,9 @@ class Args:
     cql_samples: int = 4  # N, sampled actions of each proposal set (authors: 10)
     cql_temperature: float = 1.0  # T in T log E exp(Q / T)
     # K, of a state's sampled actions those with a backward pass, drawn by their weights in the
-    # gradient: unbiased, at 1 or 2 in 1.4 to 2.2 times the updates; 0: all of them
-    cql_backward: int = 0
+    # gradient: unbiased, at 1 in 1.6 to 2.2 times the updates; 0: all of them. Not given: 1, but 0
+    # with Eqs. 1 and 2, which are plain means, and --dropout or --vib-coef, which would bias it
+    cql_backward: int | None = None
     # lower clip of the term of one state (AntMaze, N = 10: -208.9, which is CORL's -200)
     cql_clip_diff: float | None = None
     # Lagrange threshold of losses/cql_loss, with a multiplier that starts at --cql-alpha; for H it
@@ -185,7 +186,7 @@ def check(args: Args):
         fail("--cql-temperature has no effect on Eqs. 1 and 2")
     if args.cql_variant in ("eq1", "eq2") and args.cql_backward:
         fail("--cql-backward on Eqs. 1 and 2, plain means, is a smaller --cql-samples")
-    if args.cql_backward > args.cql_samples:
+    if (args.cql_backward or 0) > args.cql_samples:
         fail(f"--cql-backward {args.cql_backward}: at most --cql-samples, {args.cql_samples}")
     if args.cql_backward and (args.dropout or args.vib_coef):
         fail("--cql-backward: the noise of --dropout and --vib-coef would bias it, give 0")
@@ -399,9 +400,9 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     kind = args.cql_proposals or ("three-sets" if args.cql_variant == "H" else "policy")
     with torch.no_grad():
         act, log_ratio = proposals(learner.actor, batch.obs, batch.next_obs, kind, args.cql_samples)
-    full, bf16 = args.cql_backward == 0, args.precision == "bf16"
+    k, bf16 = backward_samples(args), args.precision == "bf16"
     device = batch.obs.device.type
-    with torch.set_grad_enabled(full), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with torch.set_grad_enabled(k == 0), torch.autocast(device, torch.bfloat16, enabled=bf16):
         q = learner.critic(batch.obs, act)  # (n, B, M): nearly all of the work
     q = q.float() if bf16 else q
     term = conservative_term(q, log_ratio, q_data, args)
@@ -410,14 +411,21 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
     w = torch.softmax(q.detach() / args.cql_temperature - log_ratio, -1)  # (n, B, M)
     if args.cql_variant == "H":  # the share of the samples that carries the estimate, 1/M to 1
         info["cql_ess"] = (1 / (w**2).sum(-1) / w.shape[-1]).mean()
-    if not full:  # the gradient of the log-sum-exp is a mean of Q's gradients, weighted by w
+    if k > 0:  # the gradient of the log-sum-exp is a mean of Q's gradients, weighted by w
         rows = torch.arange(len(act), device=act.device)[:, None]
-        drawn = act[rows, draw(w, args.cql_backward)]  # (n, B, K, act)
+        drawn = act[rows, draw(w, k)]  # (n, B, K, act)
         mean_q = learner.critic(batch.obs, drawn).mean(-1)  # (n, B)
         if args.cql_clip_diff is not None:  # no gradient where the term is clipped
             mean_q = mean_q * (term > args.cql_clip_diff)
         term = term + mean_q - mean_q.detach()
     return term.mean(1), info
+
+
+def backward_samples(args: Args) -> int:
+    """K of --cql-backward, and what it is where it is not given."""
+    if args.cql_backward is not None:
+        return args.cql_backward
+    return 0 if args.cql_variant in ("eq1", "eq2") or args.dropout or args.vib_coef else 1
 
 
 def draw(w, k: int):

@@ -263,7 +263,7 @@ def cql(updates: int):
     from d3rlpy.models.encoders import VectorEncoderFactory
     from d3rlpy.torch_utility import TorchMiniBatch
 
-    args = module.Args(backup="mean", alpha=0.2, cql_proposals="three-sets", depth=2)
+    args = module.Args(backup="mean", alpha=0.2, depth=2, cql_backward=0)
     ours, n = our_learner(module, args), args.cql_samples
     encoder = VectorEncoderFactory([WIDTH, WIDTH])
     peer = CQLConfig(

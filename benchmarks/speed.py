@@ -8,12 +8,12 @@
       --cleanrl cleanrl/bin/python cleanrl/repo/cleanrl/ppo_continuous_action.py
 
 Each rate is of the script's own train(), start-up left out: steps of the environment or updates per
-second. cql: HalfCheetah's shapes, random data, batch 256, three layers of 256, N = 10. Its limit is
-the time of the matrix products that an update cannot do without; k1 is --cql-backward 1.
-constraints: AWAC and CRR, two layers. atari: the Nature network, 200 quantiles, batch 32, double Q,
-1 step, frames of random play. online: sac.py and td3.py on
-HalfCheetah-v5, two layers of 256, batch 256, an update a step. ppo: 2,048 steps a rollout, 32
-minibatches, 10 epochs, two layers of 64; beside CleanRL's also normalised, as there.
+second. cql: HalfCheetah's shapes, random data, batch 256, three layers of 256, N = 10; k is
+--cql-backward, the limit the time of the matrix products that an update with k = 0 cannot do
+without. constraints: AWAC and CRR, two layers. atari: the Nature network, 200 quantiles, batch 32,
+double Q, 1 step, frames of random play. online: sac.py and td3.py on HalfCheetah-v5, two layers of
+256, batch 256, an update a step. ppo: 2,048 steps a rollout, 32 minibatches, 10 epochs, two layers
+of 64; beside CleanRL's also normalised, as there.
 
 A row a round goes to benchmarks/raw/speed_{cql,constraints,atari,online,ppo}.csv; `device` tells
 machines and threads apart. Ours and the peers have the same --threads.
@@ -108,13 +108,10 @@ def one_round(options, folder: str) -> dict:
     if options.what == "cql":
         settings = threads | {"env_id": "HalfCheetah-v5", "dataset": f"{folder}/random.hdf5"}
         settings |= {"depth": DEPTH, "cql_samples": N, "bc_steps": 0, "diagnostics_frequency": 0}
-        row["ours_fp32"] = rate(cql_continuous, 6, n, **settings)
-        if options.bf16:
-            row["ours_bf16"] = rate(cql_continuous, 6, n, **settings, precision="bf16")
-        row["ours_k1"] = rate(cql_continuous, 6, n, **settings, cql_backward=1)
-        if options.bf16:
-            both = {"precision": "bf16", "cql_backward": 1}
-            row["ours_bf16_k1"] = rate(cql_continuous, 6, n, **settings, **both)
+        for precision in ("fp32", "bf16") if options.bf16 else ("fp32",):
+            for k in (0, 1):
+                flags = {"precision": precision, "cql_backward": k}
+                row[f"ours_{precision}_k{k}"] = rate(cql_continuous, 6, n, **settings, **flags)
         row["limit_fp32"] = matmul_limit()
         if with_peer:
             row["d3rlpy"] = peer(options, "d3rlpy.py", "speed", "--updates", n)

@@ -196,7 +196,7 @@ def cql_gradient(nets, batch, args, seed=7):
 
 def double_case(**changes):
     """Networks and a batch in float64, with a Q that differs enough for the weights to matter."""
-    args = tiny(cql_samples=3, **changes)
+    args = tiny(cql_samples=3, cql_backward=0, **changes)
     nets, batch = Learner(3, 2, args, CPU).double(), random_batch(4)
     nets.critic.head.weight.data *= 12
     return args, nets, Batch(*(x.double() for x in batch))
@@ -236,6 +236,14 @@ def test_the_sampled_gradient_is_unbiased(form, k, monkeypatch):
             mean = mean + gradient / n
         errors.append(float((mean - exact).norm() / exact.norm()))
     assert errors[1] < 5e-3 and errors[1] < errors[0] / 8, errors
+
+
+def test_where_it_would_be_biased_it_is_off():
+    forms = {1: [{}, {"cql_variant": "rho"}, {"cql_backward": 1}]}
+    forms[0] = [{"cql_backward": 0}, {"dropout": 0.1}, {"vib_coef": 0.1}]
+    forms[0] += [{"cql_variant": "eq1"}, {"cql_variant": "eq2"}]
+    for k, cases in forms.items():
+        assert all(cql.backward_samples(tiny(**case)) == k for case in cases)
 
 
 def test_with_equal_weights_and_all_of_them_it_is_exact():

@@ -792,12 +792,12 @@ def collect(args, env, run, device) -> Path:
     return path
 
 
-def read_minari(folder: Path, device) -> dict:
+def read_minari(folder: Path) -> dict:
     """A Minari set by its own library, as the columns of a D4RL file."""
     found = open_minari(folder)
     spaces = found.observation_space, found.action_space
     width = 2 * gym.spaces.flatdim(spaces[0]) + gym.spaces.flatdim(spaces[1]) + 3
-    reserve(8 * found.total_steps * width, "dataset, roughly", device)
+    reserve(8 * found.total_steps * width, "dataset, roughly", torch.device("cpu"))
     keys = "observations next_observations actions rewards terminals timeouts".split()
     columns = {key: [] for key in keys}
     for e in found.iterate_episodes():
@@ -814,7 +814,7 @@ def read_minari(folder: Path, device) -> dict:
     return {key: np.concatenate(x or [[]]) for key, x in columns.items()}
 
 
-def read_hdf5(path: Path, device) -> dict:
+def read_hdf5(path: Path) -> dict:
     """The columns of a D4RL file, or of d3rlpy's dump, which has arrays for each episode."""
     with failing("a dataset needs `pip install h5py`", ImportError):
         import h5py
@@ -831,7 +831,7 @@ def read_hdf5(path: Path, device) -> dict:
 
     with h5py.File(path) as f:
         numbers = sum(getattr(x, "size", 0) for x in f.values())
-        reserve(8 * numbers, "dataset, roughly", device)
+        reserve(8 * numbers, "dataset, roughly", torch.device("cpu"))
         keys = ["observations", "actions", "rewards"]
         if "observations_0" not in f:
             optional = "next_observations timeouts episode_terminals".split()
@@ -851,14 +851,14 @@ def read_hdf5(path: Path, device) -> dict:
         return columns
 
 
-def read(name: str, device) -> dict:
+def read(name: str) -> dict:
     """The columns of a dataset by D4RL's names: float32, flags as bool, one row a transition."""
     path, folder = Path(name), find_minari(name)
     if not folder and not path.is_file():
         fail(f"--dataset {name}: {kind_of(path)}")
     damage = (OSError, RuntimeError, LookupError, ValueError, TypeError, AssertionError)
     with failing(f"{name} is {kind_of(folder or path)}", *damage):
-        columns = read_minari(folder, device) if folder else read_hdf5(path, device)
+        columns = read_minari(folder) if folder else read_hdf5(path)
     n = len(columns["rewards"])
     if n == 0:
         fail(f"{name}: no transitions")
@@ -945,7 +945,7 @@ def load(name: str, args, env, device):
     The Replay has the training rows first, its `size`, then those held out. Beside the usual
     columns there are next_act, `start` of an episode, and `to_go`, the discounted return from there
     on, NaN where a time-out cuts off more than 1 % of it. Its `info` stands in the summary."""
-    columns, sarsa = read(name, device), getattr(args, "backup", "") == "sarsa"
+    columns, sarsa = read(name), getattr(args, "backup", "") == "sarsa"
     obs, act, rew, terminal = (columns[k] for k in "observations actions rewards terminals".split())
     digest = hashlib.sha256()
     for key in sorted(columns):

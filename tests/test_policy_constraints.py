@@ -423,7 +423,7 @@ def test_the_collector_is_that_of_cql_continuous(monkeypatch):
         script.train(args)
     (one,), (two,) = (list(Path(x.__name__).iterdir()) for x in (pc, cql))
     assert one.name == two.name
-    one, two = (pc.read_hdf5(x, CPU) for x in (one, two))
+    one, two = (pc.read_hdf5(x) for x in (one, two))
     assert all(np.array_equal(one[key], two[key]) for key in two)
 
 

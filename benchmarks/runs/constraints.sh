@@ -6,7 +6,8 @@
 #   python tools/report.py runs/HalfCheetah-v5__pc_* --csv benchmarks/raw/constraints.csv
 # The files are those of offline.sh and datasets.sh. Each run takes one thread: start seeds side by side.
 set -euo pipefail
-env=$1 file=$2 seeds=${3-"1 2 3"} updates=${4:-20_000} peer=${5:-}
+env=${1:-HalfCheetah-v5} file=${2:-datasets/${1:-HalfCheetah-v5}_replay_100000.hdf5} seeds=${3-"1 2 3"}
+updates=${4:-20_000} peer=${5:-}
 export OMP_NUM_THREADS=1
 common="--env $env --dataset $file --holdout 0 --num-updates $updates --eval-frequency 5_000 --diagnostics-frequency 500"
 for seed in $seeds; do

@@ -486,12 +486,13 @@ def likelihood_loss(learner, batch: Batch, args: Args):
     with torch.no_grad():
         sampled = learner.clone if baseline == "soft" else learner.actor
         act, _ = sampled.sample(batch.obs, args.advantage_samples)
-        q = learner.least_q(batch.obs, act)  # (B, samples)
+        q = learner.least_q(batch.obs, torch.cat([batch.act[:, None], act], 1))
+        q_data, q = q[:, 0], q[:, 1:]  # (B,), (B, samples)
         if baseline == "soft":
             value = scale * (torch.logsumexp(q / scale, -1) - math.log(q.shape[-1]))
         else:
             value = q.mean(-1) if baseline == "mean" else q.amax(-1)
-        w, info = advantage_weights(learner.least_q(batch.obs, batch.act) - value, args)
+        w, info = advantage_weights(q_data - value, args)
     loss = -(w * learner.actor.log_prob(batch.obs, batch.act[:, None])[:, 0]).mean()
     return loss, info | {"actor_loss": loss.detach()}
 

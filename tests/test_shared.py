@@ -185,7 +185,7 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "cql_continuous": 1883,
     "cql_atari": 1856,
     "dr3_analysis": 1276,
-    "policy_constraints": 1963,
+    "policy_constraints": 1964,
 }
 
 

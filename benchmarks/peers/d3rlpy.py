@@ -7,8 +7,8 @@ and policy_constraints.py, in an environment of their own.
   peer/bin/python benchmarks/peers/d3rlpy.py speed --algo awac --depth 2 --updates 400
   peer/bin/python benchmarks/peers/d3rlpy.py speed-atari --updates 40
 
-`train` appends one line to a CSV: peer, env, seed, updates, mean and deviation of 10 returns,
-seconds.
+`train` appends a line an evaluation to a CSV: peer, env, seed, updates, mean and deviation of 10
+returns, seconds of training so far.
 """
 
 import argparse
@@ -77,23 +77,32 @@ def train(args):
     )
     d3rlpy.seed(args.seed)
     algo = make(args.algo, args.width, args.depth, args.samples, args.batch_size)
-    begin = time.time()
-    fit(algo, dataset, args.updates)
-    seconds, env, returns = time.time() - begin, gym.make(args.env), []
-    # the seeds that cql_continuous.py evaluates on, in the first episode of ten environments
-    for stream in np.random.SeedSequence([args.seed, 1]).generate_state(10, np.uint64).tolist():
-        seed = int(np.random.SeedSequence([stream, 0]).generate_state(1)[0])
-        (x, _), done, total = env.reset(seed=seed), False, 0.0
+    env, seconds = gym.make(args.env), 0.0
+    every = args.eval_frequency or args.updates
+    for done in range(every, args.updates + 1, every):
+        begin = time.time()
+        fit(algo, dataset, every)
+        seconds += time.time() - begin
+        returns = evaluate(algo, env, args.seed)
+        peer = "d3rlpy" if args.algo == "cql" else f"d3rlpy {args.algo}"
+        row = [peer, args.env, args.seed, done, np.mean(returns), np.std(returns), seconds]
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.out, "a", newline="") as f:
+            csv.writer(f).writerow(row)
+        print(row, flush=True)
+
+
+def evaluate(algo, env, seed: int) -> list[float]:
+    """Returns of ten episodes from the seeds that cql_continuous.py evaluates on."""
+    returns = []
+    for stream in np.random.SeedSequence([seed, 1]).generate_state(10, np.uint64).tolist():
+        first = int(np.random.SeedSequence([stream, 0]).generate_state(1)[0])
+        (x, _), done, total = env.reset(seed=first), False, 0.0
         while not done:
             x, r, terminated, truncated, _ = env.step(algo.predict(x[None].astype(np.float32))[0])
             total, done = total + float(r), terminated or truncated
         returns.append(total)
-    peer = "d3rlpy" if args.algo == "cql" else f"d3rlpy {args.algo}"
-    row = [peer, args.env, args.seed, args.updates, np.mean(returns), np.std(returns), seconds]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "a", newline="") as f:
-        csv.writer(f).writerow(row)
-    print(row)
+    return returns
 
 
 def speed(args):
@@ -155,6 +164,7 @@ if __name__ == "__main__":
     p.add_argument("--depth", type=int, default=2)
     p.add_argument("--samples", type=int, default=4)
     p.add_argument("--updates", type=int, default=25_000)
+    p.add_argument("--eval-frequency", type=int, default=0, help="updates; 0: only at the end")
     p.add_argument("--algo", choices=["cql", "awac", "crr"], default="cql")
     p.set_defaults(run=train)
     p = commands.add_parser("speed")

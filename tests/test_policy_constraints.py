@@ -15,6 +15,7 @@ import pytest
 import torch
 import tyro
 from conftest import (
+    ROOT,
     assert_same_checkpoint,
     metrics,
     one_thread,
@@ -113,6 +114,25 @@ def test_a_mixtures_density_integrates_to_one_and_fits_its_samples():
     assert abs((act < 0).float().mean() - density[middle < 0].sum() * 2 / 4_000) < 5e-3
     assert torch.allclose(logp, policy.log_prob(obs, act), atol=1e-3)
     assert abs(policy.mode(obs).item() - math.tanh(0.7)) < 1e-6
+
+
+def test_what_the_page_says_of_each_divergence(monkeypatch):
+    """docs/constraints.md: numbers by the grid of benchmarks/runs/divergences.py, KL also by hand:
+    -log of the mode's share where modes do not overlap."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "runs"))
+    import divergences as d
+
+    large, gap, small = (d.measures("gap", mean, 0.1) for mean in (-0.5, 0.0, 0.5))
+    assert abs(large["kl"] + math.log(0.9)) < 1e-4 and abs(small["kl"] + math.log(0.1)) < 1e-4
+    assert large["kl"] < small["kl"] < gap["kl"] and abs(gap["kl"] - 9.55) < 0.05
+    for name in ("forward-kl", "mmd, N = 4"):
+        assert large[name] < gap[name] < small[name]
+    inside = [d.measures("uniform", x, 0.1)["kl"] for x in (0.0, 0.3, 0.6)]
+    assert max(inside) - min(inside) < 1e-3 and d.measures("uniform", 0.9, 0.1)["kl"] > 5
+    for n, least in ((4, 0.65), (10, 0.85), (100, 1.0)):
+        widths = torch.linspace(0.5, 1.2, 15).tolist()
+        found = min(widths, key=lambda std: d.measures("width", 0.0, std)[f"mmd, N = {n}"])
+        assert abs(found - least) < 0.01
 
 
 # ------------------------------------------------------------------------------------- solvers

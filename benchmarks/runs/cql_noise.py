@@ -7,7 +7,9 @@ For each run's checkpoint and its data, over 200 minibatches of the run's size: 
 the mean gradient of all critics, and the variance (the sum over parameters) that comes from the
 minibatch, of the squared TD error, of alpha times the conservative term with all samples backward,
 and of their sum; and the variance that K of the samples add to it, for the same minibatches and the
-same sampled actions. Rows of the CSV: run, updates, what, value.
+same sampled actions. Then what --precision bf16 moves: half the sum of absolute differences of the
+weights by which samples are drawn, and the mean absolute difference of the logged term.
+Rows of the CSV: run, updates, what, value.
 """
 
 import argparse
@@ -43,6 +45,21 @@ def terms(learner, batch, args, seed: int) -> dict:
     return found
 
 
+@torch.no_grad()
+def rounding(learner, batch, args) -> tuple[float, float]:
+    """What bf16 moves: the weights (total variation), the term (mean over states and critics)."""
+    act, log_ratio = cql.proposals(
+        learner.actor, batch.obs, batch.next_obs, "three-sets", args.cql_samples
+    )
+    q = learner.critic(batch.obs, act)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = learner.critic(batch.obs, act)
+    w, w_rounded = ((x.float() - log_ratio).softmax(-1) for x in (q, rounded))
+    terms = [cql.log_mean_exp(x.float(), log_ratio) for x in (q, rounded)]
+    moved = (w - w_rounded).abs().sum(-1).mean() / 2
+    return float(moved), float((terms[0] - terms[1]).abs().mean())
+
+
 def measure(folder: Path, minibatches: int) -> dict:
     saved = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
     args = cql.Args(**saved["args"])
@@ -66,6 +83,9 @@ def measure(folder: Path, minibatches: int) -> dict:
         row[f"{name} variance"] = (squares[name] / minibatches - mean) * minibatches
         row[f"{name} variance"] /= minibatches - 1
         row[f"{name} squared mean"] = mean - row[f"{name} variance"] / minibatches
+    row["bf16 moves the weights"], row["bf16 moves the term"] = rounding(
+        learner, data.sample(1024), args
+    )
     for k in added:
         row[f"K = {k} adds"] = added[k]
         row[f"K = {k} adds, over both"] = added[k] / row["both variance"]

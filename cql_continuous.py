@@ -291,14 +291,23 @@ class Critic(nn.Module):
         self.head = StackedLinear(self.n, sizes[-1], 1)
         self.standardise = Standardise(obs_dim)
 
+    def first(self, obs, act):
+        """The first layer's sums, (n, R, width), of standardised obs (B, obs) and act (B, act); or
+        of M actions a state, (.., B, M, act), where R = B M and the state adds the same to all."""
+        layer = self.layers[0]
+        if act.dim() == 2:
+            return layer(torch.cat([obs, act], dim=-1).expand(self.n, -1, -1))
+        w_obs, w_act = layer.weight.split([obs.shape[-1], act.shape[-1]], dim=1)
+        of_state = torch.baddbmm(layer.bias, obs.expand(self.n, -1, -1), w_obs)
+        of_act = (act.flatten(-3, -2) @ w_act).unflatten(1, (len(obs), -1))
+        return (of_act + of_state[:, :, None]).flatten(1, 2)
+
     def features(self, obs, act):
-        """At rows (R, obs), (R, act) or (n, R, act): phi(s,a), (n, R, D), which the head reads; the
-        bottleneck's KL to N(0, I), (n, R), or 0; each hidden layer's activations, (n, R, width)."""
-        obs = self.standardise(obs).expand(*act.shape[:-1], -1)
-        h = torch.cat([obs, act], dim=-1).expand(self.n, -1, -1)
-        activations = []
+        """At rows as in first(): phi(s,a), (n, R, D), which the head reads; the bottleneck's KL to
+        N(0, I), (n, R), or 0; each hidden layer's activations, (n, R, width)."""
+        h, activations = None, []
         for layer in self.layers:
-            z = layer(h)
+            z = layer(h) if activations else self.first(self.standardise(obs), act)
             if self.args.layer_norm:
                 z = F.layer_norm(z, z.shape[-1:])
             z = F.dropout(F.relu(z, inplace=True), self.args.dropout, self.training)
@@ -319,9 +328,7 @@ class Critic(nn.Module):
         each critic its own, (n, B, M, act)."""
         if act.dim() == 2:
             return self.head(self.features(obs, act)[0]).squeeze(-1)
-        m = act.shape[-2]
-        phi, _, _ = self.features(obs.repeat_interleave(m, 0), act.flatten(-3, -2))
-        return self.head(phi).view(self.n, -1, m)
+        return self.head(self.features(obs, act)[0]).view(self.n, -1, act.shape[-2])
 
 
 # --------------------------------------------------------------------- losses: one function each

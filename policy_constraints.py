@@ -339,13 +339,23 @@ class Critic(nn.Module):
         self.head = StackedLinear(self.n, sizes[-1], 1)
         self.standardise = Standardise(obs_dim)
 
+    def first(self, obs, act):
+        """The first layer's sums, (n, R, width), of standardised obs (B, obs) and act (B, act); or
+        of M actions a state, (.., B, M, act), where R = B M and the state adds the same to all."""
+        layer = self.layers[0]
+        if act.dim() == 2:
+            return layer(torch.cat([obs, act], dim=-1).expand(self.n, -1, -1))
+        w_obs, w_act = layer.weight.split([obs.shape[-1], act.shape[-1]], dim=1)
+        of_state = torch.baddbmm(layer.bias, obs.expand(self.n, -1, -1), w_obs)
+        of_act = (act.flatten(-3, -2) @ w_act).unflatten(1, (len(obs), -1))
+        return (of_act + of_state[:, :, None]).flatten(1, 2)
+
     def hidden(self, obs, act) -> list:
-        """Each hidden layer's activations, (n, R, width), at rows (R, obs), (R, act); the last are
-        the features phi(s,a)."""
-        h = torch.cat([self.standardise(obs), act], dim=-1).expand(self.n, -1, -1)
-        activations = []
+        """Each hidden layer's activations, (n, R, width), at rows as in first(); the last are the
+        features phi(s,a)."""
+        h, activations = None, []
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h) if activations else self.first(self.standardise(obs), act)
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[-1:])
             h = F.relu(h, inplace=True)
@@ -354,9 +364,7 @@ class Critic(nn.Module):
 
     def forward(self, obs, act):
         """Q(s,a): (n, B) for actions (B, act), (n, B, M) for M actions a state, (B, M, act)."""
-        rows = obs if act.dim() == 2 else obs.repeat_interleave(act.shape[1], 0)
-        q = self.head(self.hidden(rows, act.flatten(0, -2))[-1])
-        return q.view(self.n, *act.shape[:-1])
+        return self.head(self.hidden(obs, act)[-1]).view(self.n, *act.shape[:-1])
 
 
 # ----------------------------------------------------------------- divergences D(pi(.|s), b(.|s))

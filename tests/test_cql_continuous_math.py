@@ -238,6 +238,19 @@ def test_the_sampled_gradient_is_unbiased(form, k, monkeypatch):
     assert errors[1] < 5e-3 and errors[1] < errors[0] / 8, errors
 
 
+def test_a_states_part_of_the_first_layer_is_the_same_for_its_actions():
+    """Q of M actions a state, shared or each critic's own, is Q of the rows one by one."""
+    args = tiny(num_critics=3, depth=3, residual=True, layer_norm=True)
+    critic, obs = cql.Critic(3, 2, args).double(), torch.randn(5, 3).double()
+    shared, own = torch.randn(5, 4, 2).double(), torch.randn(3, 5, 4, 2).double()
+    for act in (shared, own):
+        q = critic(obs, act)
+        for m in range(4):
+            for i in range(3):
+                rows = act[..., m, :] if act.dim() == 3 else act[i, :, m]
+                assert torch.allclose(q[i, :, m], critic(obs, rows)[i], atol=1e-14)
+
+
 def test_where_it_would_be_biased_it_is_off():
     forms = {1: [{}, {"cql_variant": "rho"}, {"cql_backward": 1}]}
     forms[0] = [{"cql_backward": 0}, {"dropout": 0.1}, {"vib_coef": 0.1}]

@@ -69,6 +69,8 @@ def between(script: str, watch=None, stop=None, run: tuple = ()) -> float:
     """Trains; watch() at the first call of Learner.update, stop() at the last; seconds of both."""
     module, (settings, first, last) = importlib.import_module(script), run or RUNS[script]
     known = {k: v for k, v in (QUIET | settings).items() if hasattr(module.Args, k)}
+    if "collect_steps" in known:  # the collector's updates are not of interest
+        module.train(module.Args(**known | {"num_updates": 1}))
     method, calls, clock = module.Learner.update, [0], []
 
     def counted(*words, **named):

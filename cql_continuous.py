@@ -326,9 +326,7 @@ class Critic(nn.Module):
     def forward(self, obs, act):
         """Q(s,a): (n, B) for actions (B, act), (n, B, M) for M actions a state, (B, M, act), or for
         each critic its own, (n, B, M, act)."""
-        if act.dim() == 2:
-            return self.head(self.features(obs, act)[0]).squeeze(-1)
-        return self.head(self.features(obs, act)[0]).view(self.n, -1, act.shape[-2])
+        return self.head(self.features(obs, act)[0]).view(self.n, *act.shape[-3:-1])
 
 
 # --------------------------------------------------------------------- losses: one function each

@@ -119,9 +119,8 @@ class Args:
     tau: float = 0.005  # Polyak rate of the target critic
     policy_lr: float = 1e-4  # learning rate of policy and temperature (BEAR on D4RL)
     q_lr: float = 3e-4  # learning rate of the critics (likewise)
-    alpha: float | Literal["auto"] = (
-        0.0  # entropy temperature; auto: tuned to an entropy of -dim(A)
-    )
+    # entropy temperature; auto: tuned to an entropy of -dim(A)
+    alpha: float | Literal["auto"] = 0.0
     backup_entropy: bool = False  # subtract alpha log pi(a'|s') in the target (SAC's soft backup)
     backup_samples: int = 1  # samples of pi(.|s') whose best one is a' (BEAR, BCQ: 10)
     # share of the minimum over critics in the target, the rest is their maximum (BEAR, BCQ: 0.75)
@@ -261,9 +260,7 @@ class Policy(nn.Module):
         """Of each mode its mean and log deviation, (B, K, act), and log weight, (B, K)."""
         h = self.net(obs)
         mean, log_std = self.head(h).unflatten(-1, (self.modes, -1)).chunk(2, dim=-1)
-        log_weight = (
-            self.logits(h).log_softmax(-1) if self.logits else torch.zeros_like(mean[..., 0])
-        )
+        log_weight = self.logits(h).log_softmax(-1) if self.logits else h.new_zeros(len(h), 1)
         return mean, log_std.clamp(self.min_log_std, 2), log_weight
 
     def draw(self, modes, n: int, generator=None):
@@ -296,10 +293,10 @@ class Policy(nn.Module):
         rows = torch.arange(len(mean), device=mean.device)
         return torch.tanh(mean[rows, log_weight.argmax(-1)])
 
-    def log_prob(self, obs, act):
+    def log_prob(self, modes, act):
         """log pi(a|s) of given actions (B, n, act), as (B, n)."""
         u = torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6))  # data holds actions of exactly 1
-        return self.density(self(obs), u)
+        return self.density(modes, u)
 
 
 def squashed_log_prob(u, mean, log_std):
@@ -395,9 +392,10 @@ def mmd(x, y, kernel: str, sigma: float):
     return (squared.clamp(min=0) + 1e-6).sqrt()
 
 
-def divergence(learner, obs, args: Args, generator=None):
-    """D(pi(.|s), b(.|s)), (B,), as --constraint says: in closed form where there is one."""
-    pi, b, n = learner.actor(obs), learner.clone(obs), args.divergence_samples
+def divergence(learner, pi, obs, args: Args, generator=None):
+    """D(pi(.|s), b(.|s)), (B,), as --constraint says, in closed form where there is one. pi is what
+    actor(obs) gave."""
+    b, n = learner.clone(obs), args.divergence_samples
     if args.constraint == "mmd":
         x, y = learner.actor.draw(pi, n, generator), learner.clone.draw(b, n, generator)
         return mmd(x, y, args.mmd_kernel, args.mmd_sigma)
@@ -427,15 +425,17 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     V(s') is the target critics' value of a', the best of --backup-samples samples, less
     alpha log pi(a'|s') with --backup-entropy and weight D(s') with --where value."""
     m = args.backup_samples
-    next_act, next_logp = learner.policy.sample(batch.next_obs, m, generator)  # (B, m, act)
+    pi = learner.policy(batch.next_obs)
+    u = learner.policy.draw(pi, m, generator)
+    next_act = torch.tanh(u)  # (B, m, act)
     q = learner.target(batch.next_obs, next_act)  # (n, B, m)
     q = args.min_share * q.amin(0) + (1 - args.min_share) * q.amax(0)
     value, best = q.max(-1)
     rows = torch.arange(len(best), device=best.device)
     if args.backup_entropy:
-        value = value - learner.log_alpha.exp() * next_logp[rows, best]
+        value = value - learner.log_alpha.exp() * learner.policy.density(pi, u)[rows, best]
     if args.where == "value":
-        penalty = divergence(learner, batch.next_obs, args, generator)
+        penalty = divergence(learner, pi, batch.next_obs, args, generator)
         value = value - learner.log_weight.exp() * penalty
     return next_act[rows, best], batch.rew + args.gamma * (1 - batch.done) * value
 
@@ -452,17 +452,19 @@ def critic_loss(learner, batch: Batch, args: Args):
 
 def cloning_loss(learner, batch: Batch, args: Args):
     """-log b(a|s) - log pi(a|s): clone and policy fit the data side by side."""
-    b, pi = (
-        net.log_prob(batch.obs, batch.act[:, None]).mean() for net in (learner.clone, learner.actor)
-    )
+    b = learner.clone.log_prob(learner.clone(batch.obs), batch.act[:, None]).mean()
+    pi = learner.actor.log_prob(learner.actor(batch.obs), batch.act[:, None]).mean()
     return -b - pi, {"clone_loss": -b.detach(), "actor_loss": -pi.detach()}
 
 
 def gradient_loss(learner, batch: Batch, args: Args):
     """E_s[ E_{a~pi}[alpha log pi(a|s) - min_i Q_i(s,a)] + weight D(pi(.|s), b(.|s)) ]."""
-    act, logp = learner.actor.sample(batch.obs, 1)
+    pi = learner.actor(batch.obs)
+    u = learner.actor.draw(pi, 1)
+    act, logp = torch.tanh(u), learner.actor.density(pi, u)
     q = learner.least_q(batch.obs, act)  # (B, 1)
-    d = divergence(learner, batch.obs, args).mean()
+    with torch.set_grad_enabled(args.weight > 0):  # else it is only logged
+        d = divergence(learner, pi, batch.obs, args).mean()
     loss = (learner.log_alpha.exp().detach() * logp - q).mean()
     loss = loss + learner.log_weight.exp().detach() * d
     info = {"actor_loss": loss, "entropy": -logp.mean(), "divergence": d}
@@ -490,10 +492,14 @@ def advantage_weights(advantage, args: Args):
 def likelihood_loss(learner, batch: Batch, args: Args):
     """-E_{(s,a)~D}[ w(A(s,a)) log pi(a|s) ], A = Q(s,a) - V(s). V alone asks for Q at actions that
     are not in the data."""
-    baseline, scale = args.advantage_baseline, args.temperature
+    baseline, scale, m = args.advantage_baseline, args.temperature, args.advantage_samples
+    pi = learner.actor(batch.obs)
     with torch.no_grad():
-        sampled = learner.clone if baseline == "soft" else learner.actor
-        act, _ = sampled.sample(batch.obs, args.advantage_samples)
+        if baseline == "soft":
+            u = learner.clone.draw(learner.clone(batch.obs), m)
+        else:
+            u = learner.actor.draw(pi, m)
+        act = torch.tanh(u)
         q = learner.least_q(batch.obs, torch.cat([batch.act[:, None], act], 1))
         q_data, q = q[:, 0], q[:, 1:]  # (B,), (B, samples)
         if baseline == "soft":
@@ -501,7 +507,7 @@ def likelihood_loss(learner, batch: Batch, args: Args):
         else:
             value = q.mean(-1) if baseline == "mean" else q.amax(-1)
         w, info = advantage_weights(q_data - value, args)
-    loss = -(w * learner.actor.log_prob(batch.obs, batch.act[:, None])[:, 0]).mean()
+    loss = -(w * learner.actor.log_prob(pi, batch.act[:, None])[:, 0]).mean()
     return loss, info | {"actor_loss": loss.detach()}
 
 
@@ -553,15 +559,10 @@ class Learner(nn.Module):
     def standardise(self, obs):
         """Makes observations of the dataset (N, obs) have mean 0 and deviation 1."""
         std, mean = torch.std_mean(obs, dim=0, correction=0)
-        inputs = (
-            self.actor.net[0],
-            self.clone.net[0],
-            self.critic.standardise,
-            self.target.standardise,
-        )
-        for net in inputs:
-            net.mean.copy_(mean)
-            net.std.copy_(std + 1e-3)  # an entry that never varies stays 0
+        for net in self.modules():
+            if isinstance(net, Standardise):
+                net.mean.copy_(mean)
+                net.std.copy_(std + 1e-3)  # an entry that never varies stays 0
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
@@ -634,9 +635,9 @@ def diagnose(learner, data, args: Args) -> dict:
             next_act, y = backup(learner, batch, args, draw)
             q = learner.critic(batch.obs, batch.act)
             squared_error, variance = (q - y).pow(2).mean(), y.var(correction=0)
-            numbers["clone_loss" + suffix] = -learner.clone.log_prob(
-                batch.obs, batch.act[:, None]
-            ).mean()
+            b = learner.clone(batch.obs)
+            log_b = learner.clone.log_prob(b, batch.act[:, None])
+            numbers["clone_loss" + suffix] = -log_b.mean()
             if suffix and variance == 0:  # of one row, or of one target
                 continue
             numbers["td_error" + suffix] = squared_error / variance.clamp(min=1e-12)
@@ -655,11 +656,11 @@ def diagnose(learner, data, args: Args) -> dict:
         if args.extract != "best-of-n":
             gone = learner.actor.mode(batch.obs) - learner.clone.mode(batch.obs)
             numbers["distance"] = gone.abs().mean()
-            numbers["divergence"] = divergence(learner, batch.obs, args, draw).mean()
+            pi = learner.actor(batch.obs)
+            numbers["divergence"] = divergence(learner, pi, batch.obs, args, draw).mean()
         numbers["weight"] = learner.log_weight.exp()
         if args.constraint == "mmd":  # what two draws of one distribution show
-            modes, n = learner.clone(batch.obs), args.divergence_samples
-            x, y = learner.clone.draw(modes, 2 * n, draw).chunk(2, dim=1)
+            x, y = learner.clone.draw(b, 2 * args.divergence_samples, draw).chunk(2, dim=1)
             numbers["divergence_floor"] = mmd(x, y, args.mmd_kernel, args.mmd_sigma).mean()
         hidden = learner.critic.hidden(batch.obs, batch.act)
         phi, phi_next = hidden[-1][0], learner.critic.hidden(batch.next_obs, next_act)[-1][0]

@@ -25,6 +25,7 @@ from conftest import (
     stop_at,
 )
 from policy_constraints import Args, Policy, train
+from test_cql_continuous_math import UP, curve
 from test_cql_continuous_runs import point_data
 
 CPU = torch.device("cpu")
@@ -86,14 +87,14 @@ def test_sampled_kl_after_the_tanh_is_the_closed_form_before_it(constraint):
     learner = SimpleNamespace(actor=planted([0.2, -0.5], [0.5, 0.8]))
     learner.clone = planted([0.6, 0.0], [0.7, 0.6])
     obs = torch.randn(50, 2)
-    exact = pc.divergence(learner, obs, args)
+    exact = pc.divergence(learner, learner.actor(obs), obs, args)
     p, q = learner.actor, learner.clone
     p, q = (p, q) if constraint == "kl" else (q, p)
     act, logp = p.sample(obs, 4_000)
-    assert abs((logp - q.log_prob(obs, act)).mean() - exact.mean()) < 0.02
+    assert abs((logp - q.log_prob(q(obs), act)).mean() - exact.mean()) < 0.02
     learner.clone = planted([0.6, 0.0] * 2, [0.7, 0.6] * 2, modes=2, weights=[0.3, 0.7])
     args.behaviour_modes = 2
-    assert abs(pc.divergence(learner, obs, args).mean() - exact.mean()) < 0.02
+    assert abs(pc.divergence(learner, learner.actor(obs), obs, args).mean() - exact.mean()) < 0.02
 
 
 def test_w2_after_the_tanh_is_another_number():
@@ -108,11 +109,11 @@ def test_a_mixtures_density_integrates_to_one_and_fits_its_samples():
     policy = planted([-0.8, 0.7], [0.3, 0.5], modes=2, weights=[0.25, 0.75])
     obs, edges = torch.zeros(1, 2), torch.linspace(-1, 1, 4_001)
     middle = (edges[1:] + edges[:-1]) / 2
-    density = policy.log_prob(obs, middle[None, :, None])[0].exp()
+    density = policy.log_prob(policy(obs), middle[None, :, None])[0].exp()
     assert abs(density.sum() * 2 / 4_000 - 1) < 1e-3
     act, logp = policy.sample(obs, 100_000)
     assert abs((act < 0).float().mean() - density[middle < 0].sum() * 2 / 4_000) < 5e-3
-    assert torch.allclose(logp, policy.log_prob(obs, act), atol=1e-3)
+    assert torch.allclose(logp, policy.log_prob(policy(obs), act), atol=1e-3)
     assert abs(policy.mode(obs).item() - math.tanh(0.7)) < 1e-6
 
 
@@ -133,6 +134,15 @@ def test_what_the_page_says_of_each_divergence(monkeypatch):
         widths = torch.linspace(0.5, 1.2, 15).tolist()
         found = min(widths, key=lambda std: d.measures("width", 0.0, std)[f"mmd, N = {n}"])
         assert abs(found - least) < 0.01
+
+
+def test_the_clone_has_a_floor_and_the_actor_its_authors_bounds():
+    """Both heads ask for no deviation at all."""
+    learner, obs = learner_of(behaviour_min_std=0.3, behaviour_modes=2), torch.randn(4, 2)
+    for policy, floor in ((learner.clone, math.log(0.3)), (learner.actor, -5.0)):
+        torch.nn.init.constant_(policy.head.bias, -50.0)
+        log_std = policy(obs)[1]
+        assert torch.allclose(log_std, torch.full_like(log_std, floor))
 
 
 # ------------------------------------------------------------------------------------- solvers
@@ -209,7 +219,7 @@ def test_the_likelihood_loss_is_its_formula(baseline):
     q = torch.stack([learner.critic(batch.obs, act[:, k]).min(0).values for k in range(5)], 1)
     v = {"mean": q.mean(1), "max": q.max(1).values, "soft": 0.3 * (q / 0.3).exp().mean(1).log()}
     advantage = learner.critic(batch.obs, batch.act).min(0).values - v[baseline]
-    logp = learner.actor.log_prob(batch.obs, batch.act[:, None])[:, 0]
+    logp = learner.actor.log_prob(learner.actor(batch.obs), batch.act[:, None])[:, 0]
     expected = -((advantage / 0.3).exp().clamp(max=100).detach() * logp).mean()
     assert torch.allclose(loss, expected, atol=1e-5)
     loss.backward()
@@ -276,7 +286,7 @@ def test_the_gradient_loss_is_its_formula():
     torch.set_rng_state(state)
     act, logp = learner.actor.sample(batch.obs, 1)
     q = torch.stack([learner.critic(batch.obs, act[:, 0])[i] for i in range(3)]).min(0).values
-    d = pc.divergence(learner, batch.obs, learner.args)
+    d = pc.divergence(learner, learner.actor(batch.obs), batch.obs, learner.args)
     expected = (0.2 * logp[:, 0] - q + 3 * d).mean()
     assert abs(loss - expected) < 1e-5 and abs(info["divergence"] - d.mean()) < 1e-6
 
@@ -290,7 +300,7 @@ def test_the_targets_value():
     next_act, y = pc.backup(learner, batch, learner.args)
     torch.set_rng_state(state)
     act, _ = learner.actor.sample(batch.next_obs, 5)
-    d = pc.divergence(learner, batch.next_obs, learner.args)
+    d = pc.divergence(learner, learner.actor(batch.next_obs), batch.next_obs, learner.args)
     for i in range(32):
         q = [learner.target(batch.next_obs[i : i + 1], act[i : i + 1, k])[:, 0] for k in range(5)]
         mixed = torch.stack([0.75 * x.min() + 0.25 * x.max() for x in q])
@@ -407,6 +417,26 @@ def test_verdicts_of_the_constraint():
     assert "of the clone itself" in out["verdict_text"]
     assert run("--threshold 0.001", data)["verdict"] == "constraint not met"
     assert run("--threshold 1000", data)["verdict"] == "constraint inactive"
+
+
+MOMENTS = {  # what late diagnostics say of D, at --threshold 1: name, and what the sentence holds
+    "met": ({"divergence": 1.09}, "no sign of trouble", ""),
+    "not met": ({"divergence": 1.11}, "constraint not met", "--num-updates"),
+    "floor": ({"divergence": 1.11, "divergence_floor": 0.95}, "constraint not met", "old 1.9"),
+    "low floor": ({"divergence": 1.11, "divergence_floor": 0.85}, "constraint not met", "--num-u"),
+    "slack": ({"divergence": 0.51}, "no sign of trouble", ""),
+    "inactive": ({"divergence": 0.49}, "constraint inactive", "--threshold 0.49"),
+    "clone": ({"divergence": 1.0, "distance": 0.019}, "policy equals clone", "--threshold 10"),
+    "diverged": ({"divergence": 0.4, "q_max": 1e9}, "divergence", "constraint inactive"),
+}
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+def test_judgement_of_planted_moments(case):
+    numbers, name, words = MOMENTS[case]
+    numbers = {"distance": 0.5, "weight": 3.0, "cql_gap": math.nan} | numbers
+    found, sentence = pc.judge(curve(UP, **numbers), Args(threshold=1.0, num_updates=4_000), 1.0)
+    assert found == name and words in sentence, sentence
 
 
 def flags_of(advised: str) -> list[list[str]]:

@@ -186,7 +186,7 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "cql_continuous": 1888,
     "cql_atari": 1856,
     "dr3_analysis": 1276,
-    "policy_constraints": 1972,
+    "policy_constraints": 1973,
 }
 
 

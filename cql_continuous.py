@@ -772,7 +772,7 @@ def collect(args, env, run, device) -> Path:
 
     The collector has networks and settings of its own, COLLECTOR's."""
     sizes = check_boxes(env, args.env_id)
-    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v2.hdf5"
+    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v3.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
         say(f"no --dataset: using {path}, made by an earlier run")
@@ -1123,6 +1123,12 @@ def on_its_way(history: list[dict]) -> bool:
     return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 6 / 7 * way[3])
 
 
+def late_means(history: list[dict], *keys: str) -> list[float]:
+    """Means of diagnostics over the last fifth of the run; NaN where one was not measured."""
+    late = history[-(len(history) // 5) :]
+    return [float(np.mean([h.get(key, math.nan) for h in late])) for key in keys]
+
+
 def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> tuple[str, str]:
     """What a run shows: a name, and a sentence with the numbers it rests on and the flag to try.
 
@@ -1144,11 +1150,10 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     end, late = history[-1], history[-(len(history) // 5) :]
     before, midway, unit = history[-1 - len(late)], history[len(history) // 2], q_unit(end)
 
-    def mean(key: str) -> float:
-        return float(np.mean([h.get(key, math.nan) for h in late]))
-
-    td, held, gap = mean("td_error"), mean("td_error_holdout"), mean("cql_gap")
-    off, off_held = mean("q_minus_return") / unit, mean("q_minus_return_holdout") / unit
+    td, held = late_means(history, "td_error", "td_error_holdout")
+    gap, push = late_means(history, "cql_gap", "cql_push")
+    returns = late_means(history, "q_minus_return", "q_minus_return_holdout")
+    off, off_held = (x / unit for x in returns)
     numbers = f"TD error {td:.3f} of the target's variance"
     numbers += "" if math.isnan(held) else f" ({held:.3f} held out)"
     numbers += "" if math.isnan(gap) else f", cql_gap {gap:.1f}"
@@ -1200,7 +1205,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
         return "too short to judge", f"{numbers}. {moved}: {advised}"
-    if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
+    if td > LOW_TD and push > 1 and gap > -0.5:
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:

@@ -703,15 +703,11 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     """The critic's verdict, and what became of the constraint in the last fifth of the run: its
     name counts where the critic shows no sign of trouble."""
     name, sentence = verdict(history, args, rewarded, 1 / (args.tau * (1 - args.gamma)))
-    late = history[-(max(1, len(history) // 5)) :]
-    if name in ("nothing to learn from", "too short to judge") or not late:
+    if name in ("nothing to learn from", "too short to judge"):
         return name, sentence
-
-    def mean(key: str) -> float:
-        return float(np.mean([h.get(key, math.nan) for h in late]))
-
-    d, floor, eps = mean("divergence"), mean("divergence_floor"), args.threshold
-    compared = f"D is {d:.3g}, --threshold {eps}, the weight {mean('weight'):.3g}"
+    d, floor, eps = *late_means(history, "divergence", "divergence_floor"), args.threshold
+    weight, distance = late_means(history, "weight", "distance")
+    compared = f"D is {d:.3g}, --threshold {eps}, the weight {weight:.3g}"
     if eps is not None and d > 1.1 * eps:
         found, why = "constraint not met", f"{compared}: try a larger --weight or --num-updates"
         if floor > 0.9 * eps:
@@ -719,9 +715,9 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
             why += f"try --threshold {2 * floor:.2g}"
     elif eps is not None and d < 0.5 * eps:
         found, why = "constraint inactive", f"{compared}: try --threshold {d:.2g}"
-    elif mean("distance") < 0.02 and args.weight and args.behaviour_steps < args.num_updates:
+    elif distance < 0.02 and args.weight and args.behaviour_steps < args.num_updates:
         found = "policy equals clone"
-        why = f"actions differ by {mean('distance'):.3f}: try {nearer(args, 0.1)}"
+        why = f"actions differ by {distance:.3f}: try {nearer(args, 0.1)}"
     else:
         return name, sentence
     return found if name == "no sign of trouble" else name, f"{sentence}. {found}: {why}"
@@ -857,7 +853,7 @@ def collect(args, env, run, device) -> Path:
 
     The collector has networks and settings of its own, COLLECTOR's."""
     sizes = check_boxes(env, args.env_id)
-    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v2.hdf5"
+    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v3.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
         say(f"no --dataset: using {path}, made by an earlier run")
@@ -1208,6 +1204,12 @@ def on_its_way(history: list[dict]) -> bool:
     return bool(same_side and (np.diff(way) > 0).all() and way[2] <= 6 / 7 * way[3])
 
 
+def late_means(history: list[dict], *keys: str) -> list[float]:
+    """Means of diagnostics over the last fifth of the run; NaN where one was not measured."""
+    late = history[-(len(history) // 5) :]
+    return [float(np.mean([h.get(key, math.nan) for h in late])) for key in keys]
+
+
 def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> tuple[str, str]:
     """What a run shows: a name, and a sentence with the numbers it rests on and the flag to try.
 
@@ -1229,11 +1231,10 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     end, late = history[-1], history[-(len(history) // 5) :]
     before, midway, unit = history[-1 - len(late)], history[len(history) // 2], q_unit(end)
 
-    def mean(key: str) -> float:
-        return float(np.mean([h.get(key, math.nan) for h in late]))
-
-    td, held, gap = mean("td_error"), mean("td_error_holdout"), mean("cql_gap")
-    off, off_held = mean("q_minus_return") / unit, mean("q_minus_return_holdout") / unit
+    td, held = late_means(history, "td_error", "td_error_holdout")
+    gap, push = late_means(history, "cql_gap", "cql_push")
+    returns = late_means(history, "q_minus_return", "q_minus_return_holdout")
+    off, off_held = (x / unit for x in returns)
     numbers = f"TD error {td:.3f} of the target's variance"
     numbers += "" if math.isnan(held) else f" ({held:.3f} held out)"
     numbers += "" if math.isnan(gap) else f", cql_gap {gap:.1f}"
@@ -1285,7 +1286,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if moving:
         return "too short to judge", f"{numbers}. {moved}: {advised}"
-    if td > LOW_TD and mean("cql_push") > 1 and gap > -0.5:
+    if td > LOW_TD and push > 1 and gap > -0.5:
         cause = "the conservative term alone explains so large a TD error"
         return "alpha too large", f"{numbers}: {cause}. Try {flags['alpha too large']}"
     if td > LOW_TD and td > 0.6 * midway["td_error"] and not gap < -0.5:

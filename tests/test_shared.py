@@ -183,10 +183,10 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "td3": 979,
     "ppo": 1115,
     "kfac_npg": 1292,
-    "cql_continuous": 1888,
-    "cql_atari": 1856,
+    "cql_continuous": 1893,
+    "cql_atari": 1861,
     "dr3_analysis": 1276,
-    "policy_constraints": 1973,
+    "policy_constraints": 1974,
 }
 
 

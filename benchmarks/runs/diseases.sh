@@ -5,7 +5,7 @@
 #   bash benchmarks/runs/diseases.sh "1 2"
 set -euo pipefail
 export OMP_NUM_THREADS=1
-hopper=datasets/Hopper-v5_sac-replay_100000_seed1_v2.hdf5 cheetah=datasets/HalfCheetah-v5_replay_100000.hdf5
+hopper=datasets/Hopper-v5_sac-replay_100000_seed1_v3.hdf5 cheetah=datasets/HalfCheetah-v5_replay_100000.hdf5
 [ -f "$hopper" ] || python cql_continuous.py --env Hopper-v5 --collect-steps 100_000 --num-updates 1
 [ -f "$cheetah" ] || bash benchmarks/runs/offline.sh HalfCheetah-v5 ""
 python - "$hopper" 28000 28800 datasets/hopper_800.hdf5 "$cheetah" 60000 63000 datasets/halfcheetah_3.hdf5 <<'PYTHON'

@@ -169,6 +169,7 @@ alpha weight holdout action_low action_high clip_actions normalize_obs reward_sc
 reward_shift""".split()
 # of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
 COLLECTOR = dict(alpha="auto", weight=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
+COLLECTED_BY = "sac"
 WEIGHT_LIMITS = -5.0, 10.0  # of the weight's log (BEAR)
 
 
@@ -577,7 +578,7 @@ class Learner(nn.Module):
         rows = torch.arange(len(act), device=act.device)
         return act[rows, self.least_q(obs, act).argmax(-1)]
 
-    def update(self, sample, cloning: bool) -> dict:
+    def update(self, sample, cloning: bool = False) -> dict:
         """A critic step and a policy step, each on a minibatch of its own from sample()."""
         args = self.args
         loss, info = self.critic_loss(self, sample(), args)
@@ -812,7 +813,7 @@ def train(args: Args) -> dict:
 
 # === shared: offline (canonical copy: cql_continuous.py) ===
 # Needs the blocks "files", "environments", "replay", "run" and "workflow"; of the script Args,
-# Learner, and COLLECTOR, the settings by which it is an online actor-critic.
+# Learner, COLLECTOR, the settings by which it learns online, and COLLECTED_BY, their name.
 RANDOM_STEPS = 1_000  # uniform actions before the collector's first update
 
 
@@ -849,17 +850,18 @@ def interact(learner, envs, replay, obs, uniform: bool = False) -> tuple[np.ndar
 
 
 def collect(args, env, run, device) -> Path:
-    """The replay of a soft actor-critic trained online, kept as a D4RL-layout file in --data-dir.
+    """The replay of a learner trained online, kept as a D4RL-layout file in --data-dir.
 
     The collector has networks and settings of its own, COLLECTOR's."""
     sizes = check_boxes(env, args.env_id)
-    name = f"{args.env_id}_sac-replay_{args.collect_steps}_seed{args.seed}_v3.hdf5"
+    name = f"{args.env_id}_{COLLECTED_BY}-replay_{args.collect_steps}_seed{args.seed}_v3.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
         say(f"no --dataset: using {path}, made by an earlier run")
         return path
     writable("--data-dir", path.parent)
-    say(f"no --dataset: {args.collect_steps:,} steps of {args.env_id} by online SAC, into {path}")
+    steps = f"{args.collect_steps:,} steps of {args.env_id} by online {COLLECTED_BY}"
+    say(f"no --dataset: {steps}, into {path}")
     online = Args(env_id=args.env_id, **COLLECTOR)
     learner = Learner(*sizes, online, device)
     replay = Replay(args.collect_steps, *sizes, device)
@@ -868,7 +870,7 @@ def collect(args, env, run, device) -> Path:
         obs, ended = interact(learner, env, replay, obs, uniform=step < RANDOM_STEPS)
         returns += ended
         if step >= RANDOM_STEPS:
-            learner.update(lambda: replay.sample(online.batch_size), cloning=False)
+            learner.update(lambda: replay.sample(online.batch_size))
         if step % 1_000 == 999:
             say(f"collected {step + 1:,}/{args.collect_steps:,}, last return {returns[-1]:.4g}")
         if run.signum:
@@ -1126,6 +1128,7 @@ def evaluate(learner, envs, args) -> dict:
     return {name: float(x) for name, x in numbers.items()}
 
 
+STAGES = "dataset bc offline selected final".split()  # whose mean returns a run may know
 TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no other episodes
     "charts/episodic_return": "final_return_mean",
     "eval/episodic_return": "final_return_mean",
@@ -1137,7 +1140,7 @@ TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no oth
 def conclude(name: str, sentence: str, summary: dict) -> dict:
     """The verdict, printed and added to the summary."""
     sentence += evaluated(summary)
-    means = {k: summary.get(f"{k}_return_mean") for k in ("dataset", "bc", "selected", "final")}
+    means = {k: summary.get(f"{k}_return_mean") for k in STAGES}
     say("returns: " + ", ".join(f"{k} {x:.1f}" for k, x in means.items() if x is not None))
     if summary["normalized_score"] is not None:
         say(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")

@@ -440,6 +440,35 @@ def divergences():
     save(figure, "divergences")
 
 
+def cem():
+    """benchmarks/runs/cem.py"""
+    rows = read("cem.csv")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+
+    def line(axis, i, label, kind, x, **fixed):
+        found = [r for r in rows if r["kind"] == kind and all(r[k] == v for k, v in fixed.items())]
+        points = {int(r[x]): float(r["value"]) for r in found}
+        look = {"color": COLOURS[i], "linestyle": LINES[i % 4], "marker": ".", "label": label}
+        axis.plot(points.keys(), points.values(), **look)
+
+    for i, k in enumerate(("2", "3", "5", "12")):
+        line(axes[0], i, f"{k} iterations", "error", "dimension", iterations=k, choice="best")
+    line(axes[0], 4, "best of 128 uniform", "error", "dimension", iterations="2", choice="uniform")
+    for i, (k, n) in enumerate((("2", "6"), ("5", "6"), ("12", "6"), ("12", "16"))):
+        name = f"{k} iterations, {n} elites"
+        line(axes[1], i, name, "missed", "dimension", iterations=k, elites=n)
+    for i, n in enumerate(("2", "6", "16", "32")):
+        line(axes[2], i, f"{n} elites of 64", "travel", "iterations", elites=n)
+    axes[0].set(title="squared error a dimension", xlabel="dimensions of the action", yscale="log")
+    axes[1].set(title="a maximum in a corner: missed by 0.1", xlabel="dimensions of the action")
+    axes[2].set(title="reach on a slope, in first deviations", xlabel="iterations", xscale="log")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axes[1].legend(fontsize=8, frameon=False, loc="center", bbox_to_anchor=(0.66, 0.2))
+    save(figure, "cem")
+
+
 FIGURES = (
     online,
     updates_per_step,
@@ -452,6 +481,7 @@ FIGURES = (
     kfac_cost,
     atari_heads,
     divergences,
+    cem,
 )
 FIGURES = {f.__name__: f for f in FIGURES}
 

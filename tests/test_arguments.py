@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-SCRIPTS = "cql_continuous policy_constraints cql_atari dr3_analysis sac td3 ppo kfac_npg".split()
+SCRIPTS = (
+    "cql_continuous policy_constraints qt_opt cql_atari dr3_analysis sac td3 ppo kfac_npg".split()
+)
 SCRIPTS = [x for x in SCRIPTS if hasattr(importlib.import_module(x), "check_numbers")]
 SIGNED = (
     """target_entropy reward_shift log_std_init v_min v_max cql_clip_diff cql_target_gap""".split()
@@ -52,6 +54,7 @@ def test_the_defaults_pass(script):
 MISFITS = {  # spaces that the script cannot learn from, and ids that do not exist
     "cql_continuous": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "nomodule:Foo-v0"),
     "policy_constraints": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "nomodule:Foo-v0"),
+    "qt_opt": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "nomodule:Foo-v0"),
     "cql_atari": ("Pendulum-v1", "Nope-v0", "ALE/Nope-v5", "ALE/Pong-v4"),
     "dr3_analysis": ("CartPole-v1", "FrozenLake-v1", "Nope-v0"),
     "sac": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "ALE/Pong-v5"),

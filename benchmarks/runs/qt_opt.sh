@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# qt_opt.py: from scratch on Pendulum; on Reacher offline and then online, beside online from scratch; and on narrow
+# data, those of one deterministic policy, with CQL's term and without, beside a clone.
+#   bash benchmarks/runs/qt_opt.sh "scratch pair narrow" "1 2 3"
+#   python tools/report.py runs/*__qt_* --csv benchmarks/raw/qt_opt.csv --curves benchmarks/raw/qt_opt_curves.csv
+#   python benchmarks/figures.py qt_opt
+# Each run takes one thread: start one part, or other seeds, beside another.
+set -euo pipefail
+parts=${1:-"scratch pair narrow"} seeds=${2-"1 2 3"}
+export OMP_NUM_THREADS=1
+online="--collect-steps 1_000 --num-updates 0 --offline-share 0.1"
+file=datasets/Pendulum-v1_narrow.hdf5
+for part in $parts; do for seed in $seeds; do
+  run="python qt_opt.py --seed $seed"
+  if [ $part = scratch ]; then
+    $run $online --online-steps 5_000 --exp-name qt_scratch
+  elif [ $part = pair ]; then
+    run="$run --env Reacher-v5 --eval-frequency 1_000 --eval-episodes 50"
+    $run --collect-steps 4_000 --num-updates 8_000 --online-steps 8_000 --exp-name qt_pair
+    $run $online --online-steps 11_000 --exp-name qt_scratch
+  else
+    [ -f $file ] || python sac.py --total-timesteps 8_000 --exp-name narrow_source
+    [ -f $file ] || python tools/rollouts.py runs/Pendulum-v1__narrow_source__* --out $file --steps 4_000
+    data="--dataset $file --num-updates 6_000 --online-steps 0"
+    $run $data --exp-name qt_narrow
+    $run $data --exp-name qt_narrow_cql --cql-alpha 5
+    $run $data --exp-name qt_narrow_cql50 --cql-alpha 50
+    cloning="--num-updates 3_000 --behaviour-steps 3_000"
+    python policy_constraints.py --seed $seed --dataset $file $cloning --exp-name qt_narrow_bc
+  fi
+done; done

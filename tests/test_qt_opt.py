@@ -1,0 +1,418 @@
+"""qt_opt.py: the cross-entropy method against its theory and exact maxima, targets of planted
+networks, the lag, the loss by hand, one resume offline and one online, and runs that learn."""
+
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import qt_opt as qt
+import torch
+import torch.nn.functional as F
+import tyro
+from conftest import (
+    ROOT,
+    assert_same_checkpoint,
+    metrics,
+    one_thread,
+    only_run,
+    refused,
+    run_script,
+    stop_at,
+)
+from qt_opt import Args, Batch, Learner, cem, train
+from test_cql_continuous_math import UP, curve
+from test_cql_continuous_runs import point_data
+
+CPU = torch.device("cpu")
+WIDE = Args(cem_samples=64_000, cem_elites=6_000, cem_std=0.01, cem_min_std=0.0)
+LONG = Args(cem_samples=256, cem_elites=64, cem_iterations=20)  # comes to the corners, too
+
+
+# ------------------------------------------------------------------------ cross-entropy method
+def moments(args: Args, q, act_dim: int = 1) -> list[tuple[float, float]]:
+    """Mean and deviation of each iteration's samples."""
+    tried = cem(lambda obs, act: q(act), torch.zeros(1, 2), act_dim, args).tried[0]
+    return [(float(x.mean()), float(x.std())) for x in tried.split(args.cem_samples)]
+
+
+def test_an_iteration_at_the_top_and_on_a_slope():
+    """Of the best 6 in 64, z = Phi^-1(1 - rho / 2), at the top of a quadratic the deviation becomes
+    sqrt(1 - 2 z phi(z) / rho) = 0.0679 of it; on a slope the mean moves phi(z) / rho = 1.785
+    deviations and the deviation falls to 0.407: in all 1.785 / (1 - 0.407) = 3.01 of them."""
+    (_, before), (_, after) = moments(WIDE, lambda a: -(a**2).sum(-1))
+    assert abs(after / before - 0.0679) < 0.002
+    found = moments(replace(WIDE, cem_iterations=12), lambda a: a.sum(-1))
+    (at, std), (then, narrower) = found[:2]
+    assert abs((then - at) / std - 1.785) < 0.01 and abs(narrower / std - 0.407) < 0.005
+    assert abs(found[-1][0] / std - 3.01) < 0.03
+
+
+@pytest.mark.parametrize("act_dim, error", [(2, 0.007), (3, 0.033), (6, 0.23), (17, 1.9)])
+def test_the_error_grows_with_the_dimension(act_dim, error):
+    """Mean squared distance to a maximum that is uniform in the box, at 64 samples, 6 elites, two
+    iterations: figures of an independent program."""
+    best, args = torch.rand(6_000, act_dim) * 2 - 1, Args(cem_choice="mean")
+    found = cem(lambda obs, a: -((a - best[:, None]) ** 2).sum(-1), best, act_dim, args).act
+    assert abs(float((found - best).pow(2).sum(1).mean()) / error - 1) < 0.2
+
+
+def test_the_argmax_of_a_function_of_the_state():
+    w = 0.2 * torch.randn(2, 3)  # inside the box
+    obs = torch.randn(200, 3)
+    exact = torch.tanh(obs @ w.T)
+
+    def q(obs, act):
+        return -((act - torch.tanh(obs @ w.T)[:, None]) ** 2).sum(-1)
+
+    for choice in ("best", "mean"):
+        args = replace(LONG, cem_min_std=1e-4, cem_choice=choice)
+        assert (cem(q, obs, 2, args).act - exact).abs().max() < 0.01
+
+
+def test_many_states_at_once_are_each_state_alone(monkeypatch):
+    learner, obs = Learner(3, 2, Args(width=16), CPU), torch.randn(5, 3)
+    noise, real = torch.randn(2, 5, 64, 2), torch.randn
+    draws = iter(noise)
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: next(draws))
+    together = cem(learner.critic, obs, 2, Args())
+    for i in range(5):
+        draws = iter(noise[:, i : i + 1])
+        alone = cem(learner.critic, obs[i : i + 1], 2, Args())
+        assert torch.allclose(alone.act[0], together.act[i], atol=1e-6)
+        assert torch.allclose(alone.q[0], together.q[i], atol=1e-6)
+    monkeypatch.setattr(torch, "randn", real)
+
+
+def test_samples_stay_in_the_box_and_the_deviation_above_its_floor():
+    """A maximum at the corner, where all elites coincide."""
+    args = Args(cem_iterations=6, cem_min_std=0.05)
+    found = cem(lambda obs, a: a.sum(-1), torch.zeros(3, 1), 2, args)
+    assert found.tried.abs().max() == 1 and torch.equal(found.act, torch.ones(3, 2))
+    assert 0.015 < found.tried[:, -64:].std() < 0.05  # half of a Gaussian, the rest is clipped
+
+
+def test_the_mean_lies_between_two_maxima_and_the_best_sample_on_one():
+    def q(obs, act):
+        return act[..., 0].abs()
+
+    args = Args(cem_samples=6_400, cem_elites=600, cem_iterations=1)
+    best = cem(q, torch.zeros(1, 1), 1, args).act.abs()
+    mean = cem(q, torch.zeros(1, 1), 1, replace(args, cem_choice="mean")).act.abs()
+    assert best > 0.99 and mean < 0.2
+
+
+# ---------------------------------------------------------------------------- network and target
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_network_is_a_plain_one(depth):
+    """One state's part of the first layer for all of its actions changes nothing."""
+    learner = Learner(3, 2, Args(width=16, depth=depth), CPU).double()
+    obs, act = torch.randn(4, 3).double(), torch.randn(4, 7, 2).double()
+    critic = learner.critic
+    critic.mean += 0.3
+    critic.std *= 1.7
+    x = torch.cat([((obs - 0.3) / 1.7)[:, None].expand(-1, 7, -1), act], -1)
+    for layer in critic.layers:
+        x = F.relu(layer(x))
+    assert torch.allclose(critic(obs, act), critic.head(x)[..., 0])
+    assert torch.allclose(critic(obs, act[:, 0]), critic(obs, act)[:, 0])
+
+
+def batch(n: int, obs_dim=3, act_dim=2) -> Batch:
+    done = (torch.arange(n) % 2).float()
+    act = torch.rand(n, act_dim) * 2 - 1
+    return Batch(torch.randn(n, obs_dim), act, torch.randn(n), torch.randn(n, obs_dim), done)
+
+
+def plant(net, slope, level: float):
+    """Q(s,a) = level + slope . a, on actions in the box."""
+    for layer in net.layers:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    n = len(slope)
+    first = net.layers[0]
+    with torch.no_grad():
+        first.weight[:n, -n:] = torch.eye(n)
+        first.bias[:n] = 1.0
+        torch.nn.init.zeros_(net.head.weight)
+        net.head.weight[0, :n] = torch.tensor(slope)
+        net.head.bias.fill_(level - sum(slope))
+
+
+def test_the_target_takes_the_lesser_of_both_copies_at_the_newer_ones_action():
+    """Q_1 rises with a, so that a' = (1, 1); Q_2 is less there, though more elsewhere."""
+    args = replace(LONG, width=8, depth=1, gamma=0.9)
+    learner, some = Learner(3, 2, args, CPU), batch(6)
+    plant(learner.target, [1.0, 2.0], 5.0)  # 8 at (1, 1)
+    plant(learner.past[0], [-1.0, -1.0], 6.0)  # 4 there, 8 at (-1, -1)
+    act, y = qt.backup(learner, some, args)
+    assert torch.allclose(act, torch.ones(6, 2), atol=1e-6)
+    assert torch.allclose(y, some.rew + 0.9 * (1 - some.done) * 4, atol=1e-5)
+    plant(learner.past[0], [-1.0, -1.0], 60.0)
+    assert torch.allclose(
+        qt.backup(learner, some, args)[1], some.rew + 0.9 * (1 - some.done) * 8, atol=1e-5
+    )
+    alone = Learner(3, 2, replace(args, lag=0), CPU)
+    plant(alone.target, [1.0, 2.0], 5.0)
+    assert len(alone.past) == 0
+    y = qt.backup(alone, some, alone.args)[1]
+    assert torch.allclose(y, some.rew + 0.9 * (1 - some.done) * 8, atol=1e-5)
+
+
+def test_the_second_target_is_the_first_of_lag_updates_ago():
+    """Between 0.9 of --lag and all of it; before that the untrained network; Q_1 is a Polyak
+    average."""
+    args = Args(width=8, depth=1, lag=30, tau=0.25)
+    learner, seen = Learner(3, 2, args, CPU), []
+    q, q_1 = (net.head.bias.item() for net in (learner.critic, learner.target))
+    assert q == q_1 == learner.past[0].head.bias.item()
+    for step in range(1, 100):
+        seen.append(learner.target.head.bias.item())
+        learner.update(lambda: batch(8), ageing=step % 3 == 0)
+        q_1 = q_1 + 0.25 * (learner.critic.head.bias.item() - q_1)
+        assert abs(learner.target.head.bias.item() - q_1) < 1e-6
+        q_2 = learner.past[0].head.bias.item()
+        (age,) = {step - k for k, x in enumerate(seen, 0) if x == q_2} or {None}
+        assert age == step or 27 <= age <= 30, (step, age)
+        if step > 30:
+            assert age < step
+
+
+# --------------------------------------------------------------------------------------- losses
+def test_the_cross_entropy_by_hand():
+    """-(y log p + (1 - y) log(1 - p)), whose slope in the logit is p - y; y is clipped."""
+    logit = torch.tensor([0.0, math.log(3.0), 60.0], requires_grad=True)
+    y = torch.tensor([0.25, 1.4, 0.0])
+    loss = qt.td_loss(logit, y, Args(loss="cross-entropy"))
+    assert abs(float(loss.detach()) - (math.log(2) - math.log(0.75) + 60) / 3) < 1e-5
+    loss.backward()
+    assert torch.allclose(3 * logit.grad, torch.tensor([0.25, -0.25, 1.0]), atol=1e-6)
+    assert float(qt.td_loss(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 1.0]), Args())) == 2.5
+
+
+def test_the_values_of_the_cross_entropy_are_probabilities():
+    learner, some = Learner(3, 2, Args(width=8, loss="cross-entropy"), CPU), batch(5)
+    for net in (learner.critic, learner.target, learner.past[0]):
+        assert torch.equal(net(some.obs, some.act), torch.sigmoid(net.logit(some.obs, some.act)))
+    learner.target.head.bias.data += 100
+    learner.past[0].head.bias.data += 100
+    y = qt.backup(learner, some, learner.args)[1]
+    assert torch.allclose(y, some.rew + 0.99 * (1 - some.done))
+
+
+def test_one_drawn_action_has_the_gradient_of_the_log_mean_exp(monkeypatch):
+    """Weighted by the probability of its draw, over all draws: exactly."""
+    learner = Learner(3, 2, Args(width=8, depth=1), CPU).double()
+    some = Batch(*(x.double() for x in batch(4)))
+    tried = torch.rand(4, 6, 2).double() * 2 - 1
+    q = learner.critic(some.obs, tried).detach() * 9
+    learner.critic.head.weight.data *= 9
+    learner.critic.head.bias.data *= 9
+    monkeypatch.setattr(qt, "cem", lambda *a: qt.Argmax(None, tried, q))
+    monkeypatch.setattr(qt, "draw", lambda logits: drawn)
+    params = list(learner.critic.parameters())
+    expected = [torch.zeros_like(p) for p in params]
+    for m in range(6):  # in every state the same, so that one state at a time is weighted
+        for i in range(4):
+            drawn = torch.full((4, 1), m)
+            q_data = learner.critic(some.obs, some.act)
+            value, surrogate = qt.conservative_loss(learner, some, q_data, learner.args)
+            only = learner.critic(some.obs, tried[torch.arange(4)[:, None], drawn])[i, 0]
+            weight = q.softmax(1)[i, m]
+            for e, g in zip(expected, torch.autograd.grad(weight * (only - q_data[i]) / 4, params)):
+                e += g
+    q_all = learner.critic(some.obs, tried)
+    exact = (q_all.logsumexp(1) - math.log(6) - learner.critic(some.obs, some.act)).mean()
+    assert torch.allclose(exact, value)
+    for e, g in zip(expected, torch.autograd.grad(exact, params)):
+        assert torch.allclose(e, g)
+    assert torch.allclose(
+        surrogate, (learner.critic(some.obs, tried[:, 5]) - q_data).mean()
+    )  # the last draw's
+
+
+def test_actions_are_drawn_by_their_softmax_weight():
+    logits = torch.tensor([0.0, 1.0, -2.0, 3.0])
+    drawn = qt.draw(logits.expand(200_000, 4))[:, 0]
+    found = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert (found - logits.softmax(0)).abs().max() < 0.005
+
+
+def test_the_whole_loss():
+    args = Args(width=8, cql_alpha=3.0)
+    learner, some = Learner(3, 2, args, CPU), batch(16)
+    torch.manual_seed(4)
+    loss, info = qt.critic_loss(learner, some, args)
+    torch.manual_seed(4)
+    y = qt.backup(learner, some, args)[1]
+    q = learner.critic(some.obs, some.act)
+    gap, surrogate = qt.conservative_loss(learner, some, q, args)
+    assert torch.allclose(loss, F.mse_loss(q, y) + 3 * surrogate)
+    assert torch.equal(info["cql_loss"], gap) and torch.allclose(info["qf_loss"], F.mse_loss(q, y))
+    assert "cql_loss" not in qt.critic_loss(learner, some, Args())[1]
+
+
+# ------------------------------------------------------------------------------ acting, diagnostics
+def test_exploration():
+    obs = torch.zeros(1_000, 3)
+    learner = Learner(3, 2, replace(LONG, width=8, depth=1, epsilon=0.3), CPU)
+    plant(learner.critic, [50.0, 50.0], 0.0)
+    best = learner.act(obs, explore=False)
+    act = learner.act(obs, explore=True)
+    low = (act < 0.5).any(1).float().mean()
+    assert (best == 1).all() and abs(low - 0.3 * (1 - 0.25**2)) < 0.05
+    learner.args = replace(learner.args, epsilon=0.0, exploration_noise=0.2)
+    act = learner.act(obs, explore=True)
+    assert act.abs().max() == 1 and abs((1 - act).mean() - 0.2 / math.sqrt(2 * math.pi)) < 0.01
+
+
+def test_evaluations_draw_nothing_from_the_training():
+    learner, obs = Learner(3, 2, Args(width=8), CPU), torch.zeros(2, 3)
+    state = torch.get_rng_state()
+    learner.eval()
+    one = learner.act(obs, explore=False)
+    learner.eval()
+    assert torch.equal(one, learner.act(obs, explore=False))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_argmaxs_share():
+    """Near 1 where CEM suffices, less where one iteration has to find a peak in six dimensions;
+    the most of a linear Q's share is known."""
+    draw = torch.Generator().manual_seed(0)
+    obs = torch.rand(64, 6) * 2 - 1
+
+    class Peak(torch.nn.Module):
+        def forward(self, obs, act):
+            aim = obs[:, : act.shape[-1]]
+            return -((act - (aim if act.dim() == 2 else aim[:, None])) ** 2).sum(-1)
+
+    learner, shares = Learner(6, 6, Args(width=8), CPU), {}
+    learner.critic = Peak()
+    for n in (1, 2, 6):
+        shares[n] = float(qt.argmax_share(learner, obs, Args(cem_iterations=n), draw))
+    assert shares[1] < 0.85 < shares[2] < shares[6] and 0.99 < shares[6] <= 1
+    learner = Learner(6, 1, Args(width=8, depth=1), CPU)
+    plant(learner.critic, [2.0], 0.0)
+    assert 0.95 < float(qt.argmax_share(learner, obs, Args(), draw)) <= 1
+
+
+# ---------------------------------------------------------------------------------- whole runs
+FAST = """--env Point-v0 --num-updates 300 --online-steps 0 --width 32 --batch-size 128 --q-lr 0.003
+--tau 0.05 --gamma 0.9 --lag 50 --eval-frequency 0 --diagnostics-frequency 20 --cem-samples 32
+--cem-elites 4"""
+
+
+def run(words: str, data: str) -> dict:
+    return train(tyro.cli(Args, args=shlex.split(f"{FAST} --dataset {data} {words}")))
+
+
+VARIANTS = {
+    "QT-Opt": "",
+    "no lag": "--lag 0",
+    "mean": "--cem-choice mean",
+    "conservative": "--cql-alpha 0.1",
+    "cross-entropy": "--loss cross-entropy --reward-scale 0.03 --reward-shift 0.1",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns(name):
+    """Random data earn about -10 on the line, going home -1.5."""
+    out = run(VARIANTS[name], point_data("point.hdf5"))
+    assert out["final_return_mean"] > -3 > out["dataset_return_mean"], out["final_return_mean"]
+    assert out["verdict"] and out["offline_return_mean"] == out["final_return_mean"]
+
+
+def test_online_from_scratch_learns():
+    words = "--num-updates 0 --online-steps 400 --offline-share 0.1"
+    out = run(words, point_data("point.hdf5", episodes=3))
+    assert out["final_return_mean"] > -3 and out["verdict"] == "not judged"
+    assert "offline_return_mean" not in out
+
+
+def test_the_stated_share_of_a_minibatch_is_offline(monkeypatch):
+    shares, update = [], Learner.update
+
+    def counted(self, sample, ageing=False):
+        shares.append(float((sample().rew == 7).float().mean()))
+        return update(self, sample, ageing)
+
+    monkeypatch.setattr(Learner, "update", counted)
+    data = point_data("point.hdf5", reward=lambda x: 7.0, episodes=20)
+    run("--num-updates 5 --online-steps 5 --offline-share 0.25 --eval-episodes 0", data)
+    assert shares == [1.0] * 5 + [0.25] * 5
+
+
+def test_judgement():
+    found, sentence = qt.judge(curve(UP, argmax_share=0.8), Args(num_updates=4_000), 1.0)
+    assert found == "argmax too weak" and "80%" in sentence and "--cem-iterations 5" in sentence
+    found, _ = qt.judge(curve(UP, argmax_share=0.95), Args(num_updates=4_000), 1.0)
+    assert found == "no sign of trouble"
+    sick = curve(UP, argmax_share=0.8, q_max=1e9)
+    found, sentence = qt.judge(sick, Args(num_updates=4_000), 1.0)
+    assert found == "divergence" and "--cql-alpha 1" in sentence and "argmax too weak" in sentence
+    assert qt.judge([], Args(num_updates=0), 1.0)[0] == "not judged"
+
+
+def test_what_a_verdict_recommends_is_accepted():
+    for args in (Args(), Args(cql_alpha=1.0)):
+        for advised in qt.advice(args).values():
+            for words in advised.split(" or "):
+                changed = tyro.cli(Args, default=args, args=words.split())
+                qt.check(changed)
+                assert changed != args or words == "--cql-alpha 0"
+
+
+@pytest.mark.parametrize("n", [40, 100])
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(n, tmp_path):
+    """Stopped offline, and online with some exploration."""
+    data = str(Path(point_data("point.hdf5")).absolute())
+    words = f"{FAST} --num-updates 80 --online-steps 40 --exploration-noise 0.1 --cql-alpha 0.1"
+    words += f" --eval-frequency 15 --eval-episodes 2 --dataset {data}"
+    words = words.replace("Point-v0", "test_cql_continuous_runs:Point-v0").split()
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    for place in ("whole", "half"):
+        (tmp_path / place).mkdir()
+    run_script("qt_opt.py", *words, cwd=tmp_path / "whole", env=here)
+    half = {"cwd": tmp_path / "half", "env": one_thread() | here}
+    done = stop_at("qt_opt", "Learner.update", n, *words, **half)
+    assert done.returncode == 143, done.stderr
+    folder = only_run(tmp_path / "half")
+    run_script("qt_opt.py", "--resume", folder, cwd=tmp_path / "half", env=here)
+    whole = only_run(tmp_path / "whole")
+    assert_same_checkpoint(whole / "checkpoint.pt", folder / "checkpoint.pt")
+    assert_same_checkpoint(whole / "selected.pt", folder / "selected.pt")
+    assert metrics(whole) == metrics(folder)
+
+
+WRONG = """--lag 15 | --cem-elites 65 | --num-updates 0 --online-steps 0
+--action-low data --action-high data"""
+
+
+@pytest.mark.parametrize("words", [x.strip() for x in WRONG.replace("\n", "|").split("|")])
+def test_what_no_run_could_use_is_refused(words, capsys):
+    refused(capsys, lambda: train(tyro.cli(Args, args=words.split())))
+    assert not list(Path().glob("runs/*"))
+
+
+def test_returns_that_are_no_probabilities_are_refused(capsys):
+    data = point_data("point.hdf5", episodes=3)
+    err = refused(capsys, lambda: run("--loss cross-entropy", data))
+    assert "not in [0, 1]" in err and "--reward-scale" in err
+
+
+def test_the_commands_of_the_docstring_run(capsys):
+    commands = [x.strip() for x in qt.__doc__.replace("\\\n", " ").splitlines() if "python qt" in x]
+    assert len(commands) == 4
+    for command in commands:
+        args = tyro.cli(Args, args=shlex.split(command)[2:])
+        qt.check(args)
+        if args.dataset:
+            continue
+        changes = dict(num_updates=min(4, args.num_updates), collect_steps=1_005)
+        changes["online_steps"] = min(4, args.online_steps)
+        train(Args(**vars(args) | changes | dict(width=8, eval_episodes=1)))
+        assert "verdict" in capsys.readouterr().out
+    assert (ROOT / "docs" / "qt_opt.md").exists()

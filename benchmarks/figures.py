@@ -469,6 +469,23 @@ def cem():
     save(figure, "cem")
 
 
+def qt_opt():
+    """qt_opt.sh, part pair: offline on 4,000 steps, then online; beside all steps online."""
+    rows, env = [], "Reacher-v5"
+    for r in read("qt_opt_curves.csv"):
+        before = {"qt_pair": 4_000 - 8_000, "qt_scratch": 1_000}.get(r["exp_name"])  # of training
+        if before is not None and int(r["step"]) + before >= 1_000:
+            rows.append(r | {"step": int(r["step"]) + before})
+    names = {"qt_pair": "offline, then online", "qt_scratch": "online from scratch"}
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    plot(axis, rows, env, names)
+    axis.set(title=env, xlabel="environment steps, the data's included", ylabel="return")
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, "qt_opt")
+    for at in (4_000, 6_000, 12_000):
+        print(f"at {at}\n{table(rows, env, names, at)}")
+
+
 FIGURES = (
     online,
     updates_per_step,
@@ -482,6 +499,7 @@ FIGURES = (
     atari_heads,
     divergences,
     cem,
+    qt_opt,
 )
 FIGURES = {f.__name__: f for f in FIGURES}
 

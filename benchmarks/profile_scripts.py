@@ -44,6 +44,7 @@ ROLLOUT = CHEETAH | {"num_envs": 1, "num_steps": 2_048, "total_timesteps": 12 * 
 RUNS = {
     "cql_continuous": (CQL, 20, 60),
     "policy_constraints": (OFFLINE | CHEETAH | {"behaviour_steps": 1}, 50, 250),
+    "qt_opt": (OFFLINE | CHEETAH | {"cem_iterations": 5, "width": 256}, 50, 150),
     "cql_atari": (OFFLINE | {"collect_steps": 5_000, "width": 32, "n_step": 1}, 20, 120),
     "dr3_analysis": ({"num_updates": 400}, 50, 250),
     "sac": (STEPS, 100, 500),

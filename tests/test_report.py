@@ -98,7 +98,8 @@ def test_the_rule_for_a_sweep_of_alpha(plant, run, points, expected):
     for i, (alpha, (td, gap)) in enumerate(points.items()):
         folders.append(plant(f"x{i}", 1, curves(td, gap), cql_alpha=alpha, exp_name="x"))
     assert expected in run("--sweep", *folders)
-    assert "E x with one seed" in run(*folders)  # not a sweep: the same run twice
+    said = run(*folders)  # not a sweep: the same run twice
+    assert "they differ in --cql-alpha: report one" in said and str(folders[0]) in said
 
 
 def test_files_and_mistakes(plant, run, tmp_path):

@@ -29,7 +29,8 @@ COLUMNS = """script env_id exp_name seed num_updates batch_size cql_alpha datase
 bc_return_mean final_return_mean final_return_std selected_return_mean selected_step
 collector_return_mean normalized_score overestimation q_max q_bound td_error td_error_holdout
 cql_gap q_minus_return srank feature_dot verdict updates_per_second global_step updates
-steps_per_second v_s0 kl wall_seconds dataset_sha256 device verdict_text""".split()
+steps_per_second v_s0 kl wall_seconds dataset_sha256 device divergence distance weight
+argmax_share offline_return_mean verdict_text""".split()
 PANELS = {
     "eval/episodic_return": "return",
     "diagnostics/q_data": "Q of the data",
@@ -66,6 +67,15 @@ def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
         returns = curves["eval/episodic_return"]
         row["final_return_mean"] = returns[-1][1] if returns else None
     return {name: row.get(name) for name in COLUMNS}, curves
+
+
+def difference(one: Path, other: Path) -> str:
+    """What tells two runs of one name and seed apart."""
+    one, other = (json.loads((x / "args.json").read_text())["args"] for x in (one, other))
+    names = [key for key in one | other if one.get(key) != other.get(key)]
+    flags = ", ".join("--" + key.replace("_", "-") for key in names if key != "resume")
+    what = f"differ in {flags}" if flags else "were started alike"
+    return f"one seed and --exp-name, but they {what}: report one of them, or name them apart"
 
 
 def half_width(values) -> float:
@@ -365,14 +375,16 @@ def main():
     parser.add_argument("--at", type=int, help="cut every curve at this update or step")
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     args = parser.parse_args()
-    runs = [read_run(x, args.at) for x in args.runs if (x / "metrics.csv").exists()]
+    folders = [x for x in args.runs if (x / "metrics.csv").exists()]
+    runs = [read_run(x, args.at) for x in folders]
     if not runs:
         parser.error("none of these folders holds a metrics.csv")
     same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
-    for (env, name, *_), group in grouped([row for row, _ in runs], *same).items():
-        seeds = [r["seed"] for r in group]
-        if len({*seeds}) < len(seeds):
-            parser.error(f"several runs are {env} {name} with one seed ({sorted(seeds)})")
+    found = {}
+    for folder, (row, _) in zip(folders, runs):
+        alike = found.setdefault((row["seed"], *(row[key] for key in same)), folder)
+        if alike != folder:
+            parser.error(f"{alike} and {folder}: {difference(alike, folder)}")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
     if args.figure and features and len(runs) > 1:

@@ -41,12 +41,13 @@ import dr3_analysis  # noqa: E402
 import kfac_npg  # noqa: E402
 import policy_constraints  # noqa: E402
 import ppo  # noqa: E402
+import qt_opt  # noqa: E402
 import sac  # noqa: E402
 import td3  # noqa: E402
 from speed import QUIET, random_data  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")  # the imports are done once; only children use the GPU
-FIRST = (cql_continuous, sac, td3, cql_atari, policy_constraints)  # those with CUDA graphs
+FIRST = (cql_continuous, sac, td3, cql_atari, policy_constraints, qt_opt)  # those with CUDA graphs
 OTHERS = (ppo, kfac_npg, dr3_analysis)
 FLAGS = {"eager": [], "graphs": ["cudagraphs"], "compile": ["compile"]}
 FLAGS["both"] = ["cudagraphs", "compile"]
@@ -88,6 +89,7 @@ def settings(script, n: int, home: Path) -> tuple[dict, str, int]:
     own = {
         cql_continuous: {"dataset": f"{home}/random.hdf5", "depth": 3, "cql_samples": 10},
         policy_constraints: {"dataset": f"{home}/random.hdf5", "behaviour_steps": n // 4},
+        qt_opt: {"dataset": f"{home}/random.hdf5", "cem_iterations": 5, "lag": 500},
         cql_atari: {"width": 32, "n_step": 1, "collect_steps": min(5_000, 50 * n)},
         ppo: {"num_envs": 1, "num_steps": size, "num_minibatches": max(1, size // 64)},
         kfac_npg: {"num_envs": 1, "num_steps": size},
@@ -145,7 +147,7 @@ def jobs(cpu: bool, compiled: bool):
             yield rate, cql_continuous, fast[-1:], {"precision": precision, "cql_backward": k}
     yield from ((rate, cql_atari, [v], {}) for v in fast)
     yield rate, cql_atari, ["eager"], {"storage": "memory"}
-    yield from ((rate, policy_constraints, [v], {}) for v in fast)
+    yield from ((rate, script, [v], {}) for script in (policy_constraints, qt_opt) for v in fast)
     for script in FIRST:
         yield from ((max_difference, script, [v], {}) for v in fast if not cpu)
         yield from ((max_difference, script, [v, w], {}) for v in fast for w in fast)

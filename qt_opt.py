@@ -5,8 +5,8 @@ cross-entropy method (CEM). One network learns; the target takes the lesser of t
 
   pi(s) = argmax_a Q(s,a)
   y     = r + gamma (1 - done) min(Q_1(s',a'), Q_2(s',a')),   a' = argmax_a Q_1(s',a)
-  min_Q   E (Q(s,a) - y)^2, or with returns in [0, 1] the cross-entropy of sigmoid(logit) and y
-  Q_1     Polyak average of Q;   Q_2   Q_1 as it was --lag updates ago
+  min_Q   E (Q(s,a) - y)^2, or with returns in [0, 1] the cross-entropy of Q = sigmoid(logit) and y
+  Q_1     Polyak average of Q;   Q_2   Q_1 as it was --lag updates ago, at first untrained
 
   CEM     mu = 0, sigma = --cem-std;  --cem-iterations times:
             a_1 .. a_M ~ N(mu, sigma^2), clipped to [-1, 1]^d
@@ -14,12 +14,12 @@ cross-entropy method (CEM). One network learns; the target takes the lesser of t
 
 The same update serves offline (all transitions from a dataset) and online (a share of each
 minibatch from it): the paper's robot grasped 87 % offline, 96 % after fine-tuning. Offline the
-argmax asks for Q where no data is, as any actor does. One cure is CQL(rho)'s term (arXiv
-2006.04779), rho being CEM's own samples at s; weight 0 leaves it out:
+argmax asks for Q where no data is, as any actor does. Against that stands CQL(rho)'s term (arXiv
+2006.04779), rho being all samples that CEM draws at s from the present Q; weight 0 leaves it out:
 
   + --cql-alpha E_s[log mean_m exp Q(s,a_m) - E_{a~D} Q(s,a)]
 
-Another, the best of n samples of a clone, is `policy_constraints.py --extract best-of-n`.
+The best of n samples of a clone instead is `policy_constraints.py --extract best-of-n`.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -32,12 +32,11 @@ On data that it makes itself; the same and online; the serious run on a D4RL fil
   python qt_opt.py
   python qt_opt.py --online-steps 2_000
   python qt_opt.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 --width 256 \
-      --batch-size 256 --num-updates 500_000 --online-steps 100_000 --lag 6_000 --cem-iterations 3
+      --batch-size 256 --num-updates 500_000 --online-steps 100_000 --cem-iterations 3
   python qt_opt.py --collect-steps 1_000 --num-updates 0 --online-steps 5_000 --offline-share 0.1
 
 Watch `diagnostics/argmax_share`: what CEM finds, of what lies between a uniform action and the best
-one known (1 is all). Two iterations suit up to three action dimensions, HalfCheetah's six need
-five; samples start at 0 and mu moves at most 1.8 sigma in an iteration, 3 in all.
+one known (1 is all). About two iterations suit two action dimensions, three suit three, five six.
 docs/qt_opt.md measures it. Left out: pixels, asynchronous workers, momentum (here Adam)."""
 
 import copy
@@ -111,20 +110,22 @@ class Args:
     # Q-learning
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of Q_1
-    lag: int = 500  # updates by which Q_2 is behind Q_1 (at least 9/10 of it); 0: no Q_2
+    # updates that Q_2 is behind Q_1 (0.9 to 1 of it), in tens; 0: no Q_2. A Q that rises takes
+    # (lag + 1/tau) / (1 - gamma) updates, for then Q_2 is the lesser
+    lag: int = 100
     q_lr: float = 1e-3  # learning rate
     # squared error, or cross-entropy for returns in [0, 1], whose Q is a sigmoid
     loss: Literal["squared", "cross-entropy"] = "squared"
-    # weight of CQL(rho)'s term, on its authors' scale (2 x their paper's alpha); 0: plain QT-Opt
+    # weight of CQL(rho)'s term (2 x its paper's alpha); 0: plain QT-Opt
     cql_alpha: float = 0.0
 
     # argmax by CEM
     cem_samples: int = 64  # M, actions drawn in an iteration
     cem_elites: int = 6  # of them make the next mean and deviation
-    cem_iterations: int = 2  # 2 up to three action dimensions, 5 for six
-    cem_std: float = 0.5  # first deviation; with 6 of 64 the mean can move three times as far
+    cem_iterations: int = 2  # about 3 for three action dimensions, 5 for six: see argmax_share
+    cem_std: float = 0.5  # first deviation; in one dimension the mean can move three of them
     cem_min_std: float = 0.01  # floor of the deviation: elites at a bound coincide
-    # the best sample of the last iteration, or the elites' mean (0 where two maxima are symmetric)
+    # the best sample of the last iteration, or its elites' mean, which may lie between two maxima
     cem_choice: Literal["best", "mean"] = "best"
 
     # exploration, online
@@ -137,11 +138,11 @@ class Args:
 
 
 # a resumed run must have these as before: its network and its data would not fit
-FIXED = """env_id seed width depth loss holdout action_low action_high clip_actions normalize_obs
-reward_scale reward_shift""".split()
-# of the self-made replay's collector: QT-Opt online, whose first networks no Q_2 remembers
+FIXED = """env_id seed width depth lag loss holdout action_low action_high clip_actions
+normalize_obs reward_scale reward_shift""".split()
+# of the self-made replay's collector: QT-Opt online, without the Q_2 that is at first untrained
 COLLECTOR, COLLECTED_BY = {"lag": 0}, "qt-opt"
-COPIES = 10  # of Q_1, a tenth of --lag apart
+COPIES = 10  # of Q_1, a tenth of --lag apart: with a single one Q_2 would be 0 to lag behind
 
 
 def check(args: Args):
@@ -160,8 +161,12 @@ def check(args: Args):
     check_numbers(args, "tau", 1e-9, 1)
     if args.num_updates + args.online_steps == 0:
         fail("--num-updates 0 leaves nothing to do: give --online-steps")
-    if args.cem_elites > args.cem_samples:
-        fail(f"--cem-elites {args.cem_elites}: at most --cem-samples, {args.cem_samples}")
+    if args.cem_elites >= args.cem_samples:
+        fail(f"--cem-elites {args.cem_elites}: fewer than --cem-samples, {args.cem_samples}")
+    if args.cem_min_std > args.cem_std:
+        fail(f"--cem-min-std {args.cem_min_std}: at most --cem-std, {args.cem_std}")
+    if args.loss == "cross-entropy" and args.cql_alpha:
+        fail("--cql-alpha is for --loss squared: a Q in [0, 1] makes exp Q nearly constant")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")
     played = not args.dataset or args.eval_episodes or args.online_steps
@@ -175,7 +180,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.squash = torch.sigmoid if args.loss == "cross-entropy" else lambda logit: logit
+        self.squash = nn.Sigmoid() if args.loss == "cross-entropy" else nn.Identity()
         self.register_buffer("mean", torch.zeros(obs_dim))  # of the dataset's observations
         self.register_buffer("std", torch.ones(obs_dim))
         sizes = [obs_dim + act_dim] + [args.width] * args.depth
@@ -213,9 +218,9 @@ def cem(critic, obs, act_dim: int, args: Args, generator=None) -> Argmax:
     """argmax_a Q(s,a) of B states at once by the cross-entropy method, with iterations * M * B
     values of Q.
 
-    With an elite share of 6/64, on a slope the mean moves 1.8 deviations in an iteration and the
-    deviation shrinks to 0.41, so that they reach 3.0 first deviations and no farther; at a
-    quadratic's top the deviation shrinks to 0.07. Samples are clipped: bounds are often best."""
+    With 6 elites of 64 and one dimension, on a slope the mean moves 1.8 deviations in an iteration
+    and the deviation shrinks to 0.41, so that they reach 3.0 first deviations and no farther; at a
+    quadratic's top it shrinks to 0.07. Samples are clipped, for bounds are often best."""
     mean, std = obs.new_zeros(len(obs), 1, act_dim), args.cem_std
     rows, tried, values = torch.arange(len(obs), device=obs.device)[:, None], [], []
     for _ in range(args.cem_iterations):
@@ -243,22 +248,24 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def backup(learner, batch: Batch, args: Args, generator=None):
-    """a' = argmax_a Q_1(s',a), (B, act); y = r + gamma (1 - done) min(Q_1, Q_2)(s',a'), (B,)."""
+    """a' = argmax_a Q_1(s',a), (B, act); y = r + gamma (1 - done) min(Q_1, Q_2)(s',a'), (B,), for
+    the cross-entropy clipped to [0, 1]."""
     next_act = cem(learner.target, batch.next_obs, learner.act_dim, args, generator).act
     value = learner.target(batch.next_obs, next_act)
     if args.lag:
         value = torch.minimum(value, learner.past[0](batch.next_obs, next_act))
-    return next_act, batch.rew + args.gamma * (1 - batch.done) * value
+    y = batch.rew + args.gamma * (1 - batch.done) * value
+    return next_act, y.clamp(0, 1) if args.loss == "cross-entropy" else y
 
 
 def td_loss(logit, y, args: Args):
     """Mean over the minibatch of (Q - y)^2, or of -y log Q - (1 - y) log(1 - Q)."""
     if args.loss == "cross-entropy":
-        return F.binary_cross_entropy_with_logits(logit, y.clamp(0, 1))
+        return F.binary_cross_entropy_with_logits(logit, y)
     return F.mse_loss(logit, y)
 
 
-def draw(logits):
+def softmax_draw(logits):
     """An index of each row by its softmax weight, (B, 1). Gumbel's way, since a CUDA graph cannot
     hold torch.multinomial's check."""
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1, keepdim=True)
@@ -268,7 +275,7 @@ def conservative_loss(learner, batch: Batch, q, args: Args):
     """E_s[log mean_m exp Q(s,a_m) - Q(s,a)] over CEM's own samples a_m: its value, and what has
     the same gradient in expectation, Q at one sample drawn by its softmax weight less Q(s,a)."""
     argmax = cem(learner.critic, batch.obs, learner.act_dim, args)
-    drawn = draw(argmax.q)
+    drawn = softmax_draw(argmax.q)
     pushed = learner.critic(batch.obs, argmax.tried[torch.arange(len(q))[:, None], drawn])[:, 0]
     log_mean_exp = argmax.q.logsumexp(dim=1) - math.log(argmax.q.shape[1])
     return (log_mean_exp - q).mean(), (pushed - q).mean()
@@ -304,10 +311,6 @@ class Learner(nn.Module):
         self.optim = {"critic": adam}
         self.noise = torch.Generator(device)  # of evaluations, which must not change the training
 
-    def train(self, mode: bool = True):
-        self.noise.manual_seed(0)  # each evaluation has the same random numbers
-        return super().train(mode)
-
     def standardise(self, obs):
         """Makes observations of the dataset (N, obs) have mean 0 and deviation 1."""
         std, mean = torch.std_mean(obs, dim=0, correction=0)
@@ -317,9 +320,10 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
-        """Actions in [-1, 1] for an environment's observations: argmax_a Q, with exploration."""
+        """Actions in [-1, 1] for an environment's observations: argmax_a Q, with exploration; or
+        without it, by the same random numbers in each call."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        args, generator = self.args, None if explore else self.noise
+        args, generator = self.args, None if explore else self.noise.manual_seed(0)
         act = cem(self.critic, obs, self.act_dim, args, generator).act
         if not explore:
             return act
@@ -327,9 +331,10 @@ class Learner(nn.Module):
         uniform = torch.rand(len(act), 1, device=act.device) < args.epsilon
         return torch.where(uniform, torch.rand_like(act) * 2 - 1, noisy)
 
-    def update(self, sample, ageing: bool = False) -> dict:
-        """A step on a minibatch from sample(); `ageing`, every tenth of --lag, moves Q_2 on."""
-        if ageing:
+    def update(self, sample, shift: bool = False) -> dict:
+        """A step on a minibatch from sample(). With `shift`, every tenth of --lag, each copy in
+        `past` first becomes the next newer one, the newest Q_1, and past[0] is Q_2."""
+        if shift:
             for older, newer in zip(self.past, [*self.past[1:], self.target]):
                 for p, p_newer in zip(older.parameters(), newer.parameters()):
                     p.copy_(p_newer)
@@ -343,7 +348,7 @@ class Learner(nn.Module):
         return info
 
     def least_q(self, obs, act):
-        """Q(s,a): what is reported as Q."""
+        """Q(s,a), by evaluate()'s name: elsewhere there are several critics."""
         return self.critic(obs, act)
 
 
@@ -366,8 +371,9 @@ def diagnose(learner, data, args: Args) -> dict:
     """The numbers of one moment on at most 1,024 transitions, in fp32; the TD error and Q against
     the data's returns on held-out episodes, too.
 
-    A fresh generator each time. The TD error is in units of the variance of y; argmax_share is
-    of 64 states, cql_gap's box of 64 uniform actions."""
+    A fresh generator each time. The TD error is in units of the variance of y; argmax_share is of
+    64 states, cql_gap the log mean exp of Q at 64 uniform actions less q_data. Rows of `data` from
+    its size on are held out."""
     size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
     learner.eval()
 
@@ -431,18 +437,20 @@ def advice(args: Args) -> dict:
 
 
 def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
-    """The verdict of the offline phase, and what became of the argmax in its last fifth: its name
-    counts where the critic shows no sign of trouble."""
+    """The verdict of the offline phase, and whether the argmax was good in its last fifth, which
+    gives the verdict its name if the critic shows no sign of trouble."""
     if args.num_updates == 0:
         return "not judged", "there was no offline phase"
-    name, sentence = verdict(history, args, rewarded, 1 / (args.tau * (1 - args.gamma)))
+    rising = bool(history) and history[-1]["q_bound"] > 0  # then Q_2 is the lesser
+    settling = (1 / args.tau + rising * args.lag) / (1 - args.gamma)
+    name, sentence = verdict(history, args, rewarded, settling)
     if name in ("nothing to learn from", "too short to judge"):
         return name, sentence
     (share,) = late_means(history, "argmax_share")
     if share > 0.9:
         return name, sentence
     found = f"CEM finds {share:.0%} of what a longer search does"
-    found += f": try --cem-iterations {2 * args.cem_iterations + 1}"
+    found += f": try --cem-iterations {2 * args.cem_iterations + 1} or a larger --cem-std"
     weak = "argmax too weak"
     return weak if name == "no sign of trouble" else name, f"{sentence}. {weak}: {found}"
 
@@ -486,8 +494,8 @@ def train(args: Args) -> dict:
             pairs = zip(data.sample(n), replay.sample(args.batch_size - n))
             return Batch(*(torch.cat(pair) for pair in pairs))
 
-        def update(online: bool, ageing: bool) -> dict:
-            return learner.update(lambda: sample(online), ageing)
+        def update(online: bool, shift: bool) -> dict:
+            return learner.update(lambda: sample(online), shift)
 
         if args.cudagraphs and device.type == "cuda":
             update = GraphedUpdate(update)
@@ -536,14 +544,12 @@ def train(args: Args) -> dict:
 
 
 def check_returns(data, args: Args):
-    """The cross-entropy needs returns-to-go in [0, 1]: rewards in [0, 1 - gamma] give that, and of
-    others those returns decide that no time-out cuts."""
-    low, high = data.info["reward_min"], data.info["reward_max"]
-    to_go = data.columns["to_go"]
+    """For the cross-entropy rewards lie in [0, 1 - gamma], or else all returns-to-go that no
+    time-out hides in [0, 1]."""
+    low, high, to_go = data.info["reward_min"], data.info["reward_max"], data.columns["to_go"]
     known = to_go[~to_go.isnan()]
-    if 0 <= low and high <= 1.0001 - args.gamma or args.loss == "squared":
-        return
-    if len(known) and 0 <= known.min() <= known.max() <= 1:
+    small = 0 <= low and high <= 1.0001 * (1 - args.gamma)
+    if args.loss == "squared" or small or len(known) and 0 <= known.min() <= known.max() <= 1:
         return
     found = f"rewards from {low:.3g} to {high:.3g}, returns-to-go "
     found += f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "unknown"

@@ -187,7 +187,7 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "cql_atari": 1861,
     "dr3_analysis": 1276,
     "policy_constraints": 1977,
-    "qt_opt": 1716,
+    "qt_opt": 1722,
 }
 
 

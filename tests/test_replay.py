@@ -318,6 +318,23 @@ def test_what_would_have_no_effect_is_refused(line, capsys):
     assert "--replay-alpha" in refused(capsys, lambda: td3.train(args))
 
 
+@KIND
+def test_non_finite_numbers_stop_the_run(kind, monkeypatch, capsys):
+    """A reward that turns NaN in the replay: status 3, and no index out of range on the way."""
+    add, count = td3.Replay.add, []
+
+    def poisoned(self, *columns):
+        add(self, *columns)
+        count.append(1)
+        if len(count) == 75:
+            self.columns["rew"][:] = float("nan")
+
+    monkeypatch.setattr(td3.Replay, "add", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        td3.train(tiny(kind, eval_episodes=0))
+    assert stop.value.code == 3 and "not finite" in capsys.readouterr().err
+
+
 def test_another_kind_on_resume_is_refused(capsys):
     td3.train(tiny("uniform"))
     (run,) = Path("runs").iterdir()

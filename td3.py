@@ -29,7 +29,7 @@ Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.p
   python td3.py --env Hopper-v5 --num-critics 1 --policy-noise 0 --policy-frequency 1
   python td3.py --env HalfCheetah-v5 --total-timesteps 100_000 --replay lap
 
-What the critics learn from, --replay (docs/replay.md), delta = Q(s,a) - y; uniform: all alike, or
+--replay: what the critics learn from (docs/replay.md). delta = Q(s,a) - y; default: uniform draws
   per      P ~ (|delta| + e)^alpha, w = (N P)^-beta / max  w delta^2           arXiv 1511.05952
   lap      P ~ max(|delta|, 1)^alpha                       huber(delta)        arXiv 2007.06049
   pal      each alike; in expectation LAP's gradient       ~ |delta|^(1 + alpha)

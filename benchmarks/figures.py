@@ -508,7 +508,8 @@ def replay_pictures():
                 mean = [statistics.mean(v) for v in found.values()]
                 axis.plot(found.keys(), mean, label=kind, **style)
                 if not title.startswith("(d)"):  # each seed
-                    axis.plot(found.keys(), [*found.values()], linewidth=0.5, alpha=0.6, **style)
+                    each = [v[:5] for v in found.values()]
+                    axis.plot(found.keys(), each, linewidth=0.5, alpha=0.6, **style)
             axis.spines[["top", "right"]].set_visible(False)
         column[0].set_title(title, fontsize=10)
         column[1].set(xlabel="steps, updates")

@@ -14,7 +14,8 @@ random numbers. Q is td3.py's critic of 2 x 32 units, a = argmax Q but for one i
 followed by an update on 64 transitions, y = r + gamma max Qt(s',.), gamma 0.95, Qt copied every 100
 updates, Adam at 1e-3. `on-policy` draws from the last 100 steps; the others from all of them, with
 td3.py's formulas. `all pairs` draws states and actions evenly, with their true successors: what no
-learner has, and the best that this network does. Five seeds, each with a network of its own.
+learner has, and the best that this network does. Five seeds, each with a network of its own; twenty
+of `uniform` and `per` with sparse rewards, since five do not tell them apart.
 
 Columns: the mean of |Q - Q*| over states and actions; the greedy policy's exact return from the
 start, 1 for the best policy and 0 for one that never arrives.
@@ -48,10 +49,10 @@ def values(net, seen):
     return net(rows, torch.eye(4).repeat(n, b, 1)).view(n, b, 4)
 
 
-def run(kind: str, rewards: str, steps: int = STEPS) -> list[tuple]:
-    """(step, seed, error, return) every 50 steps."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tuple]:
+    """(step, seed, error, return) every 50 steps; `first` seeds five together."""
+    torch.manual_seed(first)
+    rng = np.random.default_rng(first)
     P, _ = dr3_analysis.grid_model(GRID)
     cost = -0.1 if rewards == "dense" else 0.0
     r = cost + (1 - cost) * P[:, :, STATES]
@@ -89,11 +90,11 @@ def run(kind: str, rewards: str, steps: int = STEPS) -> list[tuple]:
             to = (rng.random((SEEDS, BATCH, 1)) > sums[pairs]).sum(2).clip(max=STATES)
             batch = torch.from_numpy(np.stack([*pairs, to], 2))
         else:
-            first = max(0, k - 99) if kind == "on-policy" else 0
+            oldest = max(0, k - 99) if kind == "on-policy" else 0
             if kind in ("per", "lap"):
                 rows = torch.multinomial(p[:, : k + 1], BATCH, replacement=True)
             else:
-                rows = torch.randint(first, k + 1, (SEEDS, BATCH))
+                rows = torch.randint(oldest, k + 1, (SEEDS, BATCH))
             if kind == "per":
                 beta = td3.BETA + (1 - td3.BETA) * k / steps
                 weight = p[seed, rows] ** -beta
@@ -141,7 +142,9 @@ def run(kind: str, rewards: str, steps: int = STEPS) -> list[tuple]:
                 policy = np.eye(4)[q[i].argmax(1)]
                 reached = (policy * dr3_analysis.evaluate_policy(P, r, policy, GAMMA))[0].sum()
                 share = (reached - worst) / (best[0].max() - worst)
-                found.append((k + 1, i + 1, round(float(off[i]), 5), round(float(share), 5)))
+                found.append(
+                    (k + 1, 5 * first + i + 1, round(float(off[i]), 5), round(float(share), 5))
+                )
     return found
 
 
@@ -150,7 +153,10 @@ def main():
     rows = [["rewards", "kind", "step", "seed", "error", "return"]]
     for rewards in ("dense", "sparse"):
         for kind in KINDS:
-            found = run(kind, rewards)
+            many = rewards == "sparse" and kind in ("uniform", "per")
+            found = [
+                x for first in range(4 if many else 1) for x in run(kind, rewards, STEPS, first)
+            ]
             rows += [[rewards, kind, *x] for x in found]
             last = [x for x in found if x[0] > STEPS - 1_000]
             error, reached = (np.mean([x[i] for x in last]) for i in (2, 3))

@@ -22,11 +22,18 @@ minibatches of a replay buffer D:
   sigma_e, sigma, c  --exploration-noise, --policy-noise, --noise-clip
   d                  --policy-frequency                     updates
 
-Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.py; DDPG:
+Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.py; DDPG; LAP:
   python td3.py
   python td3.py --env HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 25_000
   python td3.py --env Hopper-v5 --total-timesteps 100_000 --save-dataset replay.hdf5
   python td3.py --env Hopper-v5 --num-critics 1 --policy-noise 0 --policy-frequency 1
+  python td3.py --env HalfCheetah-v5 --total-timesteps 100_000 --replay lap
+
+--replay: what the critics learn from (docs/replay.md). delta = Q(s,a) - y; default: uniform draws
+  per      P ~ (|delta| + e)^alpha, w = (N P)^-beta / max  w delta^2           arXiv 1511.05952
+  lap      P ~ max(|delta|, 1)^alpha                       huber(delta)        arXiv 2007.06049
+  pal      each alike; in expectation LAP's gradient       ~ |delta|^(1 + alpha)
+  discor   each alike, w ~ exp(-gamma Delta(s',a') / tau)  w delta^2           arXiv 2003.07305
 
 In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches two
 thirds to a fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah.
@@ -54,9 +61,9 @@ import tempfile
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -106,6 +113,10 @@ class Args:
     noise_clip: float = 0.5  # c, bound of that noise
     policy_frequency: int = 2  # d, critic updates for each one of policy and targets (DDPG: 1)
 
+    # which transitions (PER arXiv 1511.05952, LAP and PAL 2007.06049, DisCor 2003.07305)
+    replay: Literal["uniform", "per", "lap", "pal", "discor"] = "uniform"  # what the critics draw
+    replay_alpha: float | None = None  # alpha, power of |delta|; not given: per 0.6, lap, pal 0.4
+
     # networks
     width: int = 256  # units in a hidden layer
     depth: int = 2  # hidden layers
@@ -114,6 +125,9 @@ class Args:
 
 # a resumed run must have these as before: its replay, networks and counters would not fit
 FIXED = "env_id seed num_envs utd learning_starts buffer_size width depth num_critics".split()
+FIXED += ["replay"]
+ALPHA = {"per": 0.6, "lap": 0.4, "pal": 0.4}  # those of the code of LAP's authors, as is BETA:
+BETA = 0.4  # of PER's weights at the first step; it rises to 1 at the last
 
 
 def check(args: Args):
@@ -126,6 +140,9 @@ def check(args: Args):
     check_numbers(args, "utd policy_lr q_lr", 1e-9, 1e3)
     check_numbers(args, "gamma", 0, 0.99999)
     check_numbers(args, "tau", 1e-9, 1)
+    check_numbers(args, "replay_alpha", 1e-9, 1)
+    if args.replay_alpha and args.replay not in ALPHA:
+        fail(f"--replay-alpha has no effect with --replay {args.replay}, only with per, lap, pal")
     if args.save_dataset:
         writable("--save-dataset", Path(args.save_dataset).parent)
         if Path(args.save_dataset).exists():
@@ -213,14 +230,57 @@ def backup(learner, batch: Batch, args: Args, generator=None):
     return next_act, batch.rew + args.gamma * (1 - batch.done) * value
 
 
-def critic_loss(learner, batch: Batch, args: Args):
-    """(Q_i(s,a) - y)^2, mean over the minibatch, sum over the ensemble."""
+def critic_loss(learner, batch: Batch, args: Args, weight=None):
+    """td_loss of Q_i(s,a) - y, mean over the minibatch, sum over the ensemble; weight (B,): PER's.
+    In the dict stands what --replay needs next: TD errors or the target of Delta, (n, B)."""
     with torch.no_grad():
-        _, y = backup(learner, batch, args)
+        next_act, y = backup(learner, batch, args)
+        if args.replay == "discor":
+            following = learner.target_error(batch.next_obs, next_act)  # (n, B)
+            following = args.gamma * (1 - batch.done) * following
+            weight = discor_weight(following, learner.temperature)
     q = learner.critic(batch.obs, batch.act)
-    loss = ((q - y) ** 2).mean(1)  # (n,)
+    loss = td_loss(q - y, args.replay, learner.replay_alpha, weight).mean(1)  # (n,)
     info = {"qf_loss": loss.mean(), "qf1_loss": loss[0], "qf1_values": q[0].mean()}
+    if args.replay in ("per", "lap"):
+        info["td_errors"] = q - y
+    if args.replay == "discor":
+        info["error_target"] = (q - y).abs() + following
     return loss.sum(), {name: x.detach() for name, x in info.items()}
+
+
+def td_loss(delta, kind: str, alpha: float | None, weight=None):
+    """Of each TD error, (n, B): delta^2, or what --replay has for it. Logged losses of two kinds
+    differ in scale; `diagnostics/td_error` can be compared."""
+    if kind not in ("lap", "pal"):
+        return delta**2 if weight is None else weight * delta**2
+    size = delta.abs()
+    if kind == "lap":  # Huber's: the gradient is delta, cut to [-1, 1]
+        return torch.where(size <= 1, 0.5 * size**2, size - 0.5)
+    scale = priority(delta, "lap", alpha).mean().detach()  # lambda
+    beyond = size ** (1 + alpha) / (1 + alpha)  # at 1 the value jumps, the gradient does not
+    return torch.where(size <= 1, 0.5 * size**2, beyond) / scale
+
+
+def priority(delta, kind: str, alpha: float):
+    """p, (B,), of TD errors (n, B): of the largest |delta_i|, neither squared nor weighted."""
+    size = delta.abs().amax(0)
+    return (size + 1e-6) ** alpha if kind == "per" else size.clamp(min=1) ** alpha
+
+
+def discor_weight(following, temperature):
+    """exp(-following / temperature), (n, B), with a mean of 1; following = gamma (1 - done)
+    Delta(s',a'): where the target is wrong a transition counts little. temperature: (n,)."""
+    logits = -following / temperature.clamp(min=1e-6)[:, None]  # a young Delta may be below 0
+    return following.shape[1] * logits.softmax(1)
+
+
+def error_loss(learner, batch: Batch, target):
+    """(Delta_i(s,a) - target)^2, target = |Q_i(s,a) - y| + gamma (1 - done) Delta_i(s',a'): the TD
+    errors from here on, discounted."""
+    error = learner.error(batch.obs, batch.act)
+    loss = ((error - target) ** 2).mean(1)
+    return loss.sum(), {"error_loss": loss.mean().detach(), "errors": error.mean(1).detach()}
 
 
 def actor_loss(learner, batch: Batch, args: Args):
@@ -239,14 +299,22 @@ class Learner(nn.Module):
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.replay_alpha = args.replay_alpha or ALPHA.get(args.replay)
+        if args.replay == "discor":  # Delta has a layer more than Q
+            self.error = Critic(obs_dim, act_dim, replace(args, depth=args.depth + 1))
+            self.target_error = copy.deepcopy(self.error).requires_grad_(False)
+            self.register_buffer("temperature", torch.full((args.num_critics,), 10.0))
         self.to(device)
         compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
+        self.error_loss = compiled(error_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {
             "critic": torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **flags),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **flags),
         }
+        if args.replay == "discor":
+            self.optim["error"] = torch.optim.Adam(self.error.parameters(), lr=args.q_lr, **flags)
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
@@ -257,16 +325,24 @@ class Learner(nn.Module):
             act = (act + self.args.exploration_noise * torch.randn_like(act)).clamp(-1, 1)
         return act
 
-    def update(self, batch: Batch, with_policy: bool) -> dict:
-        """A critic step; with_policy, every d-th time, a policy step, and the targets move."""
-        loss, info = self.critic_loss(self, batch, self.args)
+    def update(self, batch: Batch, with_policy: bool, weight=None, policy_batch=None) -> dict:
+        """A critic step; with_policy, every d-th time, a policy step, and the targets move. weight
+        (B,): PER's; policy_batch: the policy's, where the critics' is not drawn uniformly."""
+        loss, info = self.critic_loss(self, batch, self.args, weight)
         self.minimise("critic", loss)
+        if self.args.replay == "discor":
+            loss, error_info = self.error_loss(self, batch, info.pop("error_target"))
+            self.minimise("error", loss)
+            self.temperature.lerp_(error_info.pop("errors"), self.args.tau)
+            info |= error_info | {"temperature": self.temperature.mean()}
         if with_policy:
-            loss, pi_info = self.actor_loss(self, batch, self.args)
+            loss, pi_info = self.actor_loss(self, policy_batch or batch, self.args)
             self.minimise("actor", loss)
             info |= pi_info
             self.polyak(self.critic, self.target)
             self.polyak(self.actor, self.target_actor)
+            if self.args.replay == "discor":
+                self.polyak(self.error, self.target_error)
         return info
 
     @torch.no_grad()
@@ -290,6 +366,66 @@ class Learner(nn.Module):
         return 0.0
 
 
+# ------------------------------------------------------------------ drawing by priority: PER, LAP
+class Priorities:
+    """p of each row of the replay; row i is drawn with P(i) = p_i / sum p.
+
+    Sums of 64 rows are kept, and computed anew where a p changes: incremented they drift, in
+    float64, too. On a CPU drawing 256 rows and setting their p takes 0.15 ms of 10^5 rows, 0.21 of
+    10^6; by cumulative sums of all p 0.13 and 0.92 (benchmarks/raw/replay_cost.csv). Nothing here
+    waits for the device, so that a CUDA graph can hold it. 8 bytes a row."""
+
+    def __init__(self, capacity: int, device):
+        self.p = torch.zeros(-(-capacity // 64), 64, dtype=torch.float64, device=device)
+        self.sums = self.p.sum(1)
+        self.highest = torch.ones_like(self.sums[0])  # of all priorities so far
+        self.beta = torch.ones_like(self.highest)
+
+    def add(self, replay, n: int, progress: float):
+        """The n newest rows, new or overwritten, get the highest p. progress of the run: 0 to 1."""
+        self.beta.fill_(BETA + (1 - BETA) * progress)
+        rows = torch.arange(replay.added - n, replay.added, device=self.p.device) % replay.capacity
+        self.set(rows, self.highest.expand(n))
+
+    def set(self, rows, p):
+        """p, (B,), of these rows; of a row that is drawn twice the larger."""
+        self.p.view(-1).scatter_reduce_(0, rows, p.double(), "amax", include_self=False)
+        blocks = rows // 64
+        self.sums[blocks] = self.p[blocks].sum(1)
+        self.highest.copy_(torch.maximum(self.highest, p.max()))
+
+    def sample(self, n: int, size):
+        """n of the first N = `size` rows, and PER's weights (N P)^-beta over the largest, (n,)."""
+        ends = self.sums.cumsum(0)
+        u = torch.rand(n, dtype=torch.float64, device=self.p.device) * ends[-1]
+        block = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
+        within = u - (ends[block] - self.sums[block])
+        row = torch.searchsorted(self.p[block].cumsum(1), within[:, None], right=True)[:, 0]
+        rows = torch.minimum(64 * block + row, size.long() - 1)  # rounding may lead beyond the end
+        weight = (size * self.p.view(-1)[rows] / ends[-1]) ** -self.beta
+        return rows, (weight / weight.max()).float()
+
+    def state_dict(self, size) -> dict:
+        n = -(-int(size) // 64)  # a part is copied, as in Replay
+        state = {"p": self.p[:n], "sums": self.sums[:n], "highest": self.highest}
+        return {name: x.cpu().clone() for name, x in state.items()}
+
+    def load_state_dict(self, saved: dict):
+        self.p[: len(saved["p"])], self.sums[: len(saved["p"])] = saved["p"], saved["sums"]
+        self.highest.copy_(saved["highest"])
+
+
+def prioritised_update(learner, replay, priorities: Priorities, with_policy: bool) -> dict:
+    """Learner.update on rows drawn by priority; the policy's are drawn uniformly, for where the TD
+    error is large Q is wrong, and so is its slope in the action, which the policy climbs."""
+    args = learner.args
+    rows, weight = priorities.sample(args.batch_size, replay.size)  # LAP's loss has no weight
+    policy_batch = replay.sample(args.batch_size) if with_policy else None
+    info = learner.update(replay.batch(rows), with_policy, weight, policy_batch)
+    priorities.set(rows, priority(info.pop("td_errors"), args.replay, learner.replay_alpha))
+    return info
+
+
 # --------------------------------------------------------------------------------------- training
 def train(args: Args) -> dict:
     """Train as `args` says; returns what summary.json holds."""
@@ -301,6 +437,7 @@ def train(args: Args) -> dict:
         obs_dim, act_dim = check_boxes(envs, args.env_id)
         capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
         replay = Replay(capacity, obs_dim, act_dim, device)
+        priorities = Priorities(capacity, device) if args.replay in ("per", "lap") else None
         learner = Learner(obs_dim, act_dim, args, device)
         obs, _ = envs.reset(seed=env_seeds(args.seed, args.num_envs))
         step, updates, last_return = 0, 0, math.nan
@@ -310,15 +447,21 @@ def train(args: Args) -> dict:
             info, returns = run.saved["losses"], np.array(run.saved["returns"])
             run.restore(learner, learner.optim)
             obs = replay.load_state_dict(run.saved["replay"], envs)
+            if priorities:
+                priorities.load_state_dict(run.saved["priorities"])
         run.open()
 
         def save():
             numbers = {"updates": updates, "last_return": last_return, "returns": returns.tolist()}
             losses = {name: float(x) for name, x in info.items()}
             replayed = replay.state_dict(envs)
+            if priorities:
+                numbers["priorities"] = priorities.state_dict(replay.size)
             run.save(step, learner, learner.optim, replay=replayed, losses=losses, **numbers)
 
         def update(with_policy: bool) -> dict:
+            if priorities:
+                return prioritised_update(learner, replay, priorities, with_policy)
             return learner.update(replay.sample(args.batch_size), with_policy)
 
         if args.cudagraphs and device.type == "cuda":
@@ -334,6 +477,8 @@ def train(args: Args) -> dict:
             cut = truncated & ~terminated
             replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, cut)
             obs, before, step = next_obs, step, step + args.num_envs
+            if priorities:
+                priorities.add(replay, args.num_envs, step / args.total_timesteps)
             while updates < int(args.utd * (step - args.learning_starts) + 1e-9):  # 1e-9: rounding
                 updates += 1
                 info |= update(updates % args.policy_frequency == 0)

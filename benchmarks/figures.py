@@ -486,6 +486,96 @@ def qt_opt():
         print(f"at {at}\n{table(rows, env, names, at)}")
 
 
+REPLAYS = ("uniform", "per", "lap", "pal", "discor")
+
+
+def replay():
+    """replay.sh"""
+    rows = read("replay.csv")
+    names = {f"td3_replay_{kind}": kind for kind in REPLAYS}
+    envs = sorted({r["env_id"] for r in rows})
+    figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.5), squeeze=False)
+    for axis, env in zip(axes.flat, envs):
+        plot(axis, rows, env, names)
+        axis.set(title=env, xlabel="environment steps", ylabel="return")
+        axis.legend(fontsize=8, frameon=False)
+        print(table(rows, env, names))
+    save(figure, "replay")
+
+
+def cliffwalk():
+    """benchmarks/runs/cliffwalk.py"""
+    rows = read("cliffwalk.csv")
+    kinds, states = ([*dict.fromkeys(r[k] for r in rows)] for k in ("kind", "states"))
+    figure, axis = plt.subplots(figsize=(5.5, 3.8))
+    print("| states | transitions | " + " | ".join(kinds) + " |")
+    most = max(int(r["updates"]) for r in rows)  # the program stops there
+    of = {
+        (k, n): [int(r["updates"]) for r in rows if (r["kind"], r["states"]) == (k, n)]
+        for k in kinds
+        for n in states
+    }
+    for i, kind in enumerate(kinds):
+        middle = [statistics.median(of[kind, n]) for n in states]
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4]}
+        axis.plot([int(n) for n in states], middle, marker="o", label=kind, **style)
+    for n in states:
+        (total,) = {r["transitions"] for r in rows if r["states"] == n}
+        cells = [f"{statistics.median(of[k, n]):,}" for k in kinds]
+        cells = [f"over {x}" if x == f"{most:,}" else x for x in cells]
+        print(f"| {n} | {int(total):,} | " + " | ".join(cells) + " |")
+    axis.set(yscale="log", xlabel="states", ylabel="updates to a mean squared error of 0.001")
+    axis.set_title("Blind Cliffwalk, median of 3 seeds", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, "cliffwalk")
+
+
+def replay_pictures():
+    """benchmarks/runs/replay_pictures.py"""
+    rows = read("replay_pictures.csv")
+    panels = {  # title: rewards, kinds
+        "(a) the present policy's transitions": ("dense", ("all pairs", "on-policy")),
+        "(b) uniform replay": ("dense", ("all pairs", "uniform")),
+        "(c) sparse rewards, uniform replay": ("sparse", ("all pairs", "uniform")),
+        "(d) sparse rewards, other draws": ("sparse", ("uniform", "per", "lap", "pal", "discor")),
+    }
+    kinds = [*dict.fromkeys(r["kind"] for r in rows)]
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6), sharex=True, sharey="row")
+    values = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        for key in ("error", "return"):
+            values[r["rewards"], r["kind"], key][int(r["step"])].append(float(r[key]))
+    for column, (title, (rewards, shown)) in zip(axes.T, panels.items()):
+        for axis, key in zip(column, ("error", "return")):
+            for kind in shown:
+                found = values[rewards, kind, key]
+                style = {"color": COLOURS[kinds.index(kind) % 8]}
+                mean = [statistics.mean(v) for v in found.values()]
+                axis.plot(found.keys(), mean, label=kind, **style)
+                if not title.startswith("(d)"):  # each seed
+                    each = [v[:5] for v in found.values()]
+                    axis.plot(found.keys(), each, linewidth=0.5, alpha=0.6, **style)
+            axis.spines[["top", "right"]].set_visible(False)
+        column[0].set_title(title, fontsize=10)
+        column[1].set(xlabel="steps, updates")
+        column[0].legend(fontsize=8, frameon=False)
+    axes[0, 0].set(ylabel="mean |Q - Q*|")
+    axes[1, 0].set(ylabel="return, 1 is the best")
+    print("| rewards | kind | highest error | error, last 1,000 | return, last 1,000 | by seed |")
+    for rewards in ("dense", "sparse"):
+        for kind in kinds:
+            error, reached = (values[rewards, kind, k] for k in ("error", "return"))
+            late = [s for s in error if s > max(error) - 1_000]
+            peak = max(statistics.mean(v) for v in error.values())
+            end = statistics.mean(statistics.mean(error[s]) for s in late)
+            seeds = [statistics.mean(x) for x in zip(*(reached[s] for s in late))]
+            each = ", ".join(f"{x:.2f}" for x in seeds)
+            cells = f"{peak:.2f} | {end:.3f} | {statistics.mean(seeds):.2f} | {each}"
+            print(f"| {rewards} | {kind} | {cells} |")
+    save(figure, "replay_pictures")
+
+
 FIGURES = (
     online,
     updates_per_step,
@@ -500,6 +590,9 @@ FIGURES = (
     divergences,
     cem,
     qt_opt,
+    replay,
+    cliffwalk,
+    replay_pictures,
 )
 FIGURES = {f.__name__: f for f in FIGURES}
 

@@ -180,7 +180,7 @@ def test_what_is_written_twice_is_written_alike():
 
 SIZES = {  # most lines of each script, everything included; to raise one takes a reason
     "sac": 1022,
-    "td3": 979,
+    "td3": 1124,
     "ppo": 1115,
     "kfac_npg": 1292,
     "cql_continuous": 1896,

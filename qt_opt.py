@@ -1565,8 +1565,9 @@ class Run(ExitStack):
 
     def compare(self, args: dict, before: dict):
         """Arguments changed on resume are printed; those in FIXED must not change."""
+        before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
-            if name not in ("resume", "run_dir") and value != before.get(name, value):
+            if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
                 if name in FIXED:
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")

@@ -340,6 +340,12 @@ def test_another_kind_on_resume_is_refused(capsys):
     (run,) = Path("runs").iterdir()
     err = refused(capsys, lambda: td3.train(tiny("lap", resume=str(run))))
     assert "that run has --replay uniform" in err
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["args"]["replay"]  # as in a run that is older than the flag: its default holds
+    torch.save(saved, run / "checkpoint.pt")
+    err = refused(capsys, lambda: td3.train(tiny("lap", resume=str(run))))
+    assert "that run has --replay uniform" in err
+    td3.train(tiny("uniform", resume=str(run)))
 
 
 # -------------------------------------------------------------------------------- what it is for

@@ -179,15 +179,15 @@ def test_what_is_written_twice_is_written_alike():
 
 
 SIZES = {  # most lines of each script, everything included; to raise one takes a reason
-    "sac": 1022,
-    "td3": 1124,
-    "ppo": 1115,
-    "kfac_npg": 1292,
-    "cql_continuous": 1896,
-    "cql_atari": 1861,
-    "dr3_analysis": 1276,
-    "policy_constraints": 1977,
-    "qt_opt": 1722,
+    "sac": 1023,
+    "td3": 1125,
+    "ppo": 1116,
+    "kfac_npg": 1293,
+    "cql_continuous": 1897,
+    "cql_atari": 1862,
+    "dr3_analysis": 1277,
+    "policy_constraints": 1978,
+    "qt_opt": 1723,
 }
 
 

@@ -142,6 +142,7 @@ FIXED = """env_id seed width depth lag loss holdout action_low action_high clip_
 normalize_obs reward_scale reward_shift""".split()
 # of the self-made replay's collector: QT-Opt online, without the Q_2 that is at first untrained
 COLLECTOR, COLLECTED_BY = {"lag": 0}, "qt-opt"
+NOVEL = 4.0  # novelty of a policy whose Q is a guess; good runs on mixed data reach 2.3
 COPIES = 10  # of Q_1, a tenth of --lag apart: with a single one Q_2 would be 0 to lag behind
 
 
@@ -367,6 +368,18 @@ def argmax_share(learner, obs, args: Args, generator) -> torch.Tensor:
     return (q_pi - base).sum() / (best - base).sum().clamp(min=1e-12)
 
 
+def novelty(learner, batch: Batch) -> torch.Tensor:
+    """How far the policy acts from the data: the distance of its action from the mean action of
+    the ten most similar states of the batch, in units of their deviation (at least 0.02); mean
+    over 256 states. About 1 for the data's own actions."""
+    obs = (batch.obs - learner.critic.mean) / learner.critic.std
+    neighbours = torch.cdist(obs[:256], obs).topk(11, largest=False).indices[:, 1:]  # not itself
+    known = batch.act[neighbours]  # (256, 10, act)
+    mean, chosen = known.mean(1), learner.act(batch.obs[:256], explore=False)
+    std = (known - mean[:, None]).pow(2).sum(-1).mean(1).sqrt()
+    return ((chosen - mean).norm(dim=-1) / std.clamp(min=0.02)).mean()
+
+
 def diagnose(learner, data, args: Args) -> dict:
     """The numbers of one moment on at most 1,024 transitions, in fp32; the TD error and Q against
     the data's returns on held-out episodes, too.
@@ -377,8 +390,8 @@ def diagnose(learner, data, args: Args) -> dict:
     size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
     learner.eval()
 
-    def probe(rows):
-        return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:1024]]
+    def probe(rows, n: int = 1024):
+        return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:n]]
 
     rows, numbers = torch.arange(data.capacity, device=data.device), {}
     with strict_fp32():
@@ -406,6 +419,7 @@ def diagnose(learner, data, args: Args) -> dict:
         numbers["v_s0"] = learner.critic(s0, learner.act(s0, explore=False)).mean()
         numbers["q_max"] = torch.maximum(torch.maximum(q_rand.max(), q.max()), q_pi.max())
         numbers["argmax_share"] = argmax_share(learner, batch.obs[:64], args, draw)
+        numbers["novelty"] = novelty(learner, data.batch(probe(rows[:size], 8192)))
         hidden = learner.critic.hidden(batch.obs, batch.act)
         phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1]
         numbers |= spectrum(hidden[-1]) | alignment(hidden[-1], phi_next, 1 - batch.done)
@@ -426,7 +440,7 @@ def diagnose(learner, data, args: Args) -> dict:
 
 def advice(args: Args) -> dict:
     """The flags that each verdict recommends."""
-    stronger = f"--cql-alpha {max(1, 3 * args.cql_alpha):g}"
+    stronger = f"--cql-alpha {max(5, 3 * args.cql_alpha):g}"
     wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
     return {
         "divergence": stronger,
@@ -437,8 +451,8 @@ def advice(args: Args) -> dict:
 
 
 def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
-    """The verdict of the offline phase, and whether the argmax was good in its last fifth, which
-    gives the verdict its name if the critic shows no sign of trouble."""
+    """The verdict of the offline phase; in its last fifth whether the policy left the data, and
+    whether the argmax was good. These name the verdict if the critic shows no sign of trouble."""
     if args.num_updates == 0:
         return "not judged", "there was no offline phase"
     rising = bool(history) and history[-1]["q_bound"] > 0  # then Q_2 is the lesser
@@ -446,13 +460,18 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     name, sentence = verdict(history, args, rewarded, settling)
     if name in ("nothing to learn from", "too short to judge"):
         return name, sentence
-    (share,) = late_means(history, "argmax_share")
-    if share > 0.9:
+    share, novel = late_means(history, "argmax_share", "novelty")
+    if novel > NOVEL:
+        found = "acts beyond the data"
+        why = f"{novel:.1f} deviations from the actions of similar states, where Q is a guess: "
+        why += f"try {advice(args)['divergence']}"
+    elif share < 0.9:
+        found = "argmax too weak"
+        why = f"CEM finds {share:.0%} of what a longer search does: "
+        why += f"try --cem-iterations {2 * args.cem_iterations + 1} or a larger --cem-std"
+    else:
         return name, sentence
-    found = f"CEM finds {share:.0%} of what a longer search does"
-    found += f": try --cem-iterations {2 * args.cem_iterations + 1} or a larger --cem-std"
-    weak = "argmax too weak"
-    return weak if name == "no sign of trouble" else name, f"{sentence}. {weak}: {found}"
+    return found if name == "no sign of trouble" else name, f"{sentence}. {found}: {why}"
 
 
 # --------------------------------------------------------------------------------------- training

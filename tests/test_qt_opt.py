@@ -382,6 +382,21 @@ def test_the_numbers_of_a_moment():
     assert abs(held["td_error_holdout"] - float(error)) < 1e-3 * float(error)
 
 
+def test_novelty():
+    """The data act like a = x with a spread of 0.1; the policy does so, too, or always 1."""
+    obs = torch.rand(4_000, 1) * 2 - 1
+    act = obs + 0.1 * torch.randn_like(obs)
+    data = Batch(obs, act, obs[:, 0], obs, obs[:, 0])
+    learner = Learner(1, 1, Args(width=8, depth=1), CPU)
+    for aim, least, most in ((lambda x: x, 0.2, 0.8), (lambda x: x + 0.3, 2.7, 3.8)):
+        learner.act = lambda obs, explore, aim=aim: aim(obs)
+        assert least < float(qt.novelty(learner, data)) < most
+    learner.act = lambda obs, explore: obs
+    narrow = data._replace(act=obs * 0 + 0.5)  # all alike: the unit is 0.02
+    far = (obs[:256] - 0.5).abs().mean() / 0.02
+    assert torch.allclose(qt.novelty(learner, narrow), far)
+
+
 def test_watching_changes_nothing():
     data, runs = point_data("point.hdf5", episodes=20), []
     for words in ("--diagnostics-frequency 7 --eval-frequency 5", "--eval-episodes 0"):
@@ -447,7 +462,9 @@ def test_judgement():
     assert found == "no sign of trouble"
     sick = curve(UP, argmax_share=0.8, q_max=1e9)
     found, sentence = qt.judge(sick, Args(num_updates=4_000), 1.0)
-    assert found == "divergence" and "--cql-alpha 1" in sentence and "argmax too weak" in sentence
+    assert found == "divergence" and "--cql-alpha 5" in sentence and "argmax too weak" in sentence
+    found, sentence = qt.judge(curve(UP, argmax_share=0.8, novelty=4.1), Args(num_updates=4_000), 1)
+    assert found == "acts beyond the data" and "4.1 deviations" in sentence
     assert qt.judge([], Args(num_updates=0), 1.0)[0] == "not judged"
     slow = Args(num_updates=4_000, lag=1_000)  # a Q that rises, by a backup each --lag updates
     assert qt.judge(curve(UP, argmax_share=1.0), slow, 1.0)[0] == "too short to judge"

@@ -457,15 +457,19 @@ def cem():
     for i, (k, n) in enumerate((("2", "6"), ("5", "6"), ("12", "6"), ("12", "16"))):
         name = f"{k} iterations, {n} elites"
         line(axes[1], i, name, "missed", "dimension", iterations=k, elites=n)
-    for i, n in enumerate(("2", "6", "16", "32")):
-        line(axes[2], i, f"{n} elites of 64", "travel", "iterations", elites=n)
+    for i, (d, n) in enumerate((("1", "2"), ("1", "6"), ("1", "16"), ("3", "6"), ("6", "6"))):
+        name = f"{n} elites of 64, {d} dimensions"
+        line(axes[2], i, name, "travel", "iterations", dimension=d, elites=n)
     axes[0].set(title="squared error a dimension", xlabel="dimensions of the action", yscale="log")
     axes[1].set(title="a maximum in a corner: missed by 0.1", xlabel="dimensions of the action")
     axes[2].set(title="reach on a slope, in first deviations", xlabel="iterations", xscale="log")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False, loc="lower right")
-    axes[1].legend(fontsize=8, frameon=False, loc="center", bbox_to_anchor=(0.66, 0.2))
+    axes[1].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[1].set(ylim=(-0.05, 1.6))
+    axes[2].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[2].set(ylim=(-0.2, 9))
     save(figure, "cem")
 
 

@@ -704,7 +704,7 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     """The critic's verdict, and what became of the constraint in the last fifth of the run: its
     name counts where the critic shows no sign of trouble."""
     name, sentence = verdict(history, args, rewarded, 1 / (args.tau * (1 - args.gamma)))
-    if name in ("nothing to learn from", "too short to judge"):
+    if len(history) < 10 or name == "nothing to learn from":
         return name, sentence
     d, floor, eps = *late_means(history, "divergence", "divergence_floor"), args.threshold
     weight, distance = late_means(history, "weight", "distance")

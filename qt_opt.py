@@ -458,7 +458,7 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     rising = bool(history) and history[-1]["q_bound"] > 0  # then Q_2 is the lesser
     settling = (1 / args.tau + rising * args.lag) / (1 - args.gamma)
     name, sentence = verdict(history, args, rewarded, settling)
-    if name in ("nothing to learn from", "too short to judge"):
+    if len(history) < 10 or name == "nothing to learn from":
         return name, sentence
     share, novel = late_means(history, "argmax_share", "novelty")
     if novel > NOVEL:

@@ -428,6 +428,7 @@ MOMENTS = {  # what late diagnostics say of D, at --threshold 1: name, and what 
     "inactive": ({"divergence": 0.49}, "constraint inactive", "--threshold 0.49"),
     "clone": ({"divergence": 1.0, "distance": 0.019}, "policy equals clone", "--threshold 10"),
     "diverged": ({"divergence": 0.4, "q_max": 1e9}, "divergence", "constraint inactive"),
+    "on its way": ({"divergence": 1.2, "q_data": range(40)}, "too short to judge", "not met"),
 }
 
 

@@ -94,7 +94,7 @@ class Args:
     log_frequency: int = 2_000  # environment steps between logged losses
 
     # length and data
-    total_timesteps: int = 60_000  # environment steps
+    total_timesteps: int = 40_000  # environment steps
     num_envs: int = 4  # N, environments stepped together
     num_steps: int = 250  # T, steps of each environment for one policy step
     normalize_obs: bool = False  # running standardisation of observations (MuJoCo: on)
@@ -113,10 +113,10 @@ class Args:
     # accidents: info, where an environment gives info["cost"] at each step and termination
     # elsewhere; terminated, any termination
     cost: Literal["info", "terminated"] = "info"
-    safety_gamma: float = 0.99  # gamma_C: below 1 an accident far ahead counts less
+    safety_gamma: float = 0.8  # gamma_C: below 1 an accident far ahead counts less
     # the safety critic
     conservative: Literal["eq2", "eq1", "off"] = "eq2"  # form of the conservative term
-    safety_alpha: float = 0.05  # alpha, weight of the conservative term
+    safety_alpha: float = 0.005  # alpha, weight of the conservative term
     safety_updates: int = 250  # minibatches of the safety critic for each rollout
     safety_lr: float = 1e-3  # their learning rate
     batch_size: int = 256  # B, transitions in one of them
@@ -127,8 +127,8 @@ class Args:
     shield_draws: int = 100  # most actions drawn in a state
     # constraint
     lagrange: bool = True  # constrain V_C by a multiplier
-    accident_limit: float = 0.1  # chi, of V_C at an episode's start
-    multiplier_lr: float = 1.0  # rate of the multiplier's ascent, once a rollout
+    accident_limit: float = 0.02  # chi, of V_C at an episode's start
+    multiplier_lr: float = 10.0  # rate of the multiplier's ascent, once a rollout
 
     # networks
     width: int = 64  # units in a hidden layer
@@ -140,7 +140,6 @@ class Args:
 FIXED = """env_id seed num_envs normalize_obs normalize_reward cost width depth
 log_std_init""".split()
 OWN_DRAWS = 10  # actions of pi in each state, for V_C and the constraint's gradient
-STARTS = 64  # episodes whose first states V_C is the mean of
 
 
 def check(args: Args):
@@ -309,15 +308,20 @@ class Batch(NamedTuple):
     own: torch.Tensor  # (B, K, act), drawn from pi_old without its shield
     own_logp: torch.Tensor  # (B, K)
     own_advantage: torch.Tensor  # (B, K), Q_C - V_C
+    own_safe: torch.Tensor  # (B, K), 1 / (safe draws) where one of them is safe, else 0
 
 
 def surrogate(agent: Agent, batch: Batch, multiplier):
-    """E[ pi / pi_old A ] - lambda E_{a~pi_old}[ pi / pi_old (Q_C - V_C) ]."""
+    """E[ p / p_old A ] - lambda E_{a~pi_old}[ pi / pi_old (Q_C - V_C) ].
+
+    p = pi / P(safe|s) is the density of what the shield lets through, 0 in the first term where it
+    let nothing through: the least risky action is no draw of pi."""
     mean = agent.actor(batch.obs)
     ratio = (agent.log_prob(mean, batch.act) - batch.logp).exp()
     own_ratio = (agent.log_prob(mean[:, None], batch.own) - batch.own_logp).exp()
-    risk = (own_ratio * batch.own_advantage).mean()
-    return (ratio * batch.advantage).mean() - multiplier * risk
+    passed = (batch.own_safe * own_ratio).sum(1)  # P(safe|s) over that of pi_old
+    gain = batch.advantage * ratio / passed.clamp(min=1e-6) * (passed > 0)
+    return gain.mean() - multiplier * (own_ratio * batch.own_advantage).mean()
 
 
 # ----------------------------------------------------------------------- the natural gradient
@@ -440,7 +444,6 @@ class Ledger:
         self.accidents = 0  # at most one an episode, in those that still go on, too
         self.now = np.zeros((n, 4))  # of each: steps so far, predicted, realised, accident
         self.episodes = []  # (step of its end, predicted, realised, accident)
-        self.starts = []  # first observations of the newest episodes, as the environment gave them
 
     def take(self, step: int, rollout, risk, accident, gamma: float):
         """A rollout that began at `step`, with V_C (T, N) of its states and accidents (T, N)."""
@@ -448,7 +451,6 @@ class Ledger:
         for t, i in np.ndindex(over.shape):
             if self.now[i, 0] == 0:
                 self.now[i] = 0, risk[t, i], 0, 0
-                self.starts = [*self.starts, rollout.raw_obs[t][i]][-STARTS:]
             if accident[t, i] and not self.now[i, 3]:
                 self.accidents += 1
                 self.now[i, 2:] = gamma ** self.now[i, 0], 1
@@ -464,13 +466,12 @@ class Ledger:
         return dict(zip(names, np.mean(rows, axis=0).tolist())) if rows else {}
 
     def state_dict(self) -> dict:
-        arrays = {"now": self.now, "episodes": self.episodes, "starts": np.array(self.starts)}
-        return {k: torch.tensor(x) for k, x in arrays.items()} | {"accidents": self.accidents}
+        arrays = {"now": torch.tensor(self.now), "episodes": torch.tensor(self.episodes)}
+        return arrays | {"accidents": self.accidents}
 
     def load_state_dict(self, saved: dict):
         self.accidents, self.now = saved["accidents"], saved["now"].numpy()
         self.episodes = [tuple(row) for row in saved["episodes"].tolist()]
-        self.starts = [*saved["starts"].numpy()]
 
 
 class Learner(nn.Module):
@@ -515,14 +516,14 @@ class Learner(nn.Module):
         agent = self.agent
         return agent.risk(obs, agent.draw(agent.actor(obs), OWN_DRAWS)).mean(1)
 
-    def update(self, rollout, replay: Replay, starts) -> tuple[dict, dict]:
+    def update(self, rollout, replay: Replay) -> tuple[dict, dict]:
         """The safety critic, the multiplier, the policy and its value, after a rollout that is
         already in the replay: losses, and what to watch. The statistics of observations take it in
         last."""
         args, agent = self.args, self.agent
         for _ in range(args.safety_updates):
             losses = self.safety_step(replay.sample(args.batch_size))
-        v_c = self.policy_risk(self.standardised(starts)).mean()
+        v_c = self.policy_risk(rollout.states[: rollout.rew.numel()]).mean()
         if args.lagrange:
             ascent = args.multiplier_lr * (v_c - args.accident_limit)
             self.multiplier.copy_((self.multiplier + ascent).clamp(min=0))
@@ -573,7 +574,12 @@ class Learner(nn.Module):
         risk = self.agent.risk(obs, own)
         # less the mean of the other draws: no bias, less noise
         own_advantage = (risk - risk.mean(1, keepdim=True)) * OWN_DRAWS / (OWN_DRAWS - 1)
-        return Batch(obs, *columns, own, self.agent.log_prob(mean[:, None], own), own_advantage)
+        own_safe = (risk <= self.agent.eps).float()
+        if args.shield != "rejection":
+            own_safe = torch.ones_like(own_safe)
+        own_safe = own_safe / own_safe.sum(1, keepdim=True).clamp(min=1)
+        own = (own, self.agent.log_prob(mean[:, None], own), own_advantage, own_safe)
+        return Batch(obs, *columns, *own)
 
     def policy_step(self, batch: Batch) -> dict:
         """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g, shortened until the objective
@@ -617,30 +623,28 @@ class Learner(nn.Module):
 
 # --------------------------------------------------------------------------- an environment
 class Navigation(gym.Env):
-    """A point in the square [-1, 1]^2 goes from the left to the goal at the right, past the upper
-    end of a wall. To touch the wall or the border is an accident, and ends the episode, as the goal
-    does. An action moves it by 0.1 at most in each direction, with noise of 0.02. The reward is the
-    way that it came nearer to the goal, times 10, less 0.1 a step; an accident costs nothing more."""
+    """A point in a square of 10 by 10 goes from the left to the goal at the right, through a gap in
+    the wall between. To touch the wall or the border is an accident, and ends the episode, as the
+    goal does. An action moves it by 0.5 at most in each direction, with noise of 0.1. The reward is
+    how much nearer to the goal it came, less 0.1 a step; an accident costs nothing more."""
 
-    observation_space = gym.spaces.Box(-2, 2, (2,), np.float32)
+    observation_space = gym.spaces.Box(-6, 6, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    GOAL, WALL = np.array([0.8, 0.0]), (-0.1, 0.1, 0.15)  # the wall: left, right, upper end
+    GOAL, TRAP, HALF = np.array([4.0, 0.0]), np.array([0.0, -0.5]), np.array([1.0, 1.0])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.at = np.array([-0.8, 0.0]) + self.np_random.normal(0, 0.05, 2)
+        self.at = np.array([-3.0, 0.0]) + self.np_random.normal(0, 0.25, 2)
         return self.at.astype(np.float32), {}
 
     def step(self, action):
         far = np.linalg.norm(self.at - self.GOAL)
-        noise = self.np_random.normal(0, 0.02, 2)
-        self.at = self.at + 0.1 * np.clip(action, -1, 1) + noise
+        self.at = self.at + 0.5 * np.clip(action, -1, 1) + self.np_random.normal(0, 0.1, 2)
         near = np.linalg.norm(self.at - self.GOAL)
-        left, right, upper = self.WALL
-        in_wall = left < self.at[0] < right and self.at[1] < upper
-        accident = bool(in_wall or np.abs(self.at).max() > 1)
-        rew, info = 10 * (far - near) - 0.1, {"cost": float(accident)}
-        return self.at.astype(np.float32), rew, accident or bool(near < 0.15), False, info
+        trapped = (np.abs(self.at - self.TRAP) < self.HALF).all()
+        accident = bool(trapped or np.abs(self.at).max() > 5)
+        info, over = {"cost": float(accident)}, accident or bool(near < 0.75)
+        return self.at.astype(np.float32), float(far - near - 0.1), over, False, info
 
 
 def register():
@@ -736,7 +740,7 @@ def train(args: Args) -> dict:
             ledger.take(step, rollout, risk, accident, args.safety_gamma)
             replay.add(transitions(rollout, next_obs, accident))
             before, step = step, step + rows
-            losses, numbers = learner.update(rollout, replay, np.stack(ledger.starts))
+            losses, numbers = learner.update(rollout, replay)
             numbers = {name: float(x) for name, x in (numbers | ledger.means(before, step)).items()}
 
             run.log(step, {"charts/accidents": ledger.accidents})

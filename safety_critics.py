@@ -1,52 +1,48 @@
-r"""Conservative safety critics: fewer accidents while a policy is still learning (arXiv 2010.14497).
+r"""Conservative safety critics (arXiv 2010.14497): fewer accidents while a policy still learns.
 
-An agent that learns by trying has accidents. Let V_C(pi) be the probability of one. Wanted is the
-largest return among policies with V_C(pi) <= chi, at every iteration and not only at the end:
+An agent that learns by trying has accidents. Let V_C be the probability of one under pi. Wanted is
+the largest return with V_C <= chi at every iteration, not only at the end:
 
-  max_pi E[R]   s.t.   V_C(pi) <= chi   and   KL(pi_old || pi) <= delta              the problem
-  y = c + gamma_C (1 - over) Q_target(s',a'),  a' ~ pi(.|s')       c = 1: accident, nothing after it
-  min_Q  1/2 E_D (Q_C - y)^2 - alpha ( E_{D,a~pi} Q_C - E_D Q_C )                     eq2
-  min_Q  1/2 E_D (Q_C - y)^2 - alpha   E_{D,a~pi} Q_C                                 eq1
+  max_pi  E_pi[return]   such that   V_C <= chi   and   KL(pi_old || pi) <= delta
+  min_Q   1/2 E_D (Q_C - y)^2 - alpha (E_{D,a~pi} Q_C - E_D Q_C)            eq2
+  min_Q   1/2 E_D (Q_C - y)^2 - alpha  E_{D,a~pi} Q_C                       eq1
+  y = c + gamma_C (1 - over) Q_target(s',a'),  a' ~ pi(.|s')                c = 1: an accident
 
-It is conservative Q-learning (CQL, arXiv 2006.04779) with the sign of its term turned round: Q_C is
-a cost, and erring on the safe side means too high. With CQL's own sign, as the term is sometimes
-printed for this purpose, an accident would look less likely than it is. In a table, D with full
-support, b the policy of the data, the fixed points are
+This is conservative Q-learning (CQL, arXiv 2006.04779; its Eqs. 1 and 2) turned round: Q_C is a
+cost, and to err on the safe side it must be too high. With CQL's own sign, as slides print the term
+for this purpose, too, accidents look less likely than they are. In a table, where b, the policy of
+the data D, takes all actions, the least loss is at
 
-  eq2  Q_C = y + alpha (pi/b - 1)     above the truth on average over pi: V_C is bounded, Q_C is not
-  eq1  Q_C = y + alpha  pi/b          above the truth at each action
+  eq2  Q_C = y + alpha (pi / b - 1)     too high on average over pi: a bound of V_C, not of Q_C
+  eq1  Q_C = y + alpha pi / b           too high at each action
 
-Turned round, the term has no least value where the data never goes. Q_C is a sigmoid here, in
-[0, 1], and its gradient dies at both ends; with a clip eq2's bound of V_C can fail.
+Where the data never go the term alone has no least value. So Q_C is a sigmoid here: in [0, 1], with
+a gradient that dies at both ends. Cut at 1, eq2 may lose its bound of V_C. Q_C is used thrice:
 
-Three things use Q_C, the first and the third with a switch of their own:
-  shield      actions are drawn from pi until Q_C(s,a) <= eps; if --shield-draws of them are not,
-              the least risky one. eps: --threshold, a number, or the paper's (1 - gamma_C)(chi - V_C)
-  policy      natural gradient of E[pi/pi_old A] - lambda E_{a~pi}[pi/pi_old (Q_C - V_C)], where A is
-              standardised; conjugate gradients, then a line search (TRPO, arXiv 1502.05477)
-  multiplier  lambda <- max(0, lambda + rate (V_C - chi)), V_C at first states of recent episodes
+  shield      draw a ~ pi until Q_C(s,a) <= eps, at most --shield-draws times, else take the least
+              risky; eps is --threshold, or `paper`: (1 - gamma_C)(chi - V_C)
+  policy      natural gradient of E[p / p_old A] - lambda E_{a~pi_old}[pi / pi_old (Q_C - V_C)] by
+              conjugate gradients, and a line search (TRPO, arXiv 1502.05477); p = pi / P(safe|s) is
+              the density behind the shield, P by few draws; without it pi drifts to what is barred
+  multiplier  lambda <- max(0, lambda + rate (V_C - chi)), V_C a mean over the rollout's states
 
-  Q_C, V_C       Agent.risk, mean over draws   (B,)      pi, V           actor, critic     (B, act), (B,)
-  chi, eps       --accident-limit, --threshold           alpha, gamma_C  --safety-alpha, --safety-gamma
-  lambda, delta  Learner.multiplier, --max-kl            D               Replay: all steps of the run
+  Q_C, y         Agent.risk, safety_target (B,)   alpha, gamma_C  --safety-alpha, --safety-gamma
+  pi, A          Agent.actor, Batch.advantage     eps, chi        --threshold, --accident-limit
+  lambda, delta  Learner.multiplier, --max-kl     D               Replay: all steps of the run
 
-Executed actions are those of pi given that they are safe, log pi - log P(safe|s), and A is theirs.
-The policy's gradient leaves log P(safe|s) out: A has mean 0 over executed actions, so that this term
-does not count to first order. Q_C and the multiplier judge pi without its shield.
-
-A point that must round a wall; the same without all this (TRPO), with the multiplier alone, shield
-alone, the other bound, no conservatism; a pole and Hopper, where to end is to fall:
+Around a trap; the same without all this (TRPO); with the multiplier alone; with the shield alone;
+the other bound; no conservatism; a pole, and a hopper, which must not fall:
   python safety_critics.py
   python safety_critics.py --shield off --no-lagrange
   python safety_critics.py --shield off --conservative off
   python safety_critics.py --no-lagrange
   python safety_critics.py --conservative eq1
   python safety_critics.py --conservative off
-  python safety_critics.py --env InvertedPendulum-v5
-  python safety_critics.py --env Hopper-v5 --total-timesteps 300_000 --normalize-obs --normalize-reward
-Watch `charts/accidents`, `diagnostics/rejected`, `fallbacks`, `predicted` beside `realised`. Accidents
-are info["cost"] > 0 where the environment has it at each step, else terminations; never time limits.
-Left out: discrete actions, a critic trained beforehand on other data. docs/safety.md has numbers.
+  python safety_critics.py --env InvertedPendulum-v5 --eval-episodes 5
+  python safety_critics.py --env Hopper-v5 --total-timesteps 500_000 --normalize-obs \
+      --normalize-reward
+Watch `charts/accidents`; `rejected`, `fallbacks`, `predicted` beside `realised` (diagnostics/).
+docs/safety.md has numbers. Left out: discrete actions, a critic trained beforehand.
 """
 
 import copy
@@ -126,8 +122,8 @@ class Args:
     threshold: float | Literal["paper"] = 0.2  # eps; paper: (1 - gamma_C)(chi - V_C)
     shield_draws: int = 100  # most actions drawn in a state
     # constraint
-    lagrange: bool = True  # constrain V_C by a multiplier
-    accident_limit: float = 0.02  # chi, of V_C at an episode's start
+    lagrange: bool = True  # hold V_C below chi by a multiplier
+    accident_limit: float = 0.02  # chi, of the mean of V_C over a rollout's states
     multiplier_lr: float = 10.0  # rate of the multiplier's ascent, once a rollout
 
     # networks
@@ -593,7 +589,7 @@ class Learner(nn.Module):
         full = (2 * args.max_kl / (flat(d) @ flat(product(d))).clamp(min=1e-30)).sqrt()
         with torch.no_grad():
             mean, old = agent.actor(batch.obs), [p.clone() for p in params]
-            # the full step lands just above or below max_kl, so that one back is common; the last is 0
+            # a full step lands just above or below max_kl: one back is common; the last is 0
             for backtracks in range(16):
                 scale = full * 0.8**backtracks if backtracks < 15 else 0 * full
                 for p, p_old, x in zip(params, old, d):
@@ -668,7 +664,7 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         "critic under-estimates": f"V_C(s0) was {predicted:.2f}, what followed {realised:.2f}: a "
         "larger --safety-alpha or more --safety-updates",
         "threshold too low": "most actions are the least risky of many: a larger --threshold",
-        "shield never active": "it rejected less than one draw in a thousand: a smaller --threshold",
+        "shield never active": "it rejected next to no draw: a smaller --threshold",
         "not fewer accidents": "a smaller --accident-limit, and --lagrange",
         "fewer accidents": "compare with --shield off --no-lagrange",
     }
@@ -724,7 +720,8 @@ def train(args: Args) -> dict:
             collector.load_state_dict(run.saved["collector"], step)
             ledger.load_state_dict(run.saved["ledger"])
             replay.load_state_dict(run.saved["replay"])
-            noted(envs)  # of steps that were played again
+            for env in envs.envs:
+                env.env.notes.clear()  # of steps that were played again
         run.open()
 
         def save():

@@ -38,7 +38,7 @@ the other bound; no conservatism; a pole, and a hopper, which must not fall:
   python safety_critics.py --no-lagrange
   python safety_critics.py --conservative eq1
   python safety_critics.py --conservative off
-  python safety_critics.py --env InvertedPendulum-v5 --eval-episodes 5
+  python safety_critics.py --env InvertedPendulum-v5 --normalize-obs
   python safety_critics.py --env Hopper-v5 --total-timesteps 500_000 --normalize-obs \
       --normalize-reward
 Watch `charts/accidents`; `rejected`, `fallbacks`, `predicted` beside `realised` (diagnostics/).
@@ -488,6 +488,13 @@ class Learner(nn.Module):
             "safety": adam(agent.safety.parameters(), lr=args.safety_lr, fused=True),
         }
 
+    def obey(self):
+        """After a resume the flags given anew hold, not what was saved."""
+        if self.args.threshold != "paper":
+            self.agent.eps.fill_(self.args.threshold)
+        if not self.args.lagrange:
+            self.multiplier.zero_()
+
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
@@ -717,6 +724,7 @@ def train(args: Args) -> dict:
             step, last_return = run.saved["step"], run.saved["last_return"]
             returns, numbers = np.array(run.saved["returns"]), run.saved["numbers"]
             run.restore(learner, learner.optim)
+            learner.obey()
             collector.load_state_dict(run.saved["collector"], step)
             ledger.load_state_dict(run.saved["ledger"])
             replay.load_state_dict(run.saved["replay"])

@@ -443,7 +443,7 @@ class Ledger:
 
     def take(self, step: int, rollout, risk, accident, gamma: float):
         """A rollout that began at `step`, with V_C (T, N) of its states and accidents (T, N)."""
-        over = (rollout.terminated | rollout.truncated).cpu().numpy()
+        over, risk = (rollout.terminated | rollout.truncated).cpu().numpy(), risk.cpu().numpy()
         for t, i in np.ndindex(over.shape):
             if self.now[i, 0] == 0:
                 self.now[i] = 0, risk[t, i], 0, 0
@@ -633,7 +633,11 @@ class Navigation(gym.Env):
 
     observation_space = gym.spaces.Box(-6, 6, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     GOAL, TRAP, HALF = np.array([4.0, 0.0]), np.array([0.0, -0.5]), np.array([1.0, 1.0])
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -648,6 +652,15 @@ class Navigation(gym.Env):
         accident = bool(trapped or np.abs(self.at).max() > 5)
         info, over = {"cost": float(accident)}, accident or bool(near < 0.75)
         return self.at.astype(np.float32), float(far - near - 0.1), over, False, info
+
+    def render(self):
+        """(200, 200, 3): the trap red, the goal green, the point black."""
+        places = np.stack(np.meshgrid(np.linspace(-5, 5, 200), np.linspace(5, -5, 200)), -1)
+        image = np.full((200, 200, 3), 255, np.uint8)
+        image[(np.abs(places - self.TRAP) < self.HALF).all(-1)] = (213, 94, 0)
+        image[np.linalg.norm(places - self.GOAL, axis=-1) < 0.75] = (0, 158, 115)
+        image[np.linalg.norm(places - self.at, axis=-1) < 0.2] = 0
+        return image
 
 
 def register():

@@ -519,15 +519,26 @@ def test_documented_commands_run(command):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """With all three and with none, 10,000 steps of the trap."""
-    home = str(tmp_path_factory.mktemp("runs"))
-    common = dict(total_timesteps=10_000, eval_frequency=0, run_dir=home)
+    home = tmp_path_factory.mktemp("runs")
+    common = dict(total_timesteps=10_000, eval_frequency=0, run_dir=str(home))
     plain = Args(**common, shield="off", lagrange=False, safety_updates=20)
-    return train(Args(**common)), train(plain)
+    return train(Args(**common)), train(plain), home
 
 
 def test_fewer_accidents_than_without_and_no_less_is_learned(runs):
     """Standing still is -5; straight into the trap about 1."""
-    safe, plain = runs
+    safe, plain, _ = runs
     assert safe["accidents"] < 0.5 * plain["accidents"] and plain["accidents"] > 300
     assert safe["final_return_mean"] > 2 and safe["verdict"] == "fewer accidents"
     assert safe["rejected"] > 0.01 and "rejected" not in plain
+
+
+def test_play_films_the_scripts_own_environment(runs, monkeypatch, capsys):
+    pytest.importorskip("moviepy")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import play
+
+    run = next(runs[2].glob("*"))
+    monkeypatch.setattr("sys.argv", ["play.py", str(run), "--out", "film.gif"])
+    play.main()
+    assert "episode 1: return" in capsys.readouterr().out and Path("film.gif").stat().st_size > 1000

@@ -461,6 +461,12 @@ class Ledger:
         names = ("predicted", "realised", "accident_share")
         return dict(zip(names, np.mean(rows, axis=0).tolist())) if rows else {}
 
+    def rate(self, first: float, last: float) -> float:
+        """Accidents in a thousand steps, in the same span."""
+        return (
+            1000 * sum(row[3] for row in self.episodes if first < row[0] <= last) / (last - first)
+        )
+
     def state_dict(self) -> dict:
         arrays = {"now": torch.tensor(self.now), "episodes": torch.tensor(self.episodes)}
         return arrays | {"accidents": self.accidents}
@@ -524,15 +530,20 @@ class Learner(nn.Module):
         already in the replay: losses, and what to watch. The statistics of observations take it in
         last."""
         args, agent = self.args, self.agent
+        batch = self.batch_of(rollout)  # first: what was safe is what the critic that played said
         for _ in range(args.safety_updates):
             losses = self.safety_step(replay.sample(args.batch_size))
-        v_c = self.policy_risk(rollout.states[: rollout.rew.numel()]).mean()
+        with torch.no_grad():
+            risk = agent.risk(batch.obs, batch.own)
+            # less the mean of the other draws: no bias, less noise
+            centred = (risk - risk.mean(1, keepdim=True)) * OWN_DRAWS / (OWN_DRAWS - 1)
+            batch, v_c = batch._replace(own_advantage=centred), risk.mean()
+            above = (risk > 0.95).float().mean()
         if args.lagrange:
             ascent = args.multiplier_lr * (v_c - args.accident_limit)
             self.multiplier.copy_((self.multiplier + ascent).clamp(min=0))
         if args.threshold == "paper":
             agent.eps.copy_((1 - args.safety_gamma) * (args.accident_limit - v_c))
-        batch = self.batch_of(rollout)
         numbers = self.policy_step(batch) | self.shield_numbers()
         for _ in range(args.value_updates):
             losses["value_loss"] = self.value_step(batch)
@@ -540,8 +551,6 @@ class Learner(nn.Module):
         losses["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
         if args.normalize_obs:
             self.obs_stats.update(torch.from_numpy(np.concatenate(rollout.raw_obs)))
-        with torch.no_grad():
-            above = (agent.risk(batch.obs, batch.own) > 0.95).float().mean()
         numbers |= {"v_c": v_c, "multiplier": self.multiplier, "risk_above_95": above}
         return losses, numbers | {"eps": agent.eps}
 
@@ -566,6 +575,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def batch_of(self, rollout) -> Batch:
+        """The rollout's rows, and draws of pi in each; own_advantage is still to come."""
         args, value, over = self.args, rollout.value, rollout.terminated | rollout.truncated
         advantage = gae(rollout.rew, value, rollout.next_value, over, args.gamma, args.gae_lambda)
         target = advantage + value
@@ -574,15 +584,12 @@ class Learner(nn.Module):
         obs = rollout.states[: target.numel()]
         mean = self.agent.actor(obs)
         own = self.agent.draw(mean, OWN_DRAWS)
-        risk = self.agent.risk(obs, own)
-        # less the mean of the other draws: no bias, less noise
-        own_advantage = (risk - risk.mean(1, keepdim=True)) * OWN_DRAWS / (OWN_DRAWS - 1)
-        own_safe = (risk <= self.agent.eps).float()
-        if args.shield != "rejection":
-            own_safe = torch.ones_like(own_safe)
-        own_safe = own_safe / own_safe.sum(1, keepdim=True).clamp(min=1)
-        own = (own, self.agent.log_prob(mean[:, None], own), own_advantage, own_safe)
-        return Batch(obs, *columns, *own)
+        safe = (self.agent.risk(obs, own) <= self.agent.eps).float()
+        if args.shield != "rejection":  # nothing is rejected
+            safe = torch.ones_like(safe)
+        safe = safe / safe.sum(1, keepdim=True).clamp(min=1)
+        own_logp = self.agent.log_prob(mean[:, None], own)
+        return Batch(obs, *columns, own, own_logp, torch.zeros_like(own_logp), safe)
 
     def policy_step(self, batch: Batch) -> dict:
         """theta <- theta + sqrt(2 delta / d^T F d) d, d ~ F^-1 g, shortened until the objective
@@ -626,10 +633,10 @@ class Learner(nn.Module):
 
 # --------------------------------------------------------------------------- an environment
 class Navigation(gym.Env):
-    """A point in a square of 10 by 10 goes from the left to the goal at the right, through a gap in
-    the wall between. To touch the wall or the border is an accident, and ends the episode, as the
-    goal does. An action moves it by 0.5 at most in each direction, with noise of 0.1. The reward is
-    how much nearer to the goal it came, less 0.1 a step; an accident costs nothing more."""
+    """A point in a square of 10 by 10 goes from the left to the goal at the right; a trap, 2 by 2,
+    lies between. To touch the trap or the border is an accident, and ends the episode, as the goal
+    does. An action moves it by 0.5 at most in each direction, with noise of 0.1. The reward is how
+    much nearer to the goal it came, less 0.1 a step; an accident costs nothing more."""
 
     observation_space = gym.spaces.Box(-6, 6, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
@@ -676,9 +683,9 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         return "too short to judge", "fewer than ten episodes are over: more --total-timesteps"
     if not summary["accidents"]:
         return "no accidents", "nothing to learn from; is --cost right for this environment?"
-    early, late = summary["accident_share_early"], summary["accident_share_late"]
+    early, late = summary["rate_early"], summary["rate_late"]
     predicted, realised = summary["predicted"], summary["realised"]
-    course = f"accidents in {early:.0%} of the first fifth's episodes, {late:.0%} of the last's"
+    course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
     advice = {
         "everything unsafe": "Q_C is above 0.95 for most actions: a smaller --safety-alpha",
         "critic under-estimates": f"V_C(s0) was {predicted:.2f}, what followed {realised:.2f}: a "
@@ -703,12 +710,10 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
 
 
 def summarise(args: Args, learner, ledger: Ledger, numbers: dict, step: int) -> dict:
-    """Accidents, calibration and the shield's work over the whole run, and the verdict."""
-    fifth, out = step / 5, {"accidents": ledger.accidents, "episodes": len(ledger.episodes)}
-    out |= ledger.means(0, step)
-    for name, span in {"early": (0, fifth), "late": (4 * fifth, step)}.items():
-        found = ledger.means(*span)
-        out[f"accident_share_{name}"] = found.get("accident_share", math.nan)
+    """Accidents, calibration and the shield's work over the whole run, and the verdict. rate_early,
+    rate_late: accidents in a thousand steps, in the first and the last fifth of the run."""
+    out = {"accidents": ledger.accidents, "episodes": len(ledger.episodes)} | ledger.means(0, step)
+    out |= {"rate_early": ledger.rate(0, step / 5), "rate_late": ledger.rate(0.8 * step, step)}
     actions, draws, rejected, fallbacks = learner.agent.counts.tolist()
     if args.shield != "off":
         out |= {"rejected": rejected / draws, "fallbacks": fallbacks / actions}
@@ -729,6 +734,8 @@ def train(args: Args) -> dict:
         eval_envs = make_envs(args.env_id, args.eval_episodes, run)
         sizes, rows = check_boxes(envs, args.env_id), args.num_envs * args.num_steps
         watch(envs, args)
+        units = OWN_DRAWS * args.width * args.depth
+        reserve(16 * rows * units, "rollout and update, roughly", device)
         learner = Learner(*sizes, args, device)
         replay = Replay(rows * math.ceil(args.total_timesteps / rows), *sizes, device)
         collector, ledger = Collector(envs, args), Ledger(args.num_envs)

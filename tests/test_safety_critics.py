@@ -207,7 +207,8 @@ def test_the_surrogate_is_the_policy_gradient_of_the_density_behind_the_shield()
         rollout.logp = agent.log_prob(agent.actor(obs), act)[None]
         rollout.states, rollout.act = obs, act[None]
         rollout.terminated = rollout.truncated = torch.ones(1, n, dtype=torch.bool)
-        batch = learner.batch_of(rollout)._replace(advantage=good)
+        batch = learner.batch_of(rollout)
+        batch = batch._replace(advantage=good, own_advantage=agent.risk(obs, batch.own))
     x = torch.linspace(-5, 0.3, 20_001, dtype=torch.float64)
 
     def exact(mean):
@@ -310,7 +311,8 @@ def test_the_multiplier_and_the_papers_threshold():
     rollout.act, rollout.logp = torch.randn(40, 2, 2), zeros
     rollout.terminated = rollout.truncated = zeros > 0
     for v_c, before, after in ((0.5, 1.0, 1.4), (0.1, 1.0, 0.6), (0.1, 0.1, 0.0)):
-        learner.policy_risk = lambda obs, v=v_c: torch.full((len(obs),), v)
+        learner.agent.risk = lambda obs, act, v=v_c: torch.full(act.shape[:-1], v)
+        learner.safety_step = lambda batch: {}
         learner.multiplier.fill_(before)
         _, numbers = learner.update(rollout, replay)
         assert abs(float(numbers["multiplier"]) - after) < 1e-6
@@ -377,6 +379,7 @@ def test_the_ledger_by_hand():
     first, second = ledger.episodes
     assert np.allclose(first, (104, 0.1, 0.5, 1)) and np.allclose(second, (106, 0.2, 1, 1))
     assert ledger.accidents == 2 and np.allclose(ledger.now, [[1, 0.5, 0, 0], [0, 0, 0, 0]])
+    assert ledger.rate(100, 106) == 1000 / 3 and ledger.rate(104, 106) == 500
     assert ledger.means(104, 106)["realised"] == 1 and ledger.means(106, 200) == {}
     other = Ledger(2)
     other.load_state_dict(ledger.state_dict())
@@ -411,13 +414,13 @@ VERDICTS = {
     "threshold too low": dict(fallbacks=0.8),
     "shield never active": dict(rejected=0.0),
     "fewer accidents": {},
-    "not fewer accidents": dict(accident_share_late=0.6),
+    "not fewer accidents": dict(rate_late=60.0),
 }
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts(name):
-    summary = dict(episodes=50, accidents=20, accident_share_early=0.5, accident_share_late=0.1)
+    summary = dict(episodes=50, accidents=20, rate_early=50.0, rate_late=10.0)
     summary |= dict(predicted=0.3, realised=0.2, rejected=0.1, fallbacks=0.1, risk_above_95=0.0)
     assert sc.verdict(summary | VERDICTS[name], Args())[0] == name
 

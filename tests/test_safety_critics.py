@@ -443,6 +443,20 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
     assert metrics(run) == metrics(only_run(whole)) and len(metrics(run)) > 60
 
 
+def test_what_is_given_anew_on_resume_holds(capsys):
+    """Also where the run becomes longer than its replay was."""
+    train(Args(**TINY, multiplier_lr=1e4, accident_limit=0.0))
+    run = only_run(".")
+    before = load(run / "checkpoint.pt")["networks"]
+    assert before["multiplier"] > 0 and abs(before["agent.eps"] - 0.2) < 1e-6
+    longer = TINY | dict(total_timesteps=800)
+    train(Args(**longer, lagrange=False, threshold=0.5, resume=str(run)))
+    assert "from here on --threshold 0.5, 0.2 so far" in capsys.readouterr().out
+    saved = load(run / "checkpoint.pt")
+    assert saved["networks"]["multiplier"] == 0 and saved["networks"]["agent.eps"] == 0.5
+    assert len(saved["replay"]["obs"]) == saved["step"] == 800
+
+
 def test_diagnostics_logging_and_evaluation_change_nothing():
     on = Args(**TINY, exp_name="on")
     train(on)

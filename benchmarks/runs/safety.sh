@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accidents while learning: safety_critics.py with all of it, with nothing (TRPO), with the multiplier alone, with the
-# shield alone, with Eq. 1, without conservatism.
+# shield alone, with Eq. 1, without conservatism; on Navigation also gamma_C 0.99 and the paper's threshold.
 #   bash benchmarks/runs/safety.sh "Navigation-v0 InvertedPendulum-v5 Hopper-v5" "1 2 3"
 #   python benchmarks/runs/safety_table.py runs/*__safety_*
 #   python benchmarks/figures.py safety
@@ -23,5 +23,7 @@ for env in $envs; do
     $run --exp-name safety_shield --no-lagrange
     $run --exp-name safety_eq1 --conservative eq1
     $run --exp-name safety_alpha0 --conservative off
+    [ $env != Navigation-v0 ] || $run --exp-name safety_gamma99 --safety-gamma 0.99
+    [ $env != Navigation-v0 ] || $run --exp-name safety_paper --threshold paper
   done
 done

@@ -685,6 +685,7 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         return "no accidents", "nothing to learn from; is --cost right for this environment?"
     early, late = summary["rate_early"], summary["rate_late"]
     predicted, realised = summary["predicted"], summary["realised"]
+    plain = args.shield == "off" and not args.lagrange
     course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
     advice = {
         "everything unsafe": "Q_C is above 0.95 for most actions: a smaller --safety-alpha",
@@ -693,7 +694,8 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         "threshold too low": "most actions are the least risky of many: a larger --threshold",
         "shield never active": "it rejected next to no draw: a smaller --threshold",
         "not fewer accidents": "a smaller --accident-limit, and --lagrange",
-        "fewer accidents": "compare with --shield off --no-lagrange",
+        "fewer accidents": "compare with "
+        + ("--shield rejection --lagrange" if plain else "--shield off --no-lagrange"),
     }
     shielded = args.shield == "rejection"
     if summary["risk_above_95"] > 0.5:

@@ -192,7 +192,7 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "cql_atari": 1861,
     "dr3_analysis": 1276,
     "policy_constraints": 1974,
-    "safety_critics": 1440,
+    "safety_critics": 1433,
 }
 
 

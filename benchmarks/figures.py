@@ -580,6 +580,50 @@ def replay_pictures():
     save(figure, "replay_pictures")
 
 
+def safety_signs():
+    """benchmarks/runs/safety_signs.py"""
+    rows = read("safety_signs.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    panels = {"v": ("FrozenLake, uniform pi", "alpha", (0, 1.1))}
+    panels |= {"unseen": ("an action that the data never takes", "steps on the term alone", (0, 5))}
+    for axis, (case, (title, x, limits)) in zip(axes, panels.items()):
+        for i, form in enumerate(dict.fromkeys(r["form"] for r in rows if r["case"] == case)):
+            points = [r for r in rows if (r["case"], r["form"]) == (case, form)]
+            style = {"color": COLOURS[4 if form == "exact" else i % 4], "linestyle": LINES[i % 4]}
+            x_y = ([float(r[key]) for r in points] for key in ("x", "value"))
+            axis.plot(*x_y, label=form, **style)
+        axis.set(title=title, xlabel=x, ylim=limits)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set(ylabel="V_C of the first state")
+    axes[1].set(ylabel="Q_C")
+    save(figure, "safety_signs")
+
+
+def safety():
+    """safety.sh, then safety_table.py"""
+    rows = read("safety_curves.csv")
+    names = {"safety_csc": "all", "safety_trpo": "none (TRPO)", "safety_lagrange": "multiplier"}
+    names |= {"safety_shield": "shield"}
+    envs = [*dict.fromkeys(r["env_id"] for r in rows)]
+    figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.5), squeeze=False)
+    for (above, below), env in zip(axes.T, envs):
+        plot(above, rows, env, names, "charts/accidents")
+        above.set(title=env, ylabel="accidents so far")
+        above.legend(fontsize=8, frameon=False)
+        for i, tag in enumerate(("predicted", "realised")):
+            for j, name in enumerate(("safety_csc", "safety_trpo")):
+                points = curves(rows, env, name, f"diagnostics/{tag}")
+                steps = sorted(points)
+                values = [statistics.mean(points[s].values()) for s in steps]
+                style = {"color": COLOURS[j], "linestyle": LINES[i]}
+                below.plot(steps, values, label=f"{tag}, {names[name]}", **style)
+        below.set(xlabel="environment steps", ylabel="accident, discounted")
+        below.spines[["top", "right"]].set_visible(False)
+        below.legend(fontsize=8, frameon=False)
+    save(figure, "safety")
+
+
 FIGURES = (
     online,
     updates_per_step,
@@ -597,6 +641,8 @@ FIGURES = (
     replay,
     cliffwalk,
     replay_pictures,
+    safety_signs,
+    safety,
 )
 FIGURES = {f.__name__: f for f in FIGURES}
 

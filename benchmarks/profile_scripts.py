@@ -51,6 +51,7 @@ RUNS = {
     "td3": (STEPS, 100, 500),
     "ppo": (ROLLOUT | {"num_minibatches": 32, "update_epochs": 10}, 2, 6),
     "kfac_npg": (ROLLOUT, 3, 10),
+    "safety_critics": (ROLLOUT, 3, 10),
 }
 PRODUCTS = """mm addmm bmm baddbmm mkldnn_convolution convolution_backward thnn_conv2d
 _slow_conv2d_forward""".split()

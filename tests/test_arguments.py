@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-SCRIPTS = (
-    "cql_continuous policy_constraints qt_opt cql_atari dr3_analysis sac td3 ppo kfac_npg".split()
-)
+SCRIPTS = "cql_continuous policy_constraints qt_opt cql_atari dr3_analysis".split()
+SCRIPTS += "sac td3 ppo kfac_npg safety_critics".split()
 SCRIPTS = [x for x in SCRIPTS if hasattr(importlib.import_module(x), "check_numbers")]
 SIGNED = (
     """target_entropy reward_shift log_std_init v_min v_max cql_clip_diff cql_target_gap""".split()
@@ -60,6 +59,7 @@ MISFITS = {  # spaces that the script cannot learn from, and ids that do not exi
     "sac": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "ALE/Pong-v5"),
     "td3": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "ALE/Pong-v5"),
     "ppo": ("FrozenLake-v1", "Blackjack-v1", "Nope-v0", "ALE/Nope-v5"),
+    "safety_critics": ("CartPole-v1", "FrozenLake-v1", "Nope-v0", "ALE/Pong-v5"),
     "kfac_npg": ("FrozenLake-v1", "Blackjack-v1", "Nope-v0", "ALE/Pong-v5"),
 }
 

@@ -38,6 +38,8 @@ def load(run: str):
         print(f"error: {path}: expected {expected}", file=sys.stderr)
         raise SystemExit(2) from e
     module = importlib.import_module(found)
+    if hasattr(module, "register"):  # an environment of the script's own
+        module.register()
     saved = module.load_checkpoint(path.parent, path.name)
     return module, module.Args(**saved["args"]), saved, path
 

@@ -10,7 +10,7 @@ and td3.py on HalfCheetah-v5 1,500 steps a second. Rows of benchmarks/raw/gpu.cs
   compilation lie in the first. Of cql_continuous.py also with --cql-backward and in bf16, of
   cql_atari.py, whose frames lie on the device, also with them in main memory.
 - `max_difference` of all weights from those of an unbroken eager run with the same seed after 200
-  updates or steps (ppo.py, kfac_npg.py: four rollouts of them); the note is the word of
+  updates or steps (on-policy scripts: four rollouts of them); the note is the word of
   torch.allclose(rtol=1e-4, atol=1e-5). `eager` is the same again: the noise of the card.
   `graphs > eager` stopped half-way with graphs and was resumed without.
 
@@ -43,12 +43,13 @@ import policy_constraints  # noqa: E402
 import ppo  # noqa: E402
 import qt_opt  # noqa: E402
 import sac  # noqa: E402
+import safety_critics  # noqa: E402
 import td3  # noqa: E402
 from speed import QUIET, random_data  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")  # the imports are done once; only children use the GPU
 FIRST = (cql_continuous, sac, td3, cql_atari, policy_constraints, qt_opt)  # those with CUDA graphs
-OTHERS = (ppo, kfac_npg, dr3_analysis)
+OTHERS = (ppo, kfac_npg, safety_critics, dr3_analysis)
 FLAGS = {"eager": [], "graphs": ["cudagraphs"], "compile": ["compile"]}
 FLAGS["both"] = ["cudagraphs", "compile"]
 dr3_analysis.report = lambda folder: None  # a table and a figure after each run
@@ -93,10 +94,11 @@ def settings(script, n: int, home: Path) -> tuple[dict, str, int]:
         cql_atari: {"width": 32, "n_step": 1, "collect_steps": min(5_000, 50 * n)},
         ppo: {"num_envs": 1, "num_steps": size, "num_minibatches": max(1, size // 64)},
         kfac_npg: {"num_envs": 1, "num_steps": size},
+        safety_critics: {"num_envs": 1, "num_steps": size},
         dr3_analysis: {"seeds": 1, "transitions": min(1_000, 50 * n)},
     }.get(script, {"learning_starts": n // 4})
     own |= {"update_epochs": 10, "anneal_lr": False} if script is ppo else {}
-    total = 4 * size if script in (ppo, kfac_npg) else n
+    total = 4 * size if script in (ppo, kfac_npg, safety_critics) else n
     common = QUIET | {"log_frequency": total // 2, "diagnostics_frequency": 0, "bc_steps": 0}
     common |= {"data_dir": f"{home}/data"}
     if script is not cql_atari:

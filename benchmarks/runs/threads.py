@@ -25,7 +25,7 @@ SHORT = {"collect_steps": 1_100, "learning_starts": 300, "bc_steps": 0, "behavio
 BARE = {  # script: the first and the last call of Learner.update
     "cql_continuous": (20, 220), "policy_constraints": (50, 450), "cql_atari": (20, 120),
     "dr3_analysis": (50, 150), "sac": (100, 500), "td3": (100, 500), "ppo": (3, 23),
-    "kfac_npg": (2, 5), "qt_opt": (50, 450),
+    "kfac_npg": (2, 5), "qt_opt": (50, 450), "safety_critics": (2, 5),
 }  # fmt: skip
 
 

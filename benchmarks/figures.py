@@ -440,6 +440,43 @@ def divergences():
     save(figure, "divergences")
 
 
+def constraints():
+    """constraints.sh: returns, selected returns, learned minus achieved value, the constraint."""
+    rows = [r for r in read("constraints.csv") if r["final_return_mean"]]
+    methods = {
+        "bc": "cloning",
+        "naive": "naive",
+        "bear": "BEAR",
+        "brac_p": "BRAC-p",
+        "brac_v": "BRAC-v",
+        "awac": "AWAC",
+        "crr": "CRR",
+        "cql_h": "CQL(H)",
+    }
+
+    def cell(group, key: str) -> str:
+        values = [float(r[key]) for r in group if r[key]]
+        form = ",.0f" if max(map(abs, values), default=0) >= 20 else ".2g"
+        return ", ".join(f"{x:{form}}" for x in values) or "-"
+
+    for env in sorted({r["env_id"] for r in rows}):
+        print(
+            f"| {env} | last | mean of the middle half | selected | learned - achieved | D | ",
+            end="",
+        )
+        print("weight | distance |\n" + "|---" * 8 + "|")
+        for name, label in methods.items():
+            group = [r for r in rows if (r["env_id"], r["exp_name"]) == (env, f"pc_{name}")]
+            if group:
+                found = [cell(group, "final_return_mean")]
+                found.append(f"{iqm([float(r['final_return_mean']) for r in group]):,.0f}")
+                found += [cell(group, key) for key in ("selected_return_mean", "overestimation")]
+                found.append(cell(group, "divergence"))
+                found.append(cell(group, "weight") if name in ("bear", "brac_p", "brac_v") else "")
+                found.append(cell(group, "distance"))
+                print(f"| {label} | " + " | ".join(found) + " |")
+
+
 def cem():
     """benchmarks/runs/cem.py"""
     rows = read("cem.csv")
@@ -636,6 +673,7 @@ FIGURES = (
     kfac_cost,
     atari_heads,
     divergences,
+    constraints,
     cem,
     qt_opt,
     replay,

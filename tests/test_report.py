@@ -3,10 +3,12 @@ from the scripts is there; benchmarks/runs/gpu.py."""
 
 import ast
 import csv
+import html.parser
 import importlib
 import json
 import re
 import sys
+from collections import defaultdict
 
 import dr3_analysis
 import numpy as np
@@ -22,15 +24,17 @@ import report  # noqa: E402
 def plant(tmp_path):
     """A run's folder from its curves, tag -> [(step, value)]."""
 
-    def plant(name, seed, curves, script="cql_continuous", **args):
+    def plant(name, seed, curves, script="cql_continuous", summary=None, **args):
         folder = tmp_path / f"{name}_{seed}"
         folder.mkdir()
         rows = [f"{step},{tag},{x!r}\n" for tag, points in curves.items() for step, x in points]
         (folder / "metrics.csv").write_text("step,tag,value\n" + "".join(rows))
         args = {"env_id": "E", "exp_name": name, "seed": seed} | args
-        (folder / "args.json").write_text(json.dumps({"script": script, "args": args}))
-        summary = {"final_return_mean": 10.0 * seed, "verdict": "fine"}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        header = {"script": script, "args": args, "command": f"{script}.py --seed {seed}"}
+        header |= {"device": "cpu", "versions": {"torch": "2.13.0"}}
+        (folder / "args.json").write_text(json.dumps(header))
+        found = {"final_return_mean": 10.0 * seed, "verdict": "fine"} | (summary or {})
+        (folder / "summary.json").write_text(json.dumps(found))
         return folder
 
     return plant
@@ -109,6 +113,55 @@ def test_files_and_mistakes(plant, run, tmp_path):
     assert "none of these folders" in run(tmp_path / "nothing")
 
 
+class Page(html.parser.HTMLParser):
+    """Text by the tag that it stands in, and what the page would load."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.text, self.loads = [], defaultdict(list), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [x for name, x in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text[self.open[-1] if self.open else ""].append(text)
+
+
+def test_a_page_shows_all_and_loads_nothing(plant, run, tmp_path):
+    verdict = {"verdict": "overfitting", "verdict_text": "Q < 3 & falls"}
+    folders = [plant("a", 1, curves(), summary=verdict), plant("b", 2, curves())]
+    run(*folders, "--html", tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert not page.open and page.text["h1"] == ["2 experiments"]
+    assert page.text["b"] == ["overfitting", "fine"] and " Q < 3 & falls" in page.text["p"]
+    assert {"environment", "verdicts"} < set(page.text["th"])
+    assert {"E", "a", "b", "10", "20"} < set(page.text["td"])
+    assert (
+        len(page.text["pre"]) == 2
+        and "python cql_continuous.py --seed 1\ncpu, torch 2.13.0" in page.text["pre"][0]
+    )
+    (picture,) = page.loads
+    assert picture.startswith("data:image/png;base64,") and len(picture) > 10_000
+
+
+def test_a_sweep_of_what_has_no_alpha_is_refused(plant, run):
+    said = run("--sweep", plant("a", 1, curves()), plant("b", 1, curves(), cql_alpha=1.0))
+    assert "some of these runs have none" in said
+
+
+def test_panels_are_those_with_numbers(plant):
+    few = {"eval/episodic_return": [(100, 3.0), (200, 4.0)]}
+    figure = report.draw([report.read_run(plant("few", 1, few))])
+    assert [bool(a.lines) for a in figure.axes] == [True, False, False]
+    assert [a.axison for a in figure.axes] == [True, False, False]
+
+
 def test_a_line_is_the_mean_of_one_group(plant):
     """Two environments of one exp_name are two lines; steps that differ are read off between."""
     tag = list(report.PANELS)[1]
@@ -116,7 +169,7 @@ def test_a_line_is_the_mean_of_one_group(plant):
     folders = [plant("a", 1, flat(10.0, (100, 200, 300)))]
     folders += [plant("a", 2, flat(500.0, (101, 203, 306)))]
     folders += [plant("a", 3, flat(-1000.0, (100, 200, 300)), env_id="F")]
-    lines = report.draw([report.read_run(f) for f in folders]).axes[1].get_lines()
+    lines = report.draw([report.read_run(f) for f in folders]).axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["E a", "F a"]
     assert lines[0].get_xdata().tolist() == [200, 300] and set(lines[0].get_ydata()) == {255.0}
     assert set(lines[1].get_ydata()) == {-1000.0}

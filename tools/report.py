@@ -3,6 +3,7 @@
   python tools/report.py runs/* --csv offline.csv --figure offline.png
   python tools/report.py runs/* --at 10000       # as things stood at that update or step
   python tools/report.py runs/*alpha* --sweep    # of --cql-alpha: which value to take
+  python tools/report.py runs/* --html runs.html    # one page: verdicts, table, curves, commands
   python tools/report.py runs/* --curves benchmarks/raw/online.csv   # what figures.py draws from
   python tools/report.py runs/HalfCheetah-v5__dr3_analysis__1__* --figure features.png
 
@@ -16,9 +17,13 @@ at the end; which of the papers' claims hold, in how many of its seeds and by wh
 """
 
 import argparse
+import base64
 import csv
+import html
 import importlib.util
+import io
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -42,7 +47,7 @@ PANELS = {
 CURVES = [*PANELS, "diagnostics/q_max", "diagnostics/q_bound", "diagnostics/feature_norm"]
 CURVES.append("charts/SPS")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"]
-LINES = ["-", "--", "-.", ":", "-", "--"]
+LINES = ["-", "--", "-.", ":"]  # with six colours twelve pairs
 
 
 def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
@@ -163,11 +168,14 @@ def draw(runs: list[tuple[dict, dict]]):
     between their own steps where those differ."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="tight")
-    axes = figure.subplots(2, 3, sharex=True)
+    panels = {tag: title for tag, title in PANELS.items() if any(c[tag] for _, c in runs)}
+    figure = Figure(figsize=(12, 3 * math.ceil(len(panels) / 3)), layout="tight")
+    axes = figure.subplots(math.ceil(len(panels) / 3), 3, sharex=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     groups = list(dict.fromkeys((row["env_id"], row["exp_name"]) for row, _ in runs))
     several = len({env for env, _ in groups}) > 1
-    for axis, (tag, title) in zip(axes.flat, PANELS.items()):
+    for axis, (tag, title) in zip(axes.flat, panels.items()):
         for (env, name), colour, line in zip(groups, COLOURS * 9, LINES * 9):
             mine = [c[tag] for row, c in runs if (row["env_id"], row["exp_name"]) == (env, name)]
             mine = [np.array(points).T for points in mine if points]
@@ -180,11 +188,57 @@ def draw(runs: list[tuple[dict, dict]]):
             axis.plot(steps, values.mean(0), line, color=colour, label=label)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15)
         axis.set_title(title, fontsize=10)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("updates (offline) or environment steps")
     if len(groups) > 1:
         axes[0, 0].legend(fontsize=8)
     return figure
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: 0.2em 0.8em; border-bottom: 1px solid #ccc; text-align: left }}
+img {{ max-width: 100% }} pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 0.5em }}
+</style></head><body><h1>{title}</h1>
+<h2>Verdicts</h2>{verdicts}
+<h2>Means over seeds</h2>{table}
+<h2>Curves</h2>{curves}
+<h2>How to make it again</h2>{commands}
+</body></html>
+"""
+
+
+def page(runs: list[tuple[dict, dict]], folders: list[Path]) -> str:
+    """One HTML file that needs no other and no network."""
+    rows = [row for row, _ in runs]
+    groups = list(dict.fromkeys(f"{r['env_id']} {r['exp_name']}" for r in rows))
+    verdicts, commands, curves = [], [], "<p>no figure: matplotlib is not installed</p>"
+    for row, folder in zip(rows, folders):
+        name = f"{row['env_id']} {row['exp_name']}, seed {row['seed']}"
+        said = f"<b>{row['verdict'] or 'none'}</b> {html.escape(row['verdict_text'] or '')}"
+        verdicts.append(f"<p>{html.escape(name)}: {said}</p>")
+        header = json.loads((folder / "args.json").read_text())
+        versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+        made = f"python {header['command']}\n{header['device']}, {versions}"
+        commands.append(f"<pre>{html.escape(made)}</pre>")
+    head, _, *lines = (x.strip("| ").split(" | ") for x in table(rows).splitlines())
+    cells = [[f"<th>{html.escape(x)}</th>" for x in head]]
+    cells += [[f"<td>{html.escape(x)}</td>" for x in line] for line in lines]
+    as_table = "".join(f"<tr>{''.join(x)}</tr>" for x in cells)
+    if importlib.util.find_spec("matplotlib"):
+        png = io.BytesIO()
+        draw(runs).savefig(png, format="png", dpi=110)
+        data = base64.b64encode(png.getvalue()).decode()
+        curves = f'<img alt="curves" src="data:image/png;base64,{data}">'
+    return PAGE.format(
+        title=html.escape(groups[0] if len(groups) == 1 else f"{len(groups)} experiments"),
+        verdicts="".join(verdicts),
+        table=f"<table>{as_table}</table>",
+        curves=curves,
+        commands="".join(commands),
+    )
 
 
 def write_curves(runs: list[tuple[dict, dict]], path):
@@ -374,6 +428,7 @@ def main():
     parser.add_argument("--curves", help="a CSV of the curves that figures.py draws")
     parser.add_argument("--at", type=int, help="cut every curve at this update or step")
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
+    parser.add_argument("--html", type=Path, help="one page of all, for a browser")
     args = parser.parse_args()
     folders = [x for x in args.runs if (x / "metrics.csv").exists()]
     runs = [read_run(x, args.at) for x in folders]
@@ -387,6 +442,10 @@ def main():
             parser.error(f"{alike} and {folder}: {difference(alike, folder)}")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
+    if args.html and features:
+        parser.error("--html: not for dr3_analysis.py, whose run is drawn by --figure")
+    if args.sweep and any(row["cql_alpha"] is None for row, _ in runs):
+        parser.error("--sweep compares values of --cql-alpha: some of these runs have none")
     if args.figure and features and len(runs) > 1:
         parser.error("--figure: a run of dr3_analysis.py is drawn by itself")
     for steps, results in features:
@@ -401,6 +460,8 @@ def main():
             writer.writerows(row for row, _ in runs)
     if args.curves:
         write_curves(runs, args.curves)
+    if args.html:
+        args.html.write_text(page(runs, folders))
     if args.figure and not importlib.util.find_spec("matplotlib"):
         print("no figure: matplotlib is not installed")
     elif args.figure:

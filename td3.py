@@ -116,8 +116,8 @@ class Args:
     noise_clip: float = 0.5  # c, bound of that noise
     policy_frequency: int = 2  # d, critic updates for each one of policy and targets (DDPG: 1)
 
-    # which transitions (PER arXiv 1511.05952, LAP and PAL 2007.06049, DisCor 2003.07305)
-    replay: Literal["uniform", "per", "lap", "pal", "discor"] = "uniform"  # how drawn or weighted
+    # how the critics' transitions are drawn or weighted (docs/replay.md)
+    replay: Literal["uniform", "per", "lap", "pal", "discor"] = "uniform"
     replay_alpha: float | None = None  # alpha, power of |delta|; not given: per 0.6, lap, pal 0.4
 
     # networks

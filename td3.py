@@ -35,8 +35,8 @@ Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.p
   lap      P ~ max(|delta|, 1)^alpha     Huber's loss of delta               arXiv 2007.06049
   pal      uniformly                     a loss of LAP's expected gradient   the same
   discor   uniformly                     w delta^2, w ~ exp(-gamma Delta/T)  arXiv 2003.07305
-alpha is --replay-alpha; beta rises from 0.4 to 1; Delta(s',a') is a network's sum of the |delta|
-from there on, discounted; T its running mean.
+  alpha is --replay-alpha; beta rises from 0.4 to 1; Delta(s',a') is a network's sum of the |delta|
+  from there on, discounted; T its running mean.
 
 In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches two
 thirds to a fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah.

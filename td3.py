@@ -29,11 +29,14 @@ Quick, Pendulum; a MuJoCo baseline; its replay as a dataset for cql_continuous.p
   python td3.py --env Hopper-v5 --num-critics 1 --policy-noise 0 --policy-frequency 1
   python td3.py --env HalfCheetah-v5 --total-timesteps 100_000 --replay lap
 
---replay: what the critics learn from (docs/replay.md). delta = Q(s,a) - y; default: uniform draws
-  per      P ~ (|delta| + e)^alpha, w = (N P)^-beta / max  w delta^2           arXiv 1511.05952
-  lap      P ~ max(|delta|, 1)^alpha                       huber(delta)        arXiv 2007.06049
-  pal      each alike; in expectation LAP's gradient       ~ |delta|^(1 + alpha)
-  discor   each alike, w ~ exp(-gamma Delta(s',a') / tau)  w delta^2           arXiv 2003.07305
+--replay   drawn of D's N transitions    minimised, delta = Q(s,a) - y       (docs/replay.md)
+  uniform  uniformly                     delta^2
+  per      P ~ (|delta| + 1e-6)^alpha    w delta^2, w ~ (N P)^-beta          arXiv 1511.05952
+  lap      P ~ max(|delta|, 1)^alpha     Huber's loss of delta               arXiv 2007.06049
+  pal      uniformly                     a loss of LAP's expected gradient   the same
+  discor   uniformly                     w delta^2, w ~ exp(-gamma Delta/T)  arXiv 2003.07305
+  alpha is --replay-alpha; beta rises from 0.4 to 1; Delta(s',a') is a network's sum of the |delta|
+  from there on, discounted; T its running mean.
 
 In the runs that CleanRL, Tianshou and Spinning Up publish, DDPG with today's settings reaches two
 thirds to a fifth of TD3 on Hopper, Walker2d and Ant, and is level or ahead on HalfCheetah.
@@ -113,8 +116,8 @@ class Args:
     noise_clip: float = 0.5  # c, bound of that noise
     policy_frequency: int = 2  # d, critic updates for each one of policy and targets (DDPG: 1)
 
-    # which transitions (PER arXiv 1511.05952, LAP and PAL 2007.06049, DisCor 2003.07305)
-    replay: Literal["uniform", "per", "lap", "pal", "discor"] = "uniform"  # what the critics draw
+    # how the critics' transitions are drawn or weighted (docs/replay.md)
+    replay: Literal["uniform", "per", "lap", "pal", "discor"] = "uniform"
     replay_alpha: float | None = None  # alpha, power of |delta|; not given: per 0.6, lap, pal 0.4
 
     # networks
@@ -124,10 +127,10 @@ class Args:
 
 
 # a resumed run must have these as before: its replay, networks and counters would not fit
-FIXED = "env_id seed num_envs utd learning_starts buffer_size width depth num_critics".split()
-FIXED += ["replay"]
-ALPHA = {"per": 0.6, "lap": 0.4, "pal": 0.4}  # those of the code of LAP's authors, as is BETA:
-BETA = 0.4  # of PER's weights at the first step; it rises to 1 at the last
+FIXED = """env_id seed num_envs utd learning_starts buffer_size width depth num_critics replay
+replay_alpha""".split()
+ALPHA = {"per": 0.6, "lap": 0.4, "pal": 0.4}  # of the papers, and of the code of LAP's authors
+BETA = 0.4  # of PER's weights at the first step, by the same sources; it rises to 1 at the last
 
 
 def check(args: Args):
@@ -140,8 +143,8 @@ def check(args: Args):
     check_numbers(args, "utd policy_lr q_lr", 1e-9, 1e3)
     check_numbers(args, "gamma", 0, 0.99999)
     check_numbers(args, "tau", 1e-9, 1)
-    check_numbers(args, "replay_alpha", 1e-9, 1)
-    if args.replay_alpha and args.replay not in ALPHA:
+    check_numbers(args, "replay_alpha", 0, 1)
+    if args.replay_alpha is not None and args.replay not in ALPHA:
         fail(f"--replay-alpha has no effect with --replay {args.replay}, only with per, lap, pal")
     if args.save_dataset:
         writable("--save-dataset", Path(args.save_dataset).parent)
@@ -232,7 +235,8 @@ def backup(learner, batch: Batch, args: Args, generator=None):
 
 def critic_loss(learner, batch: Batch, args: Args, weight=None):
     """td_loss of Q_i(s,a) - y, mean over the minibatch, sum over the ensemble; weight (B,): PER's.
-    In the dict stands what --replay needs next: TD errors or the target of Delta, (n, B)."""
+    `td_errors` in the dict, (n, B): |Q_i - y|, and for DisCor those that follow: Delta's target."""
+    following = 0.0
     with torch.no_grad():
         next_act, y = backup(learner, batch, args)
         if args.replay == "discor":
@@ -242,10 +246,8 @@ def critic_loss(learner, batch: Batch, args: Args, weight=None):
     q = learner.critic(batch.obs, batch.act)
     loss = td_loss(q - y, args.replay, learner.replay_alpha, weight).mean(1)  # (n,)
     info = {"qf_loss": loss.mean(), "qf1_loss": loss[0], "qf1_values": q[0].mean()}
-    if args.replay in ("per", "lap"):
-        info["td_errors"] = q - y
-    if args.replay == "discor":
-        info["error_target"] = (q - y).abs() + following
+    if args.replay in ("per", "lap", "discor"):
+        info["td_errors"] = (q - y).abs() + following
     return loss.sum(), {name: x.detach() for name, x in info.items()}
 
 
@@ -276,8 +278,7 @@ def discor_weight(following, temperature):
 
 
 def error_loss(learner, batch: Batch, target):
-    """(Delta_i(s,a) - target)^2, target = |Q_i(s,a) - y| + gamma (1 - done) Delta_i(s',a'): the TD
-    errors from here on, discounted."""
+    """(Delta_i(s,a) - target)^2, target = |Q_i(s,a) - y| + gamma (1 - done) Delta_i(s',a')."""
     error = learner.error(batch.obs, batch.act)
     loss = ((error - target) ** 2).mean(1)
     return loss.sum(), {"error_loss": loss.mean().detach(), "errors": error.mean(1).detach()}
@@ -299,21 +300,21 @@ class Learner(nn.Module):
         self.critic = Critic(obs_dim, act_dim, args)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.replay_alpha = args.replay_alpha or ALPHA.get(args.replay)
-        if args.replay == "discor":  # Delta has a layer more than Q
-            self.error = Critic(obs_dim, act_dim, replace(args, depth=args.depth + 1))
-            self.target_error = copy.deepcopy(self.error).requires_grad_(False)
-            self.register_buffer("temperature", torch.full((args.num_critics,), 10.0))
+        given = args.replay_alpha is not None
+        self.replay_alpha = args.replay_alpha if given else ALPHA.get(args.replay)
         self.to(device)
         compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
-        self.error_loss = compiled(error_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {
             "critic": torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **flags),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **flags),
         }
-        if args.replay == "discor":
+        if args.replay == "discor":  # Delta has a layer more than Q
+            self.error = Critic(obs_dim, act_dim, replace(args, depth=args.depth + 1)).to(device)
+            self.target_error = copy.deepcopy(self.error).requires_grad_(False)
+            self.register_buffer("temperature", torch.full((args.num_critics,), 10.0).to(device))
+            self.error_loss = compiled(error_loss)
             self.optim["error"] = torch.optim.Adam(self.error.parameters(), lr=args.q_lr, **flags)
 
     @torch.no_grad()
@@ -331,7 +332,7 @@ class Learner(nn.Module):
         loss, info = self.critic_loss(self, batch, self.args, weight)
         self.minimise("critic", loss)
         if self.args.replay == "discor":
-            loss, error_info = self.error_loss(self, batch, info.pop("error_target"))
+            loss, error_info = self.error_loss(self, batch, info.pop("td_errors"))
             self.minimise("error", loss)
             self.temperature.lerp_(error_info.pop("errors"), self.args.tau)
             info |= error_info | {"temperature": self.temperature.mean()}
@@ -371,9 +372,7 @@ class Priorities:
     """p of each row of the replay; row i is drawn with P(i) = p_i / sum p.
 
     Sums of 64 rows are kept, and computed anew where a p changes: incremented they drift, in
-    float64, too. On a CPU drawing 256 rows and setting their p takes 0.15 ms of 10^5 rows, 0.21 of
-    10^6; by cumulative sums of all p 0.13 and 0.92 (benchmarks/raw/replay_cost.csv). Nothing here
-    waits for the device, so that a CUDA graph can hold it. 8 bytes a row."""
+    float64, too. Nothing here waits for the device, so that a CUDA graph can hold it."""
 
     def __init__(self, capacity: int, device):
         self.p = torch.zeros(-(-capacity // 64), 64, dtype=torch.float64, device=device)
@@ -381,21 +380,20 @@ class Priorities:
         self.highest = torch.ones_like(self.sums[0])  # of all priorities so far
         self.beta = torch.ones_like(self.highest)
 
-    def add(self, replay, n: int, progress: float):
-        """The n newest rows, new or overwritten, get the highest p. progress of the run: 0 to 1."""
-        self.beta.fill_(BETA + (1 - BETA) * progress)
+    def add(self, replay, n: int):
+        """The n newest rows, new or overwritten, get the highest p."""
         rows = torch.arange(replay.added - n, replay.added, device=self.p.device) % replay.capacity
         self.set(rows, self.highest.expand(n))
 
     def set(self, rows, p):
-        """p, (B,), of these rows; of a row that is drawn twice the larger."""
+        """p, (B,), of these rows; of one drawn twice, with other noise on a', the larger."""
         self.p.view(-1).scatter_reduce_(0, rows, p.double(), "amax", include_self=False)
         blocks = rows // 64
         self.sums[blocks] = self.p[blocks].sum(1)
         self.highest.copy_(torch.maximum(self.highest, p.max()))
 
     def sample(self, n: int, size):
-        """n of the first N = `size` rows, and PER's weights (N P)^-beta over the largest, (n,)."""
+        """n of the first N = `size` rows, and weights (N P)^-beta / max, (n,): LAP ignores them."""
         ends = self.sums.cumsum(0)
         u = torch.rand(n, dtype=torch.float64, device=self.p.device) * ends[-1]
         block = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
@@ -407,19 +405,19 @@ class Priorities:
 
     def state_dict(self, size) -> dict:
         n = -(-int(size) // 64)  # a part is copied, as in Replay
-        state = {"p": self.p[:n], "sums": self.sums[:n], "highest": self.highest}
-        return {name: x.cpu().clone() for name, x in state.items()}
+        return {"p": self.p[:n].cpu().clone(), "highest": self.highest.cpu().clone()}
 
     def load_state_dict(self, saved: dict):
-        self.p[: len(saved["p"])], self.sums[: len(saved["p"])] = saved["p"], saved["sums"]
+        self.p[: len(saved["p"])] = saved["p"]
+        self.sums.copy_(self.p.sum(1))
         self.highest.copy_(saved["highest"])
 
 
 def prioritised_update(learner, replay, priorities: Priorities, with_policy: bool) -> dict:
     """Learner.update on rows drawn by priority; the policy's are drawn uniformly, for where the TD
-    error is large Q is wrong, and so is its slope in the action, which the policy climbs."""
+    error is large Q may be wrong, and so may its slope in the action, which the policy climbs."""
     args = learner.args
-    rows, weight = priorities.sample(args.batch_size, replay.size)  # LAP's loss has no weight
+    rows, weight = priorities.sample(args.batch_size, replay.size)
     policy_batch = replay.sample(args.batch_size) if with_policy else None
     info = learner.update(replay.batch(rows), with_policy, weight, policy_batch)
     priorities.set(rows, priority(info.pop("td_errors"), args.replay, learner.replay_alpha))
@@ -478,7 +476,8 @@ def train(args: Args) -> dict:
             replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, cut)
             obs, before, step = next_obs, step, step + args.num_envs
             if priorities:
-                priorities.add(replay, args.num_envs, step / args.total_timesteps)
+                priorities.add(replay, args.num_envs)
+                priorities.beta.fill_(BETA + (1 - BETA) * min(1, step / args.total_timesteps))
             while updates < int(args.utd * (step - args.learning_starts) + 1e-9):  # 1e-9: rounding
                 updates += 1
                 info |= update(updates % args.policy_frequency == 0)

@@ -562,11 +562,14 @@ def cliffwalk():
         axis.plot([int(n) for n in states], middle, marker="o", label=kind, **style)
     for n in states:
         (total,) = {r["transitions"] for r in rows if r["states"] == n}
-        cells = [f"{statistics.median(of[k, n]):,}" for k in kinds]
-        cells = [f"over {x}" if x == f"{most:,}" else x for x in cells]
+        cells = []
+        for k in kinds:
+            late = of[k, n].count(most)
+            over = f"{late} of {len(of[k, n])} over {most:,}"
+            cells.append(over if late else f"{statistics.median(of[k, n]):,.0f}")
         print(f"| {n} | {int(total):,} | " + " | ".join(cells) + " |")
     axis.set(yscale="log", xlabel="states", ylabel="updates to a mean squared error of 0.001")
-    axis.set_title("Blind Cliffwalk, median of 3 seeds", fontsize=10)
+    axis.set_title("Blind Cliffwalk, median of 10 seeds", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
     save(figure, "cliffwalk")
@@ -595,25 +598,34 @@ def replay_pictures():
                 mean = [statistics.mean(v) for v in found.values()]
                 axis.plot(found.keys(), mean, label=kind, **style)
                 if not title.startswith("(d)"):  # each seed
-                    each = [v[:5] for v in found.values()]
-                    axis.plot(found.keys(), each, linewidth=0.5, alpha=0.6, **style)
+                    axis.plot(found.keys(), [*found.values()], linewidth=0.5, alpha=0.6, **style)
             axis.spines[["top", "right"]].set_visible(False)
         column[0].set_title(title, fontsize=10)
         column[1].set(xlabel="steps, updates")
         column[0].legend(fontsize=8, frameon=False)
     axes[0, 0].set(ylabel="mean |Q - Q*|")
     axes[1, 0].set(ylabel="return, 1 is the best")
-    print("| rewards | kind | highest error | error, last 1,000 | return, last 1,000 | by seed |")
+    print("| rewards | kind | found | error | return | falls | last below 0.9 |")
     for rewards in ("dense", "sparse"):
         for kind in kinds:
             error, reached = (values[rewards, kind, k] for k in ("error", "return"))
             late = [s for s in error if s > max(error) - 1_000]
-            peak = max(statistics.mean(v) for v in error.values())
-            end = statistics.mean(statistics.mean(error[s]) for s in late)
-            seeds = [statistics.mean(x) for x in zip(*(reached[s] for s in late))]
-            each = ", ".join(f"{x:.2f}" for x in seeds)
-            cells = f"{peak:.2f} | {end:.3f} | {statistics.mean(seeds):.2f} | {each}"
-            print(f"| {rewards} | {kind} | {cells} |")
+            ends = [
+                [statistics.mean(x) for x in zip(*(v[s] for s in late))] for v in (error, reached)
+            ]
+            seeds = [*zip(*reached.values())]  # each seed's returns
+            falls = [sum(a - b > 0.5 for a, b in zip(x, x[1:])) for x in seeds]
+            low = [max([s for s, y in zip(reached, x) if y < 0.9], default=0) for x in seeds]
+            own = [r for r in rows if (r["rewards"], r["kind"]) == (rewards, kind)]
+            found = {r["seed"]: r["found"] for r in own}
+            first = [
+                int(x) if x else float("inf") for x in found.values()
+            ]  # of those that never did
+            cells = [f"{statistics.median(first):,.0f}"]
+            for x, digits in ((ends[0], 3), (ends[1], 3), (falls, 1), (low, 0)):
+                half = statistics.stdev(x) / len(x) ** 0.5
+                cells.append(f"{statistics.mean(x):,.{digits}f} ± {half:,.{digits}f}")
+            print(f"| {rewards} | {kind} | {' | '.join(cells)} |")
     save(figure, "replay_pictures")
 
 

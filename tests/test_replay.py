@@ -91,11 +91,11 @@ def test_losses_by_hand():
 
 
 def test_discors_chain():
-    """s0 -> s1 -> s2 -> end with TD errors .1, .5, 1, gamma .9, tau 1: Delta is (1.36, 1.4, 1), and
-    the transition nearest the end counts most."""
+    """s0 -> s1 -> s2 -> end with TD errors .1, .5, 1, gamma .9, T 1: Delta is (1.36, 1.4, 1), and
+    the transition nearest the end counts most. What the network says beyond the end has no say."""
     state = torch.arange(3.0)[:, None]
     batch = td3.Batch(state, state, torch.zeros(3), state + 1, torch.tensor([0.0, 0, 1]))
-    error, q = torch.zeros(4), torch.tensor([0.1, -0.5, 1.0])
+    error, q = torch.tensor([0.0, 0, 0, 5]), torch.tensor([0.1, -0.5, 1.0])
     learner = SimpleNamespace(
         target_actor=lambda obs: 0 * obs,
         target=lambda obs, act: torch.zeros(1, 3),
@@ -107,8 +107,8 @@ def test_discors_chain():
     args = td3.Args(replay="discor", gamma=0.9, policy_noise=0.0)
     for _ in range(3):
         loss, info = td3.critic_loss(learner, batch, args)
-        error[:3] = info["error_target"][0]
-    assert torch.allclose(error, torch.tensor([1.36, 1.4, 1, 0]))
+        error[:3] = info["td_errors"][0]
+    assert torch.allclose(error[:3], torch.tensor([1.36, 1.4, 1]))
     loss, _ = td3.critic_loss(learner, batch, args)
     weight = torch.tensor([0.167820, 0.240542, 0.591638])
     assert torch.allclose(loss, (weight * q**2).sum(), atol=1e-6)
@@ -119,8 +119,8 @@ def test_discors_chain():
 
 
 def test_discors_weights_of_each_critic_average_one():
-    weight = td3.discor_weight(5 * torch.rand(3, 64), torch.tensor([0.5, 10.0, -1.0]))
-    assert torch.allclose(weight.mean(1), torch.ones(3), atol=1e-5)  # a tau below 0 does no harm
+    weight = td3.discor_weight(5 * torch.rand(3, 64), torch.tensor([0.5, 10.0, 0.0]))
+    assert torch.allclose(weight.mean(1), torch.ones(3), atol=1e-5)  # not NaN where T is 0
 
 
 # ------------------------------------------------------------------------------------- structure
@@ -155,7 +155,7 @@ def test_rows_that_are_not_there_yet_are_never_drawn():
     for n in (1, 62, 2, 300):
         x = torch.zeros(n, 1)
         replay.add(x, x, x[:, 0], x, x[:, 0], x[:, 0])
-        drawn.add(replay, n, 0.0)
+        drawn.add(replay, n)
         rows, _ = drawn.sample(20_000, replay.size)
         assert rows.max() == replay.added - 1 and len(rows.unique()) == replay.added
 
@@ -166,7 +166,7 @@ def test_a_row_that_is_overwritten_starts_again_at_the_top():
 
     def add():
         replay.add(x, x, x[:, 0], x, x[:, 0], x[:, 0])
-        drawn.add(replay, 1, 0.5)
+        drawn.add(replay, 1)
 
     for _ in range(5):
         add()
@@ -175,7 +175,7 @@ def test_a_row_that_is_overwritten_starts_again_at_the_top():
     for _ in range(2):
         add()
     assert drawn.p.view(-1)[:5].tolist() == [7, 7, 3, 4, 5]  # the highest that ever was
-    assert torch.equal(drawn.sums, drawn.p.sum(1)) and float(drawn.beta) == pytest.approx(0.7)
+    assert torch.equal(drawn.sums, drawn.p.sum(1))
 
 
 def test_a_row_drawn_twice_has_the_larger_priority():
@@ -184,28 +184,31 @@ def test_a_row_drawn_twice_has_the_larger_priority():
     assert drawn.p.view(-1)[:3].tolist() == [5, 3, 1] and float(drawn.sums) == 9
 
 
-def a_problem(kind: str, gamma=0.0, n=600):
+def a_problem(kind: str, gamma=0.0, n=600, **changes):
     """A learner, a replay of n transitions with reward sin(3 obs), and its priorities."""
-    args = td3.Args(replay=kind, width=32, gamma=gamma, q_lr=3e-3, batch_size=64)
+    args = td3.Args(replay=kind, width=32, gamma=gamma, q_lr=3e-3, batch_size=64, **changes)
     replay, drawn = td3.Replay(n, 1, 1, CPU), td3.Priorities(n, CPU)
     obs = torch.linspace(-1, 1, n)[:, None]
     replay.add(obs, 0 * obs, torch.sin(3 * obs[:, 0]), obs, 0 * obs[:, 0], 0 * obs[:, 0])
-    drawn.add(replay, n, 0.0)
+    drawn.add(replay, n)
     return td3.Learner(1, 1, args, CPU), replay, drawn
 
 
-def test_nothing_of_a_prioritised_update_waits_for_the_device():
+@pytest.mark.parametrize("kind", ["per", "lap", "discor"])
+def test_nothing_of_an_update_waits_for_the_device(kind, monkeypatch):
     """Tensors without values: whatever asks for one raises. So a CUDA graph can hold it."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device: net)  # fails without values
     with FakeTensorMode(allow_non_fake_inputs=True):
-        drawn, size = td3.Priorities(1_000, CPU), torch.ones((), dtype=torch.float64)
-        rows, weight = drawn.sample(64, size)
-        delta = weight.expand(2, 64)
-        drawn.set(rows, td3.priority(delta, "per", 0.6))
-        td3.td_loss(delta, "pal", 0.4)
+        learner, replay, drawn = a_problem(kind)
+        for with_policy in (False, True):
+            if kind == "discor":
+                info = learner.update(replay.sample(64), with_policy)
+            else:
+                info = td3.prioritised_update(learner, replay, drawn, with_policy)
         with pytest.raises(DataDependentOutputException):
-            float(delta.sum())
+            float(info["qf_loss"])
 
 
 # ---------------------------------------------------------------------------------------- updates
@@ -230,6 +233,45 @@ def test_the_policys_minibatch_is_drawn_uniformly(kind, monkeypatch):
     assert len(seen["critic_loss"][1].unique()) > 40 and len(seen["actor_loss"]) == 1
 
 
+@pytest.mark.parametrize(
+    "kind, given, alpha",
+    [("per", None, 0.6), ("per", 0.3, 0.3), ("lap", None, 0.4), ("lap", 0.7, 0.7), ("lap", 0, 0)],
+)
+def test_a_prioritised_update_by_hand(kind, given, alpha):
+    """Weights go with the rows that were drawn, and their new p are of |delta| before the step,
+    neither squared nor weighted: delta is Q - r with gamma 0."""
+    learner, replay, drawn = a_problem(kind, replay_alpha=given)
+    replay.columns["rew"].mul_(5)  # beyond 1, where LAP's p is not flat
+    p = torch.rand(600, dtype=torch.float64) + 0.1
+    drawn.set(torch.arange(600), p)
+    drawn.beta.fill_(0.5)
+    seen = []
+
+    def spy(net, batch, args, weight):
+        seen.append((batch, weight, learner.critic(batch.obs, batch.act).detach() - batch.rew))
+        return td3.critic_loss(net, batch, args, weight)
+
+    learner.critic_loss = spy
+    td3.prioritised_update(learner, replay, drawn, False)
+    ((batch, weight, delta),) = seen
+    rows = ((batch.obs[:, 0] + 1) / 2 * 599).round().long()
+    expected = p[rows] ** -0.5
+    assert torch.allclose(weight, (expected / expected.max()).float())
+    size = delta.abs().amax(0)
+    assert size.max() > 2
+    expected = (size + 1e-6) ** alpha if kind == "per" else size.clamp(min=1) ** alpha
+    assert torch.allclose(drawn.p.view(-1)[rows].float(), expected, atol=1e-5)
+
+
+def test_lap_with_alpha_0_is_hubers_loss_on_uniform_draws():
+    learner, replay, drawn = a_problem("lap", replay_alpha=0.0)
+    replay.columns["rew"].mul_(5)
+    for _ in range(20):
+        td3.prioritised_update(learner, replay, drawn, False)
+    assert (drawn.p.view(-1)[:600] == 1).all()
+    assert a_problem("pal", replay_alpha=0.0)[0].replay_alpha == 0
+
+
 @KIND
 def test_each_kind_learns_a_function(kind):
     """gamma 0: Q is the reward. The TD error is a share of the target's variance."""
@@ -245,7 +287,7 @@ def test_each_kind_learns_a_function(kind):
 
 
 def test_delta_learns_the_errors_that_follow():
-    """Q is held at 0 with rewards of 1 and gamma .5: every TD error is 1, Delta comes to 2, tau
+    """Q is held at 0 with rewards of 1 and gamma .5: every TD error is 1, Delta comes to 2, T
     follows it."""
     learner, replay, _ = a_problem("discor", gamma=0.5)
     replay.columns["rew"].fill_(1.0)
@@ -293,6 +335,21 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(kind, monkeypatch)
     assert metrics(whole) == metrics(parts)
 
 
+def test_beta_rises_to_1_and_every_environments_rows_can_be_drawn(monkeypatch):
+    """The last of 76 steps in two environments ends at 152, beyond the 151 that were asked for."""
+    update, beta = td3.prioritised_update, []
+
+    def spy(learner, replay, priorities, with_policy):
+        beta.append(float(priorities.beta))
+        assert (priorities.p.view(-1)[: replay.added] > 0).all()
+        return update(learner, replay, priorities, with_policy)
+
+    monkeypatch.setattr(td3, "prioritised_update", spy)
+    td3.train(replace(tiny("per", num_envs=2), total_timesteps=151))
+    assert beta[0] == pytest.approx(0.4 + 0.6 * 32 / 151) and beta[-1] == 1
+    assert beta == sorted(beta)
+
+
 def test_a_longer_run_goes_on_with_the_priorities():
     td3.train(tiny("per"))
     (run,) = Path("runs").iterdir()
@@ -311,7 +368,7 @@ def test_uniform_and_pal_draw_the_same_random_numbers():
 
 @pytest.mark.parametrize(
     "line",
-    ["--replay-alpha 0.5", "--replay discor --replay-alpha 0.5", "--replay lap --replay-alpha 0"],
+    ["--replay-alpha 0", "--replay discor --replay-alpha 0.5", "--replay lap --replay-alpha 1.5"],
 )
 def test_what_would_have_no_effect_is_refused(line, capsys):
     args = tyro.cli(td3.Args, args=line.split())
@@ -346,6 +403,13 @@ def test_another_kind_on_resume_is_refused(capsys):
     err = refused(capsys, lambda: td3.train(tiny("lap", resume=str(run))))
     assert "that run has --replay uniform" in err
     td3.train(tiny("uniform", resume=str(run)))
+
+
+def test_another_alpha_on_resume_is_refused(capsys):
+    td3.train(tiny("lap"))
+    (run,) = Path("runs").iterdir()
+    err = refused(capsys, lambda: td3.train(tiny("lap", resume=str(run), replay_alpha=0.0)))
+    assert "that run has --replay-alpha None" in err
 
 
 # -------------------------------------------------------------------------------- what it is for

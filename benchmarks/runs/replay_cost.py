@@ -95,7 +95,7 @@ def an_update(kind: str, n: int):
     args = td3.Args(replay=kind)
     replay, priorities = td3.Replay(n, 11, 3, CPU), td3.Priorities(n, CPU)
     replay.add(*(torch.randn(n, *x.shape[1:]).tanh() for x in replay.columns.values()))
-    priorities.add(replay, n, 0.5)
+    priorities.add(replay, n)
     learner, count = td3.Learner(11, 3, args, CPU), [0]
 
     def update():

@@ -14,11 +14,15 @@ random numbers. Q is td3.py's critic of 2 x 32 units, a = argmax Q but for one i
 followed by an update on 64 transitions, y = r + gamma max Qt(s',.), gamma 0.95, Qt copied every 100
 updates, Adam at 1e-3. `on-policy` draws from the last 100 steps; the others from all of them, with
 td3.py's formulas. `all pairs` draws states and actions evenly, with their true successors: what no
-learner has, and the best that this network does. Five seeds, each with a network of its own; twenty
-of `uniform` and `per` with sparse rewards, since five do not tell them apart.
+learner has, and the best that this network does.
+
+When the goal is first seen would decide more than the draws do. So each memory begins with the same
+400 steps of random episodes that reached the goal; `on-policy` has forgotten them after 100 steps.
+Ten seeds of each kind, each with a network and a beginning of its own.
 
 Columns: the mean of |Q - Q*| over states and actions; the greedy policy's exact return from the
-start, 1 for the best policy and 0 for one that never arrives.
+start, 1 for the best policy and 0 for one that never arrives; `found`, the step at which the agent
+itself first reached the goal, empty if it never did.
 """
 
 import csv
@@ -34,7 +38,8 @@ import dr3_analysis  # noqa: E402
 import td3  # noqa: E402
 
 KINDS = ("all pairs", "on-policy", "uniform", "per", "lap", "pal", "discor")
-SEEDS, GRID, GAMMA, STEPS, BATCH, LIMIT = 5, 8, 0.95, 5_000, 64, 100
+SEEDS, GRID, GAMMA, STEPS, BATCH, LIMIT = 10, 8, 0.95, 5_000, 64, 100
+BEGINNING = 400  # steps in the memory before the first of the agent
 STATES = GRID * GRID - 1  # the last is the goal
 
 
@@ -49,10 +54,25 @@ def values(net, seen):
     return net(rows, torch.eye(4).repeat(n, b, 1)).view(n, b, 4)
 
 
-def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tuple]:
-    """(step, seed, error, return) every 50 steps; `first` seeds five together."""
-    torch.manual_seed(first)
-    rng = np.random.default_rng(first)
+def a_beginning(P, rng):
+    """(BEGINNING, 3), the last (s, a, s') of random episodes that reached the goal in time."""
+    sums, kept = P.cumsum(2), []
+    while len(kept) < BEGINNING:
+        s, episode = 0, []
+        while s != STATES and len(episode) < LIMIT:
+            a = rng.integers(4)
+            after = min(int((rng.random() > sums[s, a]).sum()), STATES)
+            episode.append((s, a, after))
+            s = after
+        if s == STATES:
+            kept += episode
+    return torch.tensor(np.array(kept[-BEGINNING:]))
+
+
+def run(kind: str, rewards: str, steps: int = STEPS) -> list[tuple]:
+    """(step, seed, error, return, found) every 50 steps."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
     P, _ = dr3_analysis.grid_model(GRID)
     cost = -0.1 if rewards == "dense" else 0.0
     r = cost + (1 - cost) * P[:, :, STATES]
@@ -70,16 +90,20 @@ def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tup
     error_optim, tau = torch.optim.Adam(error.parameters(), lr=1e-3), torch.full((SEEDS,), 10.0)
     alpha = td3.ALPHA.get(kind)
     s, t = np.zeros(SEEDS, int), np.zeros(SEEDS, int)
-    memory = torch.zeros(SEEDS, steps, 3, dtype=torch.long)  # s, a, s'
-    p, highest = torch.zeros(SEEDS, steps, dtype=torch.float64), torch.ones(SEEDS, 1).double()
-    found = []
+    memory = torch.zeros(SEEDS, BEGINNING + steps, 3, dtype=torch.long)  # s, a, s'
+    for i in range(SEEDS):  # with generators of their own: the same for all kinds
+        memory[i, :BEGINNING] = a_beginning(P, np.random.default_rng([1, i]))
+    p, highest = torch.ones(SEEDS, BEGINNING + steps).double(), torch.ones(SEEDS, 1).double()
+    measured, found = [], np.zeros(SEEDS, int)
     for k in range(steps):
+        size = BEGINNING + k + 1  # with the step that is taken now
         with torch.no_grad():
             a = values(net, features[seed, torch.from_numpy(s)[:, None]]).argmax(2)[:, 0].numpy()
         a = np.where(rng.random(SEEDS) < 0.1, rng.integers(4, size=SEEDS), a)
         after = (rng.random(SEEDS)[:, None] > sums[s, a]).sum(1).clip(max=STATES)
-        memory[:, k] = torch.from_numpy(np.stack([s, a, after], 1))
-        p[:, k] = highest[:, 0]
+        memory[:, size - 1] = torch.from_numpy(np.stack([s, a, after], 1))
+        p[:, size - 1] = highest[:, 0]
+        found[(found == 0) & (after == STATES)] = k + 1
         t += 1
         over = (after == STATES) | (t == LIMIT)
         s, t = np.where(over, 0, after), np.where(over, 0, t)
@@ -90,11 +114,11 @@ def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tup
             to = (rng.random((SEEDS, BATCH, 1)) > sums[pairs]).sum(2).clip(max=STATES)
             batch = torch.from_numpy(np.stack([*pairs, to], 2))
         else:
-            oldest = max(0, k - 99) if kind == "on-policy" else 0
+            oldest = size - 100 if kind == "on-policy" else 0
             if kind in ("per", "lap"):
-                rows = torch.multinomial(p[:, : k + 1], BATCH, replacement=True)
+                rows = torch.multinomial(p[:, :size], BATCH, replacement=True)
             else:
-                rows = torch.randint(oldest, k + 1, (SEEDS, BATCH))
+                rows = torch.randint(oldest, size, (SEEDS, BATCH))
             if kind == "per":
                 beta = td3.BETA + (1 - td3.BETA) * k / steps
                 weight = p[seed, rows] ** -beta
@@ -104,14 +128,14 @@ def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tup
         go = GAMMA * (to != STATES)
         with torch.no_grad():
             ahead = features[seed, to]
-            y = torch.where(to == STATES, 1.0, cost) + go * values(target, ahead).amax(2)
+            q_ahead, a_ahead = values(target, ahead).max(2)
+            y = torch.where(to == STATES, 1.0, cost) + go * q_ahead
         one_hot, seen = torch.eye(4)[act], features[seed, state]
         q = net(seen, one_hot)
         delta = q - y
         if kind == "discor":
             with torch.no_grad():
-                greedy = torch.eye(4)[values(net, ahead).argmax(2)]
-                following = go * error_target(ahead, greedy)
+                following = go * error_target(ahead, torch.eye(4)[a_ahead])
                 weight = td3.discor_weight(following, tau)
             guess = error(seen, one_hot)
             loss = ((guess - delta.detach().abs() - following) ** 2).mean(1).sum()
@@ -142,23 +166,18 @@ def run(kind: str, rewards: str, steps: int = STEPS, first: int = 0) -> list[tup
                 policy = np.eye(4)[q[i].argmax(1)]
                 reached = (policy * dr3_analysis.evaluate_policy(P, r, policy, GAMMA))[0].sum()
                 share = (reached - worst) / (best[0].max() - worst)
-                found.append(
-                    (k + 1, 5 * first + i + 1, round(float(off[i]), 5), round(float(share), 5))
-                )
-    return found
+                measured.append((k + 1, i + 1, round(float(off[i]), 5), round(float(share), 5)))
+    return [(*x, found[x[1] - 1] or "") for x in measured]
 
 
 def main():
     torch.set_num_threads(1)
-    rows = [["rewards", "kind", "step", "seed", "error", "return"]]
+    rows = [["rewards", "kind", "step", "seed", "error", "return", "found"]]
     for rewards in ("dense", "sparse"):
         for kind in KINDS:
-            many = rewards == "sparse" and kind in ("uniform", "per")
-            found = [
-                x for first in range(4 if many else 1) for x in run(kind, rewards, STEPS, first)
-            ]
-            rows += [[rewards, kind, *x] for x in found]
-            last = [x for x in found if x[0] > STEPS - 1_000]
+            measured = run(kind, rewards)
+            rows += [[rewards, kind, *x] for x in measured]
+            last = [x for x in measured if x[0] > STEPS - 1_000]
             error, reached = (np.mean([x[i] for x in last]) for i in (2, 3))
             print(f"{rewards}, {kind}: error {error:.3f}, return {reached:.3f}", flush=True)
     out = HERE / "raw" / "replay_pictures.csv"

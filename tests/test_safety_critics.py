@@ -399,25 +399,27 @@ def test_the_multiplier_and_the_papers_threshold():
 
 # ----------------------------------------------------------------------------- what an accident is
 class Spill(gym.Env):
-    """Observes (episode, time). Costs something at its second step and goes on; every other episode
-    has no cost and terminates, the others time out."""
+    """Observes (episode, time), always in the same array. Costs something at its second step and
+    goes on; every other episode has no cost and terminates, the others time out."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (1,))
 
     def __init__(self, cost=None):
-        self.episode, self.cost = -1, cost
+        self.episode, self.cost, self.obs = -1, cost, np.zeros(2)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.episode, self.t = self.episode + 1, 0
-        return np.array([self.episode, 0.0]), {}
+        self.obs[:] = self.episode, 0
+        return self.obs, {}
 
     def step(self, action):
         self.t += 1
         odd, last = self.episode % 2 == 1, self.t == 5
         cost = {"cost": self.cost or 0.5 * (self.t in (2, 4) and not odd)}
-        return np.array([self.episode, float(self.t)]), 0.0, odd and last, last and not odd, cost
+        self.obs[:] = self.episode, self.t
+        return self.obs, 0.0, odd and last, last and not odd, cost
 
 
 class Restless(Spill):
@@ -544,7 +546,8 @@ def test_verdicts(name):
 def test_the_summary_by_hand():
     """Fifths for the rates, the second half for what was predicted, the last rollout's numbers."""
     ledger = Ledger(1)
-    ledger.episodes = [(100, 0.1, 1, 1), (200, 0.1, 1, 1), (600, 0.3, 0.2, 0), (900, 0.5, 0.4, 1)]
+    ledger.episodes = [(100, 0.1, 1, 1), (200, 0.1, 1, 1), (450, 0.1, 1, 0)]
+    ledger.episodes += [(600, 0.3, 0.2, 0), (900, 0.5, 0.4, 1)]
     ledger.accidents = 3
     learner = sc.Learner(2, 1, Args(width=4), torch.device("cpu"))
     learner.agent.counts.copy_(torch.tensor([200, 50, 10]))

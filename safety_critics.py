@@ -1,37 +1,42 @@
 r"""Conservative safety critics (arXiv 2010.14497): fewer accidents while a policy still learns.
 
-An agent that learns by trying has accidents. Let V_C be the probability of one under pi. Wanted is
-the largest return with V_C <= chi at every iteration, not only at the end:
+An agent that learns by trying has accidents. Let V_C be the probability of one from a state on,
+discounted by gamma_C, under pi. Wanted is the largest return with V_C <= chi at every iteration,
+not only at the end:
 
   max_pi  E_pi[return]   such that   V_C <= chi   and   KL(pi_old || pi) <= delta
+
+The critic Q_C learns from D, all steps so far. c = 1: an accident; over = 1: nothing follows.
+
+  y = c + gamma_C (1 - over) Q_target(s',a'),  a' ~ pi(.|s')
   min_Q   1/2 E_D (Q_C - y)^2 - alpha (E_{D,a~pi} Q_C - E_D Q_C)            eq2
   min_Q   1/2 E_D (Q_C - y)^2 - alpha  E_{D,a~pi} Q_C                       eq1
-  y = c + gamma_C (1 - over) Q_target(s',a'),  a' ~ pi(.|s')                c = 1: an accident
 
 This is conservative Q-learning (CQL, arXiv 2006.04779; its Eqs. 1 and 2) turned round: Q_C is a
 cost, and to err on the safe side it must be too high. With CQL's own sign, as slides print the term
-for this purpose, too, accidents look less likely than they are. In a table, where b, the policy of
-the data D, takes all actions, the least loss is at
+for this purpose, too, accidents look less likely than they are. Let b be the policy that made D. In
+a table, where b takes all actions, the least loss is at
 
   eq2  Q_C = y + alpha (pi / b - 1)     too high on average over pi: a bound of V_C, not of Q_C
   eq1  Q_C = y + alpha pi / b           too high at each action
 
-Where the data never go the term alone has no least value. So Q_C is a sigmoid here: in [0, 1], with
+Where D has no action the term alone has no least value. So Q_C is a sigmoid here: in [0, 1], with
 a gradient that dies at both ends. Cut at 1, eq2 may lose its bound of V_C. Q_C is used thrice:
 
   shield      draw a ~ pi until Q_C(s,a) <= eps, at most --shield-draws times, else take the least
               risky; eps is --threshold, or `paper`: (1 - gamma_C)(chi - V_C)
-  policy      natural gradient of E[p / p_old A] - lambda E_{a~pi_old}[pi / pi_old (Q_C - V_C)] by
-              conjugate gradients, and a line search (TRPO, arXiv 1502.05477); p = pi / P(safe|s) is
-              the density behind the shield, P by few draws; without it pi drifts to what is barred
-  multiplier  lambda <- max(0, lambda + rate (V_C - chi)), V_C a mean over the rollout's states
+  policy      p = pi / P(safe|s) is the density behind the shield; without P pi may drift to what
+              is barred. Natural gradient of E[p / p_old A] - lambda E_{a~pi_old}[pi / pi_old
+              (Q_C - V_C)] and a line search (TRPO, arXiv 1502.05477); A has deviation 1, so that
+              lambda does not depend on the scale of rewards
+  multiplier  lambda <- max(0, lambda + rate (V_C - chi)). V_C is a mean over the rollout's states:
+              chi bounds pi without its shield, on states that are visited with it
 
-  Q_C, y         Agent.risk, safety_target (B,)   alpha, gamma_C  --safety-alpha, --safety-gamma
+  Q_C, y         Agent.risk, td_target (B,)       alpha, gamma_C  --safety-alpha, --safety-gamma
   pi, A          Agent.actor, Batch.advantage     eps, chi        --threshold, --accident-limit
-  lambda, delta  Learner.multiplier, --max-kl     D               Replay: all steps of the run
+  lambda, delta  Learner.multiplier, --max-kl     P(safe|s), D    surrogate's p_safe, Replay
 
-Around a trap; the same without all this (TRPO); with the multiplier alone; with the shield alone;
-the other bound; no conservatism; a pole, and a hopper, which must not fall:
+A trap; TRPO; multiplier alone, alpha 0; shield alone; the other bound; alpha 0; a pole; a hopper:
   python safety_critics.py
   python safety_critics.py --shield off --no-lagrange
   python safety_critics.py --shield off --conservative off
@@ -41,7 +46,7 @@ the other bound; no conservatism; a pole, and a hopper, which must not fall:
   python safety_critics.py --env InvertedPendulum-v5 --normalize-obs
   python safety_critics.py --env Hopper-v5 --total-timesteps 500_000 --normalize-obs \
       --normalize-reward
-Watch `charts/accidents`; `rejected`, `fallbacks`, `predicted` beside `realised` (diagnostics/).
+Watch `charts/accidents`; `refused`, `fallbacks`, `predicted` beside `realised` (diagnostics/).
 docs/safety.md has numbers. Left out: discrete actions, a critic trained beforehand.
 """
 
@@ -106,8 +111,8 @@ class Args:
     value_updates: int = 40  # steps of Adam on the value of each rollout
     value_lr: float = 1e-3  # their learning rate
 
-    # accidents: info, where an environment gives info["cost"] at each step and termination
-    # elsewhere; terminated, any termination
+    # what an accident is. info: a positive info["cost"]; in an environment that gives none, a
+    # termination. terminated: any termination
     cost: Literal["info", "terminated"] = "info"
     safety_gamma: float = 0.8  # gamma_C: below 1 an accident far ahead counts less
     # the safety critic
@@ -117,9 +122,10 @@ class Args:
     safety_lr: float = 1e-3  # their learning rate
     batch_size: int = 256  # B, transitions in one of them
     tau: float = 0.01  # Polyak rate of the target of the safety critic
-    # shield: draw until Q_C <= eps, the least risky draw always, or whatever pi draws
-    shield: Literal["rejection", "argmin", "off"] = "rejection"
-    threshold: float | Literal["paper"] = 0.2  # eps; paper: (1 - gamma_C)(chi - V_C)
+    # shield
+    shield: Literal["rejection", "off"] = "rejection"  # draw until Q_C <= eps, or once
+    # eps; paper: (1 - gamma_C)(chi - V_C) from the next update on, 1 in a new run's first rollout
+    threshold: float | Literal["paper"] = 0.2
     shield_draws: int = 100  # most actions drawn in a state
     # constraint
     lagrange: bool = True  # hold V_C below chi by a multiplier
@@ -133,7 +139,7 @@ class Args:
 
 
 # a resumed run must have these as before: its networks, environments and data would not fit
-FIXED = """env_id seed num_envs normalize_obs normalize_reward cost width depth
+FIXED = """env_id seed num_envs num_steps normalize_obs normalize_reward cost width depth
 log_std_init""".split()
 OWN_DRAWS = 10  # actions of pi in each state, for V_C and the constraint's gradient
 
@@ -156,14 +162,17 @@ def check(args: Args):
         fail("--threshold paper is (1 - gamma_C)(chi - V_C): it needs --safety-gamma below 1")
     read = {  # flag: whether anything here depends on it
         "safety_alpha": args.conservative != "off",
-        "threshold": args.shield == "rejection",
+        "threshold": args.shield != "off",
         "shield_draws": args.shield != "off",
         "multiplier_lr": args.lagrange,
         "accident_limit": args.lagrange or args.threshold == "paper",
     }
     for name, does in read.items():
-        if not does and getattr(args, name) != getattr(Args, name):
-            fail(f"--{name.replace('_', '-')} has no effect with the other flags given")
+        value, default = getattr(args, name), getattr(Args, name)
+        if not does and value != default:
+            flag = "--" + name.replace("_", "-")
+            hint = f"leave it out, or, on resume, give {flag} {default}"
+            fail(f"{flag} {value} has no effect with the other flags: {hint}")
     if args.num_envs * args.num_steps == 1:
         fail("--num-steps 1 --num-envs 1: one advantage alone has no standard deviation")
 
@@ -201,8 +210,8 @@ class Agent(nn.Module):
         self.safety_target = copy.deepcopy(self.safety).requires_grad_(False)
         eps = 1.0 if args.threshold == "paper" else args.threshold  # until V_C is known
         self.register_buffer("eps", torch.tensor(eps))
-        # of the run so far: actions, draws, draws that the shield rejected, fall-backs
-        self.register_buffer("counts", torch.zeros(4, dtype=torch.float64))
+        # of the run so far: actions, those whose first draw the shield refused, fall-backs
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.float64))
 
     def forward(self, obs):
         """Mean of the policy (B, act) and V(s) (B,)."""
@@ -239,28 +248,25 @@ class Agent(nn.Module):
         act = self.draw(mean, 1)
         if self.args.shield == "off":
             return act[:, 0]
-        n, chosen = self.args.shield_draws, act[:, 0].clone()
-        # where one draw is not enough
-        ask = (self.risk(obs, act) > self.eps)[:, 0] | (self.args.shield == "argmin")
-        made = [len(obs), len(obs), 0, 0]
-        if ask.any():
-            draws = torch.cat([act[ask], self.draw(mean[ask], n - 1)], 1)
-            chosen[ask], tried, found = self.shielded(obs[ask], draws)
-            extra, fallbacks = int((tried - 1).sum()), int((~found).sum())
-            made = [len(obs), len(obs) + extra, extra + fallbacks, fallbacks]
+        chosen, fallbacks = act[:, 0].clone(), 0
+        refused = (self.risk(obs, act) > self.eps)[:, 0]
+        if refused.any():
+            more = self.draw(mean[refused], self.args.shield_draws - 1)
+            draws = torch.cat([act[refused], more], 1)
+            chosen[refused], found = self.shielded(obs[refused], draws)
+            fallbacks = int((~found).sum())
+        made = [len(obs), int(refused.sum()), fallbacks]
         self.counts += torch.tensor(made).to(self.counts)
         return chosen
 
     def shielded(self, obs, draws):
-        """Of draws (B, M, act) the first with Q_C <= eps, else the least risky, (B, act); how many
-        were looked at, and whether one was found below eps, (B,); argmin does not look for it."""
+        """Of draws (B, M, act) the first with Q_C <= eps, else the least risky, (B, act); whether
+        there was such a one, (B,)."""
         risk = self.risk(obs, draws)
         safe, rows = risk <= self.eps, torch.arange(len(obs), device=obs.device)
-        found = safe.any(1) & (self.args.shield == "rejection")
+        found = safe.any(1)
         first = safe.long().argmax(1)  # of equal values torch takes the first
-        pick = torch.where(found, first, risk.argmin(1))
-        tried = torch.where(found, first + 1, draws.shape[1])
-        return draws[rows, pick], tried, found
+        return draws[rows, torch.where(found, first, risk.argmin(1))], found
 
     def log_prob(self, mean, act):
         """log pi(a|s) without the shield, (B,), or (B, M) of means (B, 1, act)."""
@@ -282,7 +288,7 @@ class Transitions(NamedTuple):
     next_obs: torch.Tensor  # (B, obs)
 
 
-def safety_target(batch: Transitions, next_risk, args: Args):
+def td_target(batch: Transitions, next_risk, args: Args):
     """y = c + gamma_C (1 - over) Q_target(s', a'), (B,)."""
     return batch.cost + args.safety_gamma * (1 - batch.over) * next_risk
 
@@ -310,13 +316,13 @@ class Batch(NamedTuple):
 def surrogate(agent: Agent, batch: Batch, multiplier):
     """E[ p / p_old A ] - lambda E_{a~pi_old}[ pi / pi_old (Q_C - V_C) ].
 
-    p = pi / P(safe|s) is the density of what the shield lets through, 0 in the first term where it
-    let nothing through: the least risky action is no draw of pi."""
+    p = pi / P(safe|s) is the density of what the shield lets through. Where none of the OWN_DRAWS
+    is safe P is unknown, and the first term 0: there the reward has no say."""
     mean = agent.actor(batch.obs)
     ratio = (agent.log_prob(mean, batch.act) - batch.logp).exp()
     own_ratio = (agent.log_prob(mean[:, None], batch.own) - batch.own_logp).exp()
-    passed = (batch.own_safe * own_ratio).sum(1)  # P(safe|s) over that of pi_old
-    gain = batch.advantage * ratio / passed.clamp(min=1e-6) * (passed > 0)
+    p_safe = (batch.own_safe * own_ratio).sum(1)  # P(safe|s) of pi over that of pi_old
+    gain = batch.advantage * ratio / p_safe.clamp(min=1e-6) * (p_safe > 0)
     return gain.mean() - multiplier * (own_ratio * batch.own_advantage).mean()
 
 
@@ -401,15 +407,12 @@ class Accidents(gym.Wrapper):
         obs, rew, terminated, truncated, info = self.env.step(action)
         accident = terminated
         if self.cost == "info" and "cost" in info:
-            accident = float(np.asarray(info["cost"]).item()) > 0
-        self.notes.append((obs, bool(accident)))
+            cost = np.asarray(info["cost"], dtype=float)
+            if cost.size != 1 or np.isnan(cost):
+                fail(f'info["cost"] is {info["cost"]}: expected one number, or --cost terminated')
+            accident = cost.item() > 0
+        self.notes.append((np.array(obs), bool(accident)))  # a copy: obs may be written again
         return obs, rew, terminated, truncated, info
-
-
-def watch(envs, args: Args):
-    """Put Accidents inside what makes episodes of an environment, which drops its infos."""
-    for env in envs.envs:
-        env.env = Accidents(env.env, args.cost)
 
 
 def noted(envs) -> tuple:
@@ -457,15 +460,13 @@ class Ledger:
 
     def means(self, first: float, last: float) -> dict:
         """Over the episodes that ended after step `first`, up to step `last`; {} if none did."""
-        rows = [row[1:] for row in self.episodes if first < row[0] <= last]
-        names = ("predicted", "realised", "accident_share")
-        return dict(zip(names, np.mean(rows, axis=0).tolist())) if rows else {}
+        rows = [row[1:3] for row in self.episodes if first < row[0] <= last]
+        return dict(zip(("predicted", "realised"), np.mean(rows, axis=0).tolist())) if rows else {}
 
     def rate(self, first: float, last: float) -> float:
         """Accidents in a thousand steps, in the same span."""
-        return (
-            1000 * sum(row[3] for row in self.episodes if first < row[0] <= last) / (last - first)
-        )
+        accidents = sum(row[3] for row in self.episodes if first < row[0] <= last)
+        return 1000 * accidents / (last - first)
 
     def state_dict(self) -> dict:
         arrays = {"now": torch.tensor(self.now), "episodes": torch.tensor(self.episodes)}
@@ -495,7 +496,8 @@ class Learner(nn.Module):
         }
 
     def obey(self):
-        """After a resume the flags given anew hold, not what was saved."""
+        """After a resume the flags given anew hold, not what was saved; `paper` only from the next
+        update on, which measures V_C."""
         if self.args.threshold != "paper":
             self.agent.eps.fill_(self.args.threshold)
         if not self.args.lagrange:
@@ -544,7 +546,8 @@ class Learner(nn.Module):
             self.multiplier.copy_((self.multiplier + ascent).clamp(min=0))
         if args.threshold == "paper":
             agent.eps.copy_((1 - args.safety_gamma) * (args.accident_limit - v_c))
-        numbers = self.policy_step(batch) | self.shield_numbers()
+        numbers = self.policy_step(batch) | self.shield_numbers(agent.counts - self.counted)
+        self.counted.copy_(agent.counts)
         for _ in range(args.value_updates):
             losses["value_loss"] = self.value_step(batch)
         unexplained = (batch.target - rollout.value.flatten()).var()
@@ -560,7 +563,7 @@ class Learner(nn.Module):
         obs, next_obs = self.standardised(batch.obs), self.standardised(batch.next_obs)
         with torch.no_grad():
             next_act = agent.draw(agent.actor(next_obs), 1)[:, 0]
-            y = safety_target(batch, agent.risk(next_obs, next_act, target=True), args)
+            y = td_target(batch, agent.risk(next_obs, next_act, target=True), args)
             act = agent.draw(agent.actor(obs), 1)[:, 0]
         q, q_pi = agent.risk(obs, batch.act), agent.risk(obs, act)
         loss = safety_loss(q, q_pi, y, args)
@@ -585,7 +588,7 @@ class Learner(nn.Module):
         mean = self.agent.actor(obs)
         own = self.agent.draw(mean, OWN_DRAWS)
         safe = (self.agent.risk(obs, own) <= self.agent.eps).float()
-        if args.shield != "rejection":  # nothing is rejected
+        if args.shield == "off":  # nothing is refused
             safe = torch.ones_like(safe)
         safe = safe / safe.sum(1, keepdim=True).clamp(min=1)
         own_logp = self.agent.log_prob(mean[:, None], own)
@@ -622,13 +625,12 @@ class Learner(nn.Module):
         self.optim["value"].step()
         return loss.detach()
 
-    def shield_numbers(self) -> dict:
-        """Of this rollout: share of draws that the shield rejected, and of actions that are the
-        least risky of many."""
-        actions, draws, rejected, fallbacks = self.agent.counts - self.counted
-        self.counted.copy_(self.agent.counts)
-        shielded = self.args.shield != "off"
-        return {"rejected": rejected / draws, "fallbacks": fallbacks / actions} if shielded else {}
+    def shield_numbers(self, counts) -> dict:
+        """Of Agent.counts: share of states whose first draw the shield refused, and of actions that
+        are the least risky of many."""
+        if self.args.shield == "off":
+            return {}
+        return dict(zip(("refused", "fallbacks"), (counts[1:] / counts[0]).tolist()))
 
 
 # --------------------------------------------------------------------------- an environment
@@ -683,42 +685,35 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         return "too short to judge", "fewer than ten episodes are over: more --total-timesteps"
     if not summary["accidents"]:
         return "no accidents", "nothing to learn from; is --cost right for this environment?"
-    early, late = summary["rate_early"], summary["rate_late"]
-    predicted, realised = summary["predicted"], summary["realised"]
-    plain = args.shield == "off" and not args.lagrange
-    course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
-    advice = {
-        "everything unsafe": "Q_C is above 0.95 for most actions: a smaller --safety-alpha",
-        "critic under-estimates": f"V_C(s0) was {predicted:.2f}, what followed {realised:.2f}: a "
-        "larger --safety-alpha or more --safety-updates",
-        "threshold too low": "most actions are the least risky of many: a larger --threshold",
-        "shield never active": "it rejected next to no draw: a smaller --threshold",
-        "not fewer accidents": "a smaller --accident-limit, and --lagrange",
-        "fewer accidents": "compare with "
-        + ("--shield rejection --lagrange" if plain else "--shield off --no-lagrange"),
-    }
-    shielded = args.shield == "rejection"
     if summary["risk_above_95"] > 0.5:
-        name = "everything unsafe"
-    elif predicted < 0.8 * realised - 0.01:
-        name = "critic under-estimates"
-    elif shielded and summary["fallbacks"] > 0.5:
-        name = "threshold too low"
-    elif shielded and summary["rejected"] < 0.001:
-        name = "shield never active"
-    else:
-        name = "fewer accidents" if late < early else "not fewer accidents"
-    return name, f"{course}. {advice[name]}"
+        seen = "most of the last rollout's actions have Q_C above 0.95"
+        return "everything unsafe", f"{seen}: a smaller --safety-alpha"
+    predicted, realised = summary["predicted"], summary["realised"]
+    if predicted < 0.8 * realised - 0.01:
+        seen = f"in the second half V_C(s0) was {predicted:.2f}, what followed {realised:.2f}"
+        return "critic under-estimates", f"{seen}: a larger --safety-alpha, more --safety-updates"
+    if args.shield != "off" and summary["fallbacks"] > 0.5:
+        return "threshold too low", "most actions are the least risky of many: a larger one"
+    if args.shield != "off" and summary["refused"] < 0.001:
+        return "shield never active", "it refused next to no draw: a smaller --threshold"
+    early, late = summary["rate_early"], summary["rate_late"]
+    course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
+    if late >= early:
+        return "not fewer accidents", f"{course}: a smaller --accident-limit, and --lagrange"
+    plain = args.shield == "off" and not args.lagrange
+    other = "--shield rejection --lagrange" if plain else "--shield off --no-lagrange"
+    return "fewer accidents", f"{course}; compare with {other}"
 
 
 def summarise(args: Args, learner, ledger: Ledger, numbers: dict, step: int) -> dict:
-    """Accidents, calibration and the shield's work over the whole run, and the verdict. rate_early,
-    rate_late: accidents in a thousand steps, in the first and the last fifth of the run."""
-    out = {"accidents": ledger.accidents, "episodes": len(ledger.episodes)} | ledger.means(0, step)
+    """Accidents and the shield's work over the whole run, and the verdict. predicted, realised: of
+    its second half, for at first the critic knows nothing; of all if no episode ended there.
+    rate_early, rate_late: accidents in a thousand steps, in the first and the last fifth.
+    risk_above_95, multiplier and v_c are the last rollout's."""
+    out = {"accidents": ledger.accidents, "episodes": len(ledger.episodes)}
+    out |= ledger.means(step / 2, step) or ledger.means(0, step)
     out |= {"rate_early": ledger.rate(0, step / 5), "rate_late": ledger.rate(0.8 * step, step)}
-    actions, draws, rejected, fallbacks = learner.agent.counts.tolist()
-    if args.shield != "off":
-        out |= {"rejected": rejected / draws, "fallbacks": fallbacks / actions}
+    out |= learner.shield_numbers(learner.agent.counts)
     out |= {name: numbers[name] for name in ("risk_above_95", "multiplier", "v_c")}
     name, sentence = verdict(out, args)
     say(f"{out['accidents']:,} accidents in {out['episodes']:,} episodes while training")
@@ -735,7 +730,8 @@ def train(args: Args) -> dict:
         envs = make_envs(args.env_id, args.num_envs, run)
         eval_envs = make_envs(args.env_id, args.eval_episodes, run)
         sizes, rows = check_boxes(envs, args.env_id), args.num_envs * args.num_steps
-        watch(envs, args)
+        for env in envs.envs:  # Episodes drops infos: Accidents goes between it and what it steps
+            env.env = Accidents(env.env, args.cost)
         units = OWN_DRAWS * args.width * args.depth
         reserve(16 * rows * units, "rollout and update, roughly", device)
         learner = Learner(*sizes, args, device)
@@ -750,8 +746,10 @@ def train(args: Args) -> dict:
             collector.load_state_dict(run.saved["collector"], step)
             ledger.load_state_dict(run.saved["ledger"])
             replay.load_state_dict(run.saved["replay"])
-            for env in envs.envs:
-                env.env.notes.clear()  # of steps that were played again
+            for i, env in enumerate(envs.envs):
+                env.env.notes.clear()  # the open episode was played again: its steps are known
+                if not env.actions:  # it did not repeat itself, and a new one began
+                    ledger.now[i] = 0
         run.open()
 
         def save():

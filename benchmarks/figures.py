@@ -652,7 +652,11 @@ def safety_signs():
 def safety():
     """safety.sh, then safety_table.py"""
     rows = read("safety_curves.csv")
-    names = {"safety_csc": "all", "safety_trpo": "none (TRPO)", "safety_lagrange": "multiplier"}
+    names = {
+        "safety_csc": "all",
+        "safety_trpo": "none (TRPO)",
+        "safety_lagrange": "multiplier, alpha 0",
+    }
     names |= {"safety_shield": "shield"}
     envs = [*dict.fromkeys(r["env_id"] for r in rows)]
     figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.5), squeeze=False)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Accidents while learning: safety_critics.py with all of it, with nothing (TRPO), with the multiplier alone, with the
-# shield alone, with Eq. 1, without conservatism; on Navigation also gamma_C 0.99 and the paper's threshold.
+# Accidents while learning: safety_critics.py with all of it, with nothing (TRPO), with the multiplier alone and alpha 0,
+# with the shield alone, with Eq. 1, with alpha 0; on Navigation also gamma_C 0.99 and the paper's threshold.
 #   bash benchmarks/runs/safety.sh "Navigation-v0 InvertedPendulum-v5 Hopper-v5" "1 2 3"
 #   python benchmarks/runs/safety_table.py runs/*__safety_*
 #   python benchmarks/figures.py safety

@@ -14,11 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 
 RAW = Path(__file__).resolve().parent.parent / "raw"
-COLUMNS = """env_id exp_name seed global_step accidents episodes accident_share
-rate_early rate_late predicted realised rejected fallbacks v_c multiplier
+COLUMNS = """env_id exp_name seed global_step accidents episodes
+rate_early rate_late predicted realised refused fallbacks v_c multiplier
 risk_above_95 final_return_mean final_return_std verdict wall_seconds device""".split()
 TAGS = "charts/accidents eval/episodic_return diagnostics/predicted diagnostics/realised".split()
-TAGS += "diagnostics/rejected diagnostics/fallbacks diagnostics/v_c".split()
+TAGS += "diagnostics/refused diagnostics/fallbacks diagnostics/v_c".split()
 
 
 def main():
@@ -48,7 +48,7 @@ def main():
     for r in rows:
         groups[r["env_id"], r["exp_name"]].append(r)
     columns = (
-        "accidents rate_early rate_late final_return_mean predicted realised rejected fallbacks"
+        "accidents rate_early rate_late final_return_mean predicted realised refused fallbacks"
     )
     print("| environment | run | " + " | ".join(columns.split()) + " |")
     for (env, name), found in groups.items():

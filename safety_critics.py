@@ -321,8 +321,10 @@ def surrogate(agent: Agent, batch: Batch, multiplier):
     mean = agent.actor(batch.obs)
     ratio = (agent.log_prob(mean, batch.act) - batch.logp).exp()
     own_ratio = (agent.log_prob(mean[:, None], batch.own) - batch.own_logp).exp()
-    p_safe = (batch.own_safe * own_ratio).sum(1)  # P(safe|s) of pi over that of pi_old
-    gain = batch.advantage * ratio / p_safe.clamp(min=1e-6) * (p_safe > 0)
+    gain = batch.advantage * ratio
+    if agent.args.shield != "off":
+        p_safe = (batch.own_safe * own_ratio).sum(1)  # P(safe|s) of pi over that of pi_old
+        gain = gain / p_safe.clamp(min=1e-6) * (p_safe > 0)
     return gain.mean() - multiplier * (own_ratio * batch.own_advantage).mean()
 
 
@@ -588,8 +590,6 @@ class Learner(nn.Module):
         mean = self.agent.actor(obs)
         own = self.agent.draw(mean, OWN_DRAWS)
         safe = (self.agent.risk(obs, own) <= self.agent.eps).float()
-        if args.shield == "off":  # nothing is refused
-            safe = torch.ones_like(safe)
         safe = safe / safe.sum(1, keepdim=True).clamp(min=1)
         own_logp = self.agent.log_prob(mean[:, None], own)
         return Batch(obs, *columns, own, own_logp, torch.zeros_like(own_logp), safe)

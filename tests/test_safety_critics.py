@@ -227,6 +227,10 @@ def test_the_surrogate_is_the_policy_gradient_of_the_density_behind_the_shield()
     assert abs(first - expected) < 0.03 and abs(expected) > 0.1
     assert abs(slope(0.0, own_safe=torch.full_like(batch.own_safe, 0.1)) - expected) > 0.3
     assert abs(first - slope(1.0) - risk) < 0.02 and risk > 0.3
+    agent.args = replace(agent.args, shield="off")  # TRPO's: nothing but A pi / pi_old
+    ratio = (agent.log_prob(agent.actor(obs), act) - batch.logp).exp()
+    plain = torch.autograd.grad((good * ratio).mean(), agent.actor[-1].bias)[0]
+    assert abs(slope(0.0) - float(plain)) < 1e-9 + 1e-6 * abs(float(plain))
 
 
 def a_learner(**changes):

@@ -463,9 +463,9 @@ def test_judgement():
     sick = curve(UP, argmax_share=0.8, q_max=1e9)
     found, sentence = qt.judge(sick, Args(num_updates=4_000), 1.0)
     assert found == "divergence" and "--cql-alpha 5" in sentence and "argmax too weak" in sentence
-    found, sentence = qt.judge(curve(UP, argmax_share=0.8, novelty=3.1), Args(num_updates=4_000), 1)
-    assert found == "acts beyond the data" and "3.1 deviations" in sentence
-    calm = curve(UP, argmax_share=0.95, novelty=2.9)
+    found, sentence = qt.judge(curve(UP, argmax_share=0.8, novelty=3.4), Args(num_updates=4_000), 1)
+    assert found == "acts beyond the data" and "3.4 deviations" in sentence
+    calm = curve(UP, argmax_share=0.95, novelty=3.2)
     assert qt.judge(calm, Args(num_updates=4_000), 1)[0] == "no sign of trouble"
     assert qt.judge([], Args(num_updates=0), 1.0)[0] == "not judged"
     slow = Args(num_updates=4_000, lag=1_000)  # a Q that rises, by a backup each --lag updates

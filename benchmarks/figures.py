@@ -514,9 +514,9 @@ def qt_opt():
     """qt_opt.sh, part pair: offline on 4,000 steps, then online; beside all steps online."""
     rows, env = [], "Reacher-v5"
     for r in read("qt_opt_curves.csv"):
-        before = {"qt_pair": 4_000 - 8_000, "qt_scratch": 1_000}.get(r["exp_name"])  # of training
-        if before is not None and int(r["step"]) + before >= 1_000:
-            rows.append(r | {"step": int(r["step"]) + before})
+        first, steps = {"qt_pair": (8_000, 4_000), "qt_scratch": (0, 1_000)}[r["exp_name"]]
+        if int(r["step"]) >= first:  # of the online phase
+            rows.append(r | {"step": int(r["step"]) - first + steps})
     names = {"qt_pair": "offline, then online", "qt_scratch": "online from scratch"}
     figure, axis = plt.subplots(figsize=(5, 3.2))
     plot(axis, rows, env, names)

@@ -22,7 +22,7 @@ for part in $parts; do for seed in $seeds; do
     $run $online --online-steps 11_000 --exp-name qt_scratch
   elif [ $part = cheetah ]; then
     run="$run --env HalfCheetah-v5 --dataset datasets/HalfCheetah-v5_replay_100000.hdf5 --holdout 0"
-    run="$run --num-updates 10_000 --batch-size 128 --width 256 --eval-frequency 5_000 --diagnostics-frequency 1_000"
+    run="$run --num-updates 6_000 --width 256 --eval-frequency 2_000 --diagnostics-frequency 1_000"
     for k in 2 5; do $run --cem-iterations $k --exp-name qt_cem$k; done
   else
     [ -f $file ] || python sac.py --total-timesteps 8_000 --exp-name narrow_source

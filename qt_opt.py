@@ -354,6 +354,7 @@ class Learner(nn.Module):
 
 
 # ------------------------------------------------------------------------------ diagnostics, advice
+@torch.no_grad()
 def argmax_share(learner, obs, args: Args, generator) -> torch.Tensor:
     """Of what lies between a uniform action's Q and the largest that a search eight times as
     wide and four times as long finds, the share that the policy's argmax has; mean over states."""

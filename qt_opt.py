@@ -389,7 +389,6 @@ def diagnose(learner, data, args: Args) -> dict:
     64 states, cql_gap the log mean exp of Q at 64 uniform actions less q_data. Rows of `data` from
     its size on are held out."""
     size, draw = int(data.size), torch.Generator(data.device).manual_seed(0)
-    learner.eval()
 
     def probe(rows, n: int = 1024):
         return rows[torch.randperm(len(rows), generator=draw, device=data.device)[:n]]
@@ -435,7 +434,6 @@ def diagnose(learner, data, args: Args) -> dict:
             numbers["cql_gap"] = (q_rand.logsumexp(1) - math.log(64) - q).mean()
             numbers["q_lift"] = horizon * weight
             numbers["cql_push"] = weight / squared_error.sqrt().clamp(min=1e-12)
-        learner.train()
     return {name: float(x) for name, x in numbers.items()}
 
 

@@ -34,8 +34,8 @@ COLUMNS = """script env_id exp_name seed num_updates batch_size cql_alpha datase
 bc_return_mean final_return_mean final_return_std selected_return_mean selected_step
 collector_return_mean normalized_score overestimation q_max q_bound td_error td_error_holdout
 cql_gap q_minus_return srank feature_dot verdict updates_per_second global_step updates
-steps_per_second v_s0 kl wall_seconds dataset_sha256 device divergence distance weight
-argmax_share offline_return_mean verdict_text""".split()
+steps_per_second v_s0 kl wall_seconds dataset_sha256 device divergence divergence_floor distance
+weight argmax_share novelty offline_return_mean verdict_text""".split()
 PANELS = {
     "eval/episodic_return": "return",
     "diagnostics/q_data": "Q of the data",

@@ -6,7 +6,8 @@
 Rows: `error`, the mean squared distance per dimension between the argmax of Q = -|a - a*|^2 and a*,
 uniform in the box, by dimension, iterations and choice, 64 samples and 6 elites; `uniform`, the
 best of as many uniform actions. `missed`, how often CEM stays more than 0.1 away from an a* in a
-corner of the box. `travel`, how far the mean gets in each coordinate of an equal slope, in first
+corner of the box. `share`, what CEM has, on slopes of all directions, of what lies between the mean
+and the maximum: diagnostics/argmax_share of a linear Q. `travel`, how far the mean gets in each coordinate of an equal slope, in first
 deviations, by dimension and elites.
 """
 
@@ -58,6 +59,13 @@ for d in (1, 2, 3, 6):
         for k in (2, 5, 12):
             off = distance(best, Args(cem_iterations=k, cem_elites=elites)).abs().amax(1)
             out.writerow(["missed", d, k, elites, "best", f"{(off > 0.1).float().mean():.3g}"])
+for d in (1, 2, 3, 6):
+    slope = torch.randn(STATES, d)
+    for k in (1, 2, 3, 5, 8):
+        args = Args(cem_iterations=k)
+        act = cem(lambda obs, a: (a * obs[:, None]).sum(-1), slope, d, args).act
+        share = (act * slope).sum() / slope.abs().sum()
+        out.writerow(["share", d, k, 6, "best", f"{share:.3g}"])
 for d, elites in ((1, 2), (1, 6), (1, 16), (3, 6), (6, 6)):
     for k in (1, 2, 3, 5, 12, 30):
         args = Args(cem_iterations=k, cem_elites=elites, cem_std=0.001, cem_min_std=0.0)

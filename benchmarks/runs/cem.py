@@ -7,8 +7,8 @@ Rows: `error`, the mean squared distance per dimension between the argmax of Q =
 uniform in the box, by dimension, iterations and choice, 64 samples and 6 elites; `uniform`, the
 best of as many uniform actions. `missed`, how often CEM stays more than 0.1 away from an a* in a
 corner of the box. `share`, what CEM has, on slopes of all directions, of what lies between the mean
-and the maximum: diagnostics/argmax_share of a linear Q. `travel`, how far the mean gets in each coordinate of an equal slope, in first
-deviations, by dimension and elites.
+and the maximum: diagnostics/argmax_share of a linear Q. `travel`, how far the mean gets in each
+coordinate of an equal slope, in first deviations, by dimension and elites.
 """
 
 import csv

@@ -395,6 +395,10 @@ def test_novelty():
     narrow = data._replace(act=obs * 0 + 0.5)  # all alike: the unit is 0.02
     far = (obs[:256] - 0.5).abs().mean() / 0.02
     assert torch.allclose(qt.novelty(learner, narrow), far)
+    few = Batch(*(x[:11] for x in data))  # of eleven rows each has the ten others as neighbours
+    others = [few.act[torch.arange(11) != i] for i in range(11)]
+    z = [(x - known.mean()).abs() / known.std(correction=0) for x, known in zip(few.obs, others)]
+    assert torch.allclose(qt.novelty(learner, few), torch.stack(z).mean())
 
 
 def test_watching_changes_nothing():

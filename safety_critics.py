@@ -685,21 +685,25 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         return "too short to judge", "fewer than ten episodes are over: more --total-timesteps"
     if not summary["accidents"]:
         return "no accidents", "nothing to learn from; is --cost right for this environment?"
+    plain_critic = args.conservative == "off"
     if summary["risk_above_95"] > 0.5:
+        flag = "--safety-gamma" if plain_critic else "--safety-alpha"
         seen = "most of the last rollout's actions have Q_C above 0.95"
-        return "everything unsafe", f"{seen}: a smaller --safety-alpha"
+        return "everything unsafe", f"{seen}: a smaller {flag}"
     predicted, realised = summary["predicted"], summary["realised"]
     if predicted < 0.8 * realised - 0.01:
         seen = f"in the second half V_C(s0) was {predicted:.2f}, what followed {realised:.2f}"
-        return "critic under-estimates", f"{seen}: a larger --safety-alpha, more --safety-updates"
+        mend = "--conservative eq2" if plain_critic else "a larger --safety-alpha"
+        return "critic under-estimates", f"{seen}: {mend}, more --safety-updates"
     if args.shield != "off" and summary["fallbacks"] > 0.5:
-        return "threshold too low", "most actions are the least risky of many: a larger one"
+        return "threshold too low", "most actions are the least risky of many: a larger --threshold"
     if args.shield != "off" and summary["refused"] < 0.001:
         return "shield never active", "it refused next to no draw: a smaller --threshold"
     early, late = summary["rate_early"], summary["rate_late"]
     course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
     if late >= early:
-        return "not fewer accidents", f"{course}: a smaller --accident-limit, and --lagrange"
+        mend = "a smaller --accident-limit" if args.lagrange else "--lagrange"
+        return "not fewer accidents", f"{course}: {mend}"
     plain = args.shield == "off" and not args.lagrange
     other = "--shield rejection --lagrange" if plain else "--shield off --no-lagrange"
     return "fewer accidents", f"{course}; compare with {other}"

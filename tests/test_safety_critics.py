@@ -547,6 +547,20 @@ def test_verdicts(name):
     assert sc.verdict(summary | VERDICTS[name], Args())[0] == name
 
 
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_verdict_recommends_what_the_run_would_take(name):
+    """A number only where it is read, and no switch that is on already."""
+    summary = dict(episodes=50, accidents=20, rate_early=50.0, rate_late=10.0)
+    summary |= dict(predicted=0.3, realised=0.2, refused=0.1, fallbacks=0.1, risk_above_95=0.0)
+    for changes in ({}, {"conservative": "off"}, {"lagrange": False}):
+        args = Args(**changes)
+        text = sc.verdict(summary | VERDICTS[name], args)[1]
+        assert "--safety-alpha" not in text or args.conservative != "off"
+        assert "--conservative eq2" not in text or args.conservative == "off"
+        assert "--accident-limit" not in text or args.lagrange
+        assert "--lagrange" not in text or not args.lagrange
+
+
 def test_the_summary_by_hand():
     """Fifths for the rates, the second half for what was predicted, the last rollout's numbers."""
     ledger = Ledger(1)

@@ -39,11 +39,32 @@ def iqm(values) -> float:
     return float((x * weight).sum() / weight.sum())
 
 
-def bootstrap(strata: list[list[float]], repeats: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the iqm of all values, each stratum (environment) resampled by itself."""
+def pooled(strata: list) -> float:
+    """The iqm of all environments' values together."""
+    return iqm(np.concatenate(strata))
+
+
+def improvement(x: list, y: list) -> float:
+    """How often a run of x ends above one of y, equal ones half: the mean over environments of the
+    Mann-Whitney statistic (arXiv 2108.13264)."""
+    return statistics.mean(
+        float((np.sign(np.subtract.outer(a, b)) + 1).mean() / 2) for a, b in zip(x, y)
+    )
+
+
+def profile(strata: list, thresholds) -> list[float]:
+    """The share of runs above each threshold, mean over environments (arXiv 2108.13264)."""
+    above = [(np.asarray(s)[:, None] > thresholds).mean(0) for s in strata]
+    return np.mean(above, axis=0).tolist()
+
+
+def bootstrap(*groups: list, statistic=pooled, repeats: int = 10_000) -> tuple[float, float]:
+    """95 % interval of statistic(*groups). A group is a list of strata (environments), each the
+    values of its seeds, and every stratum is resampled by itself."""
     draw = np.random.default_rng(0)
-    samples = np.concatenate([draw.choice(s, (repeats, len(s))) for s in strata], axis=1)
-    return tuple(float(q) for q in np.quantile([iqm(s) for s in samples], (0.025, 0.975)))
+    samples = [[draw.choice(s, (repeats, len(s))) for s in group] for group in groups]
+    found = [statistic(*([s[i] for s in group] for group in samples)) for i in range(repeats)]
+    return tuple(float(q) for q in np.quantile(found, (0.025, 0.975)))
 
 
 def read(name: str) -> list[dict]:
@@ -440,19 +461,21 @@ def divergences():
     save(figure, "divergences")
 
 
+METHODS = {
+    "bc": "cloning",
+    "naive": "naive",
+    "bear": "BEAR",
+    "brac_p": "BRAC-p",
+    "brac_v": "BRAC-v",
+    "awac": "AWAC",
+    "crr": "CRR",
+    "cql_h": "CQL(H)",
+}
+
+
 def constraints():
     """constraints.sh: returns, selected returns, learned minus achieved value, the constraint."""
     rows = [r for r in read("constraints.csv") if r["final_return_mean"]]
-    methods = {
-        "bc": "cloning",
-        "naive": "naive",
-        "bear": "BEAR",
-        "brac_p": "BRAC-p",
-        "brac_v": "BRAC-v",
-        "awac": "AWAC",
-        "crr": "CRR",
-        "cql_h": "CQL(H)",
-    }
 
     def cell(group, key: str) -> str:
         values = [float(r[key]) for r in group if r[key]]
@@ -465,7 +488,7 @@ def constraints():
             end="",
         )
         print("weight | distance |\n" + "|---" * 8 + "|")
-        for name, label in methods.items():
+        for name, label in METHODS.items():
             group = [r for r in rows if (r["env_id"], r["exp_name"]) == (env, f"pc_{name}")]
             if group:
                 found = [cell(group, "final_return_mean")]
@@ -475,6 +498,65 @@ def constraints():
                 found.append(cell(group, "weight") if name in ("bear", "brac_p", "brac_v") else "")
                 found.append(cell(group, "distance"))
                 print(f"| {label} | " + " | ".join(found) + " |")
+
+
+def protocol():
+    """constraints.sh: D4RL scores of all sets together, as arXiv 2108.13264 asks: interquartile
+    mean, probability of improvement, performance profiles, each with stratified bootstraps."""
+    rows = [r for r in read("constraints.csv") if r["normalized_score"]]
+    scores = {name: [] for name in METHODS}
+    sets = sorted({r["dataset_sha256"] for r in rows})
+    for chosen in sets:
+        found = {name: [] for name in METHODS}
+        for r in rows:
+            if r["dataset_sha256"] == chosen:
+                found[r["exp_name"].removeprefix("pc_")].append(float(r["normalized_score"]))
+        if all(found.values()):  # a set that some method has not seen would favour the others
+            for name, values in found.items():
+                scores[name].append(values)
+    heads = ["runs", "score", "P(better than cloning)", "P(better than CQL(H))"]
+    print(f"| {len(scores['bc'])} sets | " + " | ".join(heads) + " |\n" + "|---" * 5 + "|")
+
+    def cell(statistic, *groups) -> str:
+        low, high = bootstrap(*groups, statistic=statistic)
+        few = min(sum(map(len, group)) for group in groups) < 5  # such an interval is too narrow
+        return f"{statistic(*groups):.3g}" + ("" if few else f" [{low:.3g}, {high:.3g}]")
+
+    thresholds = np.linspace(-5, 110, 231)
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for i, (name, strata) in enumerate(scores.items()):
+        cells = [cell(pooled, strata)]
+        for other in ("bc", "cql_h"):
+            cells.append("" if other == name else cell(improvement, strata, scores[other]))
+        n = "+".join(str(len(s)) for s in strata)
+        print(f"| {METHODS[name]} | {n} | " + " | ".join(cells) + " |")
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 4]}
+        axis.plot(thresholds, profile(strata, thresholds), label=METHODS[name], **style)
+    axis.set_xlabel("D4RL score")
+    axis.set_ylabel("share of runs above")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8)
+    save(figure, "protocol")
+
+
+def workflow():
+    """constraints.sh: does the workflow help? The selected checkpoint against the last one, and the
+    verdict against whether the policy is better than its data."""
+    rows = [r for r in read("constraints.csv") if r["final_return_mean"]]
+    moved = [r for r in rows if int(float(r["selected_step"])) != int(r["num_updates"])]
+    gains = [float(r["selected_return_mean"]) - float(r["final_return_mean"]) for r in moved]
+    print(f"selected is not the last checkpoint in {len(moved)} of {len(rows)} runs;")
+    if gains:
+        better = sum(g > 0 for g in gains)
+        low, high = bootstrap([gains], statistic=lambda x: float(np.mean(x)))
+        print(
+            f"it is better in {better}, by {np.mean(gains):.0f} [{low:.0f}, {high:.0f}] in return"
+        )
+    print("| verdict | above the data's return | below |\n|---|---|---|")
+    for verdict in sorted({r["verdict"] for r in rows}):
+        mine = [r for r in rows if r["verdict"] == verdict]
+        above = sum(float(r["final_return_mean"]) > float(r["dataset_return_mean"]) for r in mine)
+        print(f"| {verdict} | {above} | {len(mine) - above} |")
 
 
 def cem():
@@ -690,6 +772,8 @@ FIGURES = (
     atari_heads,
     divergences,
     constraints,
+    protocol,
+    workflow,
     cem,
     qt_opt,
     replay,

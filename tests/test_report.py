@@ -346,6 +346,21 @@ def test_the_interquartile_mean_and_its_bootstrap():
     assert figures.bootstrap([[0.0] * 4, [10.0] * 4]) == (5.0, 5.0)
 
 
+def test_the_statistics_of_several_sets_are_rliables():
+    """What rliable 1.2.0 gives for the same numbers: aggregate_iqm, probability_of_improvement, a
+    performance profile, and percentile intervals of its StratifiedBootstrap (50,000 and
+    20,000 repeats)."""
+    x = [[1.0, 2.0, 6.0, 4.0], [10.0, 30.0, 20.0, 25.0]]
+    y = [[2.0, 3.0, 0.0, 1.0], [25.0, 5.0, 40.0, 12.0]]
+    assert figures.pooled(x) == pytest.approx(10.0)
+    assert figures.improvement(x, y) == pytest.approx(0.640625)
+    assert figures.improvement(y, x) == pytest.approx(1 - 0.640625)
+    assert figures.profile(x, [0.0, 2.0, 15.0]) == pytest.approx([1.0, 0.75, 0.375])
+    assert figures.bootstrap(x) == pytest.approx((6.5, 15.5), abs=0.01)
+    both = figures.bootstrap(x, y, statistic=figures.improvement)
+    assert both == pytest.approx((0.359375, 0.90625), abs=0.04)
+
+
 def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     (tmp_path / "raw").mkdir()
     runs = [report.read_run(plant("a", seed, curves())) for seed in (1, 2)]

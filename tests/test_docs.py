@@ -3,6 +3,7 @@
 
 import ast
 import builtins
+import dataclasses
 import dis
 import importlib
 import os
@@ -13,8 +14,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import tyro
+from conftest import write_d4rl
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -202,6 +205,69 @@ def test_commands_of_pages_and_docstrings_are_understood():
     assert len(found) > 60
     for words in found:
         understood(words)
+
+
+FEW = {"width": 8, "eval_episodes": 1}
+SHORT = {  # what a run is cut to
+    "sac": FEW | {"total_timesteps": 300, "learning_starts": 200, "batch_size": 16},
+    "cql_continuous": FEW | {"num_updates": 20, "bc_steps": 2, "diagnostics_frequency": 5},
+    "policy_constraints": FEW | {"num_updates": 20, "behaviour_steps": 2, "collect_steps": 1_005},
+}
+
+
+def carry_out(block: str, monkeypatch):
+    """The commands that a block of shell makes of its loops and tests; each then runs here, cut."""
+    Path("python").write_text('#!/bin/sh\necho "$@" >> log\n')
+    Path("srun").write_text('#!/bin/sh\nexec "$@"\n')
+    for file in ("python", "srun"):
+        Path(file).chmod(0o755)
+    Path("log").write_text("")
+    env = os.environ | {"PATH": f"{Path.cwd()}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    subprocess.run(["bash", "-c", block], env=env, check=True)
+    found = [shlex.split(line) for line in Path("log").read_text().splitlines()]
+    for file, *words in found:
+        understood([file, *words])
+        script = importlib.import_module(Path(file).stem)
+        if file.startswith("tools/"):
+            monkeypatch.setattr(sys, "argv", [file, *words])
+            script.main()
+        elif "--resume" not in words:
+            args = tyro.cli(script.Args, args=words)
+            script.train(dataclasses.replace(args, **SHORT[Path(file).stem]))
+    return found
+
+
+@pytest.mark.parametrize("page", ["comparing"])
+def test_the_commands_of_a_page_run_in_its_order(page, monkeypatch, capsys):
+    """The online scripts' commands in other pages are run by test_online.py and test_ppo.py."""
+    write_d4rl("dump.h5", n=200, obs_dim=11, act_dim=3, length=50, scale=0.9)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    found = [carry_out(block, monkeypatch) for block in blocks]
+    assert blocks and all(found)
+    if page != "comparing":
+        return
+    out = capsys.readouterr().out
+    first_cells = lambda text: [x.split("|")[:3] for x in text.splitlines() if x[:1] == "|"]
+    for shown in re.findall(r"```text\n(.*?)```", text, re.S):  # outputs: the same heads and rows
+        assert len(first_cells(shown)) > 3
+        assert all(row in first_cells(out) for row in first_cells(shown)), shown
+    assert "cql" in Path("report.html").read_text()
+    (run,) = Path("sweep/3").iterdir()
+    assert carry_out(blocks[-1], monkeypatch) == [["sac.py", "--resume", f"sweep/3/{run.name}/"]]
+
+
+def test_how_far_an_interval_reaches():
+    """docs/comparing.md's row, by report.py's own rule: values of deviation 1."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    report = importlib.import_module("report")
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    numbers = re.search(r"^\| n \|(.*)\|$", text, re.M)[1].split("|")
+    halves = re.search(r"^\| half of the interval \|(.*)\|$", text, re.M)[1].split("|")
+    for n, half in zip(numbers, halves, strict=True):
+        values = np.arange(int(n)) / np.std(np.arange(int(n)), ddof=1)
+        assert f"{report.half_width(list(values)):.1f} s" == half.strip()
 
 
 def test_commands_of_the_benchmarks_are_understood(tmp_path):

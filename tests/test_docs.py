@@ -3,6 +3,7 @@
 
 import ast
 import builtins
+import contextlib
 import dataclasses
 import dis
 import importlib
@@ -78,6 +79,44 @@ def understood(words: list[str]):
             script.check(args)
     except SystemExit as e:
         raise AssertionError(f"refused: {shlex.join(words)}") from e
+
+
+def columns(text: str):
+    """(script, cells of its column, the cells to their right) of each row of each table that names
+    scripts in a head, `| [sac.py](../sac.py), [td3.py](../td3.py) |`: once for each script."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *rows = (re.split(r" *\| *", row.strip())[1:-1] for row in table.splitlines())
+        for i, cell in enumerate(head):
+            for script in re.findall(r"\[(\w+)\.py\]", cell):
+                yield from ((script, row[i], row[i + 1], head[i + 1]) for row in rows)
+
+
+def test_flags_and_defaults_of_the_pages_on_moving():
+    """In a script's column its flags, and to its right their default, if anything. Elsewhere flags
+    of any script: those of other projects are written there without dashes."""
+    defaults = {}
+    for name in SCRIPTS:
+        args = importlib.import_module(name).Args()
+        defaults[name] = {"--" + k.replace("_", "-"): v for k, v in vars(args).items()}
+        defaults[name]["--env"] = args.env_id
+    every = {flag for flags in defaults.values() for flag in flags}
+    words = {"on": True, "off": False, "not given": None}
+    for name in ("from_cleanrl", "from_d3rlpy"):
+        text, compared = (ROOT / "docs" / f"{name}.md").read_text(), 0
+        for script, cell, value, head in columns(text):
+            flags = re.findall(r"--[a-z0-9-]+", cell)
+            assert {*flags} <= {*defaults[script]}, f"{name}.md: {cell} is not all in {script}.py"
+            if value and flags:
+                assert head == "default"
+                value = words[value] if value in words else value
+                with contextlib.suppress(ValueError, TypeError):
+                    value = float(value)
+                for flag in flags:
+                    assert defaults[script][flag] == value, f"{name}.md: {script}.py {flag}"
+                compared += 1
+        assert compared > 9
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text):
+            assert flag.replace("--no-", "--") in every, f"{name}.md: {flag}"
 
 
 def test_the_two_commands_of_the_readme():
@@ -237,7 +276,7 @@ def carry_out(block: str, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("page", ["comparing"])
+@pytest.mark.parametrize("page", ["comparing", "from_d3rlpy"])
 def test_the_commands_of_a_page_run_in_its_order(page, monkeypatch, capsys):
     """The online scripts' commands in other pages are run by test_online.py and test_ppo.py."""
     write_d4rl("dump.h5", n=200, obs_dim=11, act_dim=3, length=50, scale=0.9)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -307,6 +308,30 @@ def test_how_far_an_interval_reaches():
     for n, half in zip(numbers, halves, strict=True):
         values = np.arange(int(n)) / np.std(np.arange(int(n)), ddof=1)
         assert f"{report.half_width(list(values)):.1f} s" == half.strip()
+
+
+def test_an_environment_of_ones_own(tmp_path, monkeypatch):
+    """It passes gymnasium's checks, SAC learns there (untrained: -150; a cart that is left alone:
+    -33), and the wrapped one is registered."""
+    from gymnasium.utils.env_checker import check_env
+
+    text = COPYING.read_text()
+    (tmp_path / "my_env.py").write_text(
+        re.search(r"```python\n(# my_env.py\n.*?)```", text, re.S)[1]
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (command,) = (x for x in commands(text) if "my_env:MyEnv-v0" in x)
+    script = importlib.import_module("sac")
+    few = {"total_timesteps": 1_200, "learning_starts": 300, "width": 32, "batch_size": 64}
+    few |= {"gamma": 0.9, "q_lr": 3e-3, "policy_lr": 3e-3, "tau": 0.05, "eval_episodes": 5}
+    args = dataclasses.replace(tyro.cli(script.Args, args=command[1:]), **few)
+    assert script.train(args)["final_return_mean"] > -20
+    check_env(importlib.import_module("my_env").MyEnv())
+    wrapping = re.search(r"```python\n(def make.*?)```", text, re.S)[1]
+    exec(wrapping, {"gym": gym})
+    env = gym.make("MyPendulum-v0")
+    env.reset(seed=0)
+    assert -1.1 < env.step(env.action_space.sample())[1] < 0
 
 
 def test_commands_of_the_benchmarks_are_understood(tmp_path):

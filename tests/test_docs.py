@@ -3,6 +3,8 @@
 
 import ast
 import builtins
+import contextlib
+import dataclasses
 import dis
 import importlib
 import os
@@ -12,9 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 import tyro
+from conftest import write_d4rl
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,6 +80,44 @@ def understood(words: list[str]):
             script.check(args)
     except SystemExit as e:
         raise AssertionError(f"refused: {shlex.join(words)}") from e
+
+
+def columns(text: str):
+    """(script, cells of its column, the cells to their right) of each row of each table that names
+    scripts in a head, `| [sac.py](../sac.py), [td3.py](../td3.py) |`: once for each script."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *rows = (re.split(r" *\| *", row.strip())[1:-1] for row in table.splitlines())
+        for i, cell in enumerate(head):
+            for script in re.findall(r"\[(\w+)\.py\]", cell):
+                yield from ((script, row[i], row[i + 1], head[i + 1]) for row in rows)
+
+
+def test_flags_and_defaults_of_the_pages_on_moving():
+    """In a script's column its flags, and to its right their default, if anything. Elsewhere flags
+    of any script: those of other projects are written there without dashes."""
+    defaults = {}
+    for name in SCRIPTS:
+        args = importlib.import_module(name).Args()
+        defaults[name] = {"--" + k.replace("_", "-"): v for k, v in vars(args).items()}
+        defaults[name]["--env"] = args.env_id
+    every = {flag for flags in defaults.values() for flag in flags}
+    words = {"on": True, "off": False, "not given": None}
+    for name in ("from_cleanrl", "from_d3rlpy"):
+        text, compared = (ROOT / "docs" / f"{name}.md").read_text(), 0
+        for script, cell, value, head in columns(text):
+            flags = re.findall(r"--[a-z0-9-]+", cell)
+            assert {*flags} <= {*defaults[script]}, f"{name}.md: {cell} is not all in {script}.py"
+            if value and flags:
+                assert head == "default"
+                value = words[value] if value in words else value
+                with contextlib.suppress(ValueError, TypeError):
+                    value = float(value)
+                for flag in flags:
+                    assert defaults[script][flag] == value, f"{name}.md: {script}.py {flag}"
+                compared += 1
+        assert compared > 9
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text):
+            assert flag.replace("--no-", "--") in every, f"{name}.md: {flag}"
 
 
 def test_the_two_commands_of_the_readme():
@@ -202,6 +245,93 @@ def test_commands_of_pages_and_docstrings_are_understood():
     assert len(found) > 60
     for words in found:
         understood(words)
+
+
+FEW = {"width": 8, "eval_episodes": 1}
+SHORT = {  # what a run is cut to
+    "sac": FEW | {"total_timesteps": 300, "learning_starts": 200, "batch_size": 16},
+    "cql_continuous": FEW | {"num_updates": 20, "bc_steps": 2, "diagnostics_frequency": 5},
+    "policy_constraints": FEW | {"num_updates": 20, "behaviour_steps": 2, "collect_steps": 1_005},
+}
+
+
+def carry_out(block: str, monkeypatch):
+    """The commands that a block of shell makes of its loops and tests; each then runs here, cut."""
+    Path("python").write_text('#!/bin/sh\necho "$@" >> log\n')
+    Path("srun").write_text('#!/bin/sh\nexec "$@"\n')
+    for file in ("python", "srun"):
+        Path(file).chmod(0o755)
+    Path("log").write_text("")
+    env = os.environ | {"PATH": f"{Path.cwd()}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    subprocess.run(["bash", "-c", block], env=env, check=True)
+    found = [shlex.split(line) for line in Path("log").read_text().splitlines()]
+    for file, *words in found:
+        understood([file, *words])
+        script = importlib.import_module(Path(file).stem)
+        if file.startswith("tools/"):
+            monkeypatch.setattr(sys, "argv", [file, *words])
+            script.main()
+        elif "--resume" not in words:
+            args = tyro.cli(script.Args, args=words)
+            script.train(dataclasses.replace(args, **SHORT[Path(file).stem]))
+    return found
+
+
+@pytest.mark.parametrize("page", ["comparing", "from_d3rlpy"])
+def test_the_commands_of_a_page_run_in_its_order(page, monkeypatch, capsys):
+    """The online scripts' commands in other pages are run by test_online.py and test_ppo.py."""
+    write_d4rl("dump.h5", n=200, obs_dim=11, act_dim=3, length=50, scale=0.9)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    found = [carry_out(block, monkeypatch) for block in blocks]
+    assert blocks and all(found)
+    if page != "comparing":
+        return
+    out = capsys.readouterr().out
+    first_cells = lambda text: [x.split("|")[:3] for x in text.splitlines() if x[:1] == "|"]
+    for shown in re.findall(r"```text\n(.*?)```", text, re.S):  # outputs: the same heads and rows
+        assert len(first_cells(shown)) > 3
+        assert all(row in first_cells(out) for row in first_cells(shown)), shown
+    assert "cql" in Path("report.html").read_text()
+    (run,) = Path("sweep/3").iterdir()
+    assert carry_out(blocks[-1], monkeypatch) == [["sac.py", "--resume", f"sweep/3/{run.name}/"]]
+
+
+def test_how_far_an_interval_reaches():
+    """docs/comparing.md's row, by report.py's own rule: values of deviation 1."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    report = importlib.import_module("report")
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    numbers = re.search(r"^\| n \|(.*)\|$", text, re.M)[1].split("|")
+    halves = re.search(r"^\| half of the interval \|(.*)\|$", text, re.M)[1].split("|")
+    for n, half in zip(numbers, halves, strict=True):
+        values = np.arange(int(n)) / np.std(np.arange(int(n)), ddof=1)
+        assert f"{report.half_width(list(values)):.1f} s" == half.strip()
+
+
+def test_an_environment_of_ones_own(tmp_path, monkeypatch):
+    """It passes gymnasium's checks, SAC learns there (untrained: -150; a cart that is left alone:
+    -33), and the wrapped one is registered."""
+    from gymnasium.utils.env_checker import check_env
+
+    text = COPYING.read_text()
+    (tmp_path / "my_env.py").write_text(
+        re.search(r"```python\n(# my_env.py\n.*?)```", text, re.S)[1]
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (command,) = (x for x in commands(text) if "my_env:MyEnv-v0" in x)
+    script = importlib.import_module("sac")
+    few = {"total_timesteps": 1_200, "learning_starts": 300, "width": 32, "batch_size": 64}
+    few |= {"gamma": 0.9, "q_lr": 3e-3, "policy_lr": 3e-3, "tau": 0.05, "eval_episodes": 5}
+    args = dataclasses.replace(tyro.cli(script.Args, args=command[1:]), **few)
+    assert script.train(args)["final_return_mean"] > -20
+    check_env(importlib.import_module("my_env").MyEnv())
+    wrapping = re.search(r"```python\n(def make.*?)```", text, re.S)[1]
+    exec(wrapping, {"gym": gym})
+    env = gym.make("MyPendulum-v0")
+    env.reset(seed=0)
+    assert -1.1 < env.step(env.action_space.sample())[1] < 0
 
 
 def test_commands_of_the_benchmarks_are_understood(tmp_path):

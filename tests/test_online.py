@@ -950,7 +950,7 @@ def documented_commands() -> list:
         text = text if file.suffix == ".md" else text.split('"""')[1]
         commands += re.findall(r"python (?:sac|td3)\.py[^\n`#&|;]*", text)
     return sorted(
-        {" ".join(c.split()) for c in commands if not re.search(r"--resume|\$|my_package", c)}
+        {" ".join(c.split()) for c in commands if not re.search(r"--resume|\$|my_env", c)}
     )
 
 

@@ -289,7 +289,10 @@ def test_the_commands_of_a_page_run_in_its_order(page, monkeypatch, capsys):
     if page != "comparing":
         return
     out = capsys.readouterr().out
-    first_cells = lambda text: [x.split("|")[:3] for x in text.splitlines() if x[:1] == "|"]
+
+    def first_cells(text: str) -> list:
+        return [line.split("|")[:3] for line in text.splitlines() if line.startswith("|")]
+
     for shown in re.findall(r"```text\n(.*?)```", text, re.S):  # outputs: the same heads and rows
         assert len(first_cells(shown)) > 3
         assert all(row in first_cells(out) for row in first_cells(shown)), shown

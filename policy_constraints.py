@@ -261,7 +261,7 @@ class Policy(nn.Module):
         """Of each mode its mean and log deviation, (B, K, act), and log weight, (B, K)."""
         h = self.net(obs)
         mean, log_std = self.head(h).unflatten(-1, (self.modes, -1)).chunk(2, dim=-1)
-        log_weight = self.logits(h).log_softmax(-1) if self.logits else h.new_zeros(len(h), 1)
+        log_weight = self.logits(h).log_softmax(-1) if self.logits else h.new_zeros(h.shape[0], 1)
         return mean, log_std.clamp(self.min_log_std, 2), log_weight
 
     def draw(self, modes, n: int, generator=None):
@@ -291,8 +291,8 @@ class Policy(nn.Module):
     def mode(self, obs):
         """tanh(mean) of the heaviest Gaussian, (B, act)."""
         mean, _, log_weight = self(obs)
-        rows = torch.arange(len(mean), device=mean.device)
-        return torch.tanh(mean[rows, log_weight.argmax(-1)])
+        k = log_weight.argmax(-1)[:, None, None].expand(-1, -1, mean.shape[-1])
+        return torch.tanh(mean.gather(1, k)[:, 0])
 
     def log_prob(self, modes, act):
         """log pi(a|s) of given actions (B, n, act), as (B, n)."""

@@ -22,6 +22,8 @@ ROLLOUT = SMALL | {"total_timesteps": 256, "num_envs": 1, "num_steps": 128}
 OFFLINE = SMALL | {"collect_steps": 500, "num_updates": 5}
 RUNS = {"sac": ONLINE, "td3": ONLINE, "ppo": ROLLOUT, "kfac_npg": ROLLOUT}
 RUNS |= {"cql_continuous": OFFLINE, "cql_atari": OFFLINE | {"env_id": ("CartPole-v1",)}}
+OTHERS = {"policy_constraints": OFFLINE | {"behaviour_steps": 5}, "qt_opt": OFFLINE}
+OTHERS |= {"safety_critics": SMALL | {"total_timesteps": 80, "num_steps": 40}}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def trained(tmp_path_factory):
     @cache
     def get(script, *changes):
         module, home = importlib.import_module(script), tmp_path_factory.mktemp(script)
-        summary = module.train(module.Args(run_dir=str(home), **RUNS[script] | dict(changes)))
+        summary = module.train(
+            module.Args(run_dir=str(home), **(RUNS | OTHERS)[script] | dict(changes))
+        )
         return next(home.iterdir()), summary
 
     return get
@@ -39,6 +43,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_GL", "")  # what is chosen ends with the test
+
     def run(name, *words, status=0) -> str:
         """What it printed; with a status, the one line of its refusal."""
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
@@ -83,6 +89,125 @@ def test_play_without_a_display_names_the_way(trained, tmp_path):
     env = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "MUJOCO_GL": "glfw"}
     done = run_script("tools/play.py", run, cwd=tmp_path, check=False, env=env)
     assert done.returncode == 2 and "MUJOCO_GL=egl" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("works", ["egl osmesa", "osmesa", ""])
+def test_play_chooses_how_mujoco_draws_without_a_display(tool, monkeypatch, works):
+    import play
+
+    def trial(command, env, **_):
+        return SimpleNamespace(returncode=int(env["MUJOCO_GL"] not in works.split()))
+
+    monkeypatch.setattr("subprocess.run", trial)
+    monkeypatch.setattr("sys.platform", "linux")
+    for name, value in (("DISPLAY", ":0"), ("WAYLAND_DISPLAY", "w"), ("MUJOCO_GL", "glfw")):
+        with monkeypatch.context() as patch:
+            for other in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+                patch.setenv(other, "")
+            patch.setenv(name, value)
+            before = os.environ["MUJOCO_GL"]
+            play.choose_gl()
+            assert os.environ["MUJOCO_GL"] == before
+            patch.setenv(name, "")
+            play.choose_gl()
+            assert os.environ["MUJOCO_GL"] == works.split(" ")[0]
+
+
+class Frames(gym.Env):
+    """30 steps that show a dark, a grey or a bright picture and pay for its number, or the next."""
+
+    action_space, observation_space = gym.spaces.Discrete(3), gym.spaces.Box(0, 255, (36, 36), "u1")
+
+    def __init__(self, offset: int):
+        self.offset = offset
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.shade = self.np_random.integers(3)
+        noise = self.np_random.integers(50, size=(36, 36))
+        return (100 * self.shade + noise).astype("u1"), {}
+
+    def step(self, action):
+        paid = float(action == (self.shade + self.offset) % 3)
+        return self.reset()[0], paid, False, False, {}
+
+
+for offset in (0, 1):
+    gym.register(f"Frames-v{offset}", Frames, max_episode_steps=30, kwargs={"offset": offset})
+PENDULUM, NORMALISED = ("env_id", "Pendulum-v1"), ("normalize_obs", True)
+GAMES = ("env_id", ("Frames-v0", "Frames-v1")), ("head", "dqn"), ("gamma", 0.0), ("cql_alpha", 0.0)
+GAMES += ("batch_size", 32), ("num_updates", 200), ("learning_rate", 0.001)
+LONG = ("total_timesteps", 2048), ("learning_rate", 0.01)
+EXPORTED = [
+    ("sac", ("env_id", "Counting-v0")),  # its box is not symmetric
+    ("td3", PENDULUM),
+    ("ppo", *LONG),
+    ("ppo", *LONG, PENDULUM, NORMALISED),
+    ("kfac_npg", ("total_timesteps", 2048), NORMALISED),
+    ("cql_continuous", PENDULUM),
+    ("cql_atari", ("num_updates", 300)),
+    ("cql_atari", *GAMES),
+    ("policy_constraints", PENDULUM),
+    ("safety_critics", ("shield", "off"), NORMALISED),
+]
+
+
+@pytest.mark.parametrize("script, changes", [(x[0], x[1:]) for x in EXPORTED])
+def test_an_exported_policy_acts_as_the_evaluation_did(trained, tool, monkeypatch, script, changes):
+    """Of what the environments were asked to do: the file alone gives the same from what they
+    showed, one row or all at once."""
+    run, _ = trained(script, *changes)
+    reset, step, shown, done = gym.vector.SyncVectorEnv.reset, gym.vector.SyncVectorEnv.step, [], []
+
+    def show(envs, **options):
+        shown.append(reset(envs, **options)[0])
+        return shown[-1], {}
+
+    def act(envs, actions):
+        done.append(np.array(actions))
+        result = step(envs, actions)
+        shown.append(result[0])
+        return result
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", show)
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", act)
+    assert "policy.pt: differs from the original by" in tool("play", run, "--export", "policy.pt")
+    policy = torch.jit.load("policy.pt")
+    obs, expected = torch.as_tensor(np.concatenate(shown[:-1])), np.concatenate(done)
+    obs = obs if obs.dtype == torch.uint8 else obs.float()
+    found = policy(obs)
+    assert len(done) > 2 and (expected != expected[0]).any() and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(policy(obs[-1:]), expected[-1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["sac", "ppo"])
+def test_a_wrong_export_is_not_written(trained, tool, monkeypatch, tmp_path, script):
+    run, _ = trained(script)
+    load = torch.jit.load
+    monkeypatch.setattr("torch.jit.load", lambda path: lambda obs: 1 - load(path)(obs))
+    (tmp_path / "policy.pt").write_text("what was there")
+    assert "not written" in tool("play", run, "--export", "policy.pt", status=2)
+    assert [x.read_text() for x in tmp_path.glob("policy*")] == ["what was there"]
+
+
+def test_what_play_refuses(trained, tool, tmp_path):
+    run, _ = trained("sac")
+    assert "expected .ts" in tool("play", run, "--export", "policy.h5", status=2)
+    assert "expected .mp4" in tool("play", run, "--out", "film.avi", status=2)
+    assert "--episodes 0" in tool("play", run, "--episodes", 0, status=2)
+    printed = tool("play", run, "--episodes", 0, "--export", "new/policy.ts")  # random ones alone
+    assert "return" not in printed and (tmp_path / "new" / "policy.ts").exists()
+    many = tool("play", run, "--episodes", 3, "--out", "a.gif", "--export", "p.pt").splitlines()
+    returns = [float(line.split()[-1]) for line in many[:3]]
+    assert abs(float(many[3].removeprefix("mean of 3: ")) - np.mean(returns)) < 0.11
+    assert many[4] == "a.gif" and many[5].startswith("p.pt") and len(many) == 6
+    if not importlib.util.find_spec("onnx"):
+        assert "pip install onnx" in tool("play", run, "--export", "policy.onnx", status=2)
+    best = ("extract", "best-of-n"), ("act", "best-of-n")
+    for script, *changes in (["qt_opt"], ["policy_constraints", *best], ["safety_critics"]):
+        run, _ = trained(script, *changes, ("eval_episodes", 0))
+        assert "random numbers" in tool("play", run, "--export", "policy.pt", status=2)
 
 
 @pytest.mark.parametrize("script", ["sac", "td3"])

@@ -1,21 +1,36 @@
-"""Film the policy of a run, in the environments that its script makes and evaluates in.
+"""Film the policy of a run, in the environments that its script makes and evaluates in; or export
+it to TorchScript or ONNX.
 
   python tools/play.py runs/THAT_RUN    # writes runs/THAT_RUN/film.mp4
-  python tools/play.py runs/THAT_RUN/selected.pt --episodes 3 --out film.gif
+  python tools/play.py runs/THAT_RUN/selected.pt --episodes 10 --out film.gif
+  python tools/play.py runs/THAT_RUN --export policy.pt    # no film, unless --out is given, too
 
 RUN is a run folder or a checkpoint of any script here. Each episode is one call of the script's own
-evaluate(). Atari cannot render: the film shows what the policy sees, 84 x 84 and grey. MuJoCo on a
-machine without a display needs MUJOCO_GL=egl (or osmesa) in front of the command.
+evaluate(); its return is printed. The film's suffix, .mp4 or .gif, says which it is. Atari cannot
+render: the film shows what the policy sees, 84 x 84 and grey. MuJoCo without a display draws by EGL
+or OSMesa, whichever works; MUJOCO_GL=egl (or osmesa) in front of the command chooses.
+
+--export writes the policy without exploration, as the evaluation plays it: in go observations (B,
+...) as the environment gives them, as float32 (frames: uint8), out come actions as it takes them.
+Standardising and the scaling to the action box are inside, B is free. Of several games it is the
+first one's. A suffix .pt or .ts makes TorchScript, for torch.jit.load on a CPU, without this code;
+.onnx makes ONNX, from "obs" to "action" (pip install onnx onnxruntime). The file is compared with
+the original on random observations and on the first 256 that were played (--episodes 0: none); with
+a difference above 1e-5 of the range of actions (discrete: of their values) nothing is written.
+Refused are policies that draw random numbers when they act: qt_opt.py's, --act best-of-n or sample,
+and those behind a --shield.
 """
 
 import argparse
 import importlib
 import os
+import subprocess
 import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -64,11 +79,13 @@ def prepared(module, args, saved, stack: ExitStack):
 
 class Film(gym.vector.VectorWrapper):
     """Shows the only environment of a vector after its reset and each step but an episode's last,
-    where the next one's first frame stands already; frames go to the file as they come."""
+    where the next one's first frame stands already; frames go to the file as they come. Without a
+    path it only keeps what it would show."""
 
-    def __init__(self, envs, path: Path):
+    def __init__(self, envs, path: Path | None):
         super().__init__(envs)
         self.path, self.file, self.envs = path, None, getattr(envs, "envs", [])
+        self.seen = []  # the first observations, (1, ...) each
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
@@ -84,6 +101,10 @@ class Film(gym.vector.VectorWrapper):
         return obs, rew, *ends, infos
 
     def show(self, obs):
+        if len(self.seen) < 256:
+            self.seen.append(obs.copy())
+        if self.path is None:
+            return
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
         if self.envs:
@@ -97,6 +118,97 @@ class Film(gym.vector.VectorWrapper):
         self.file.write_frame(np.ascontiguousarray(frame))
 
 
+def choose_gl():
+    """Without a display: let MuJoCo draw by the first way that works here. It reads this variable
+    when it is imported, so that each way is tried in a process of its own."""
+    if sys.platform != "linux":
+        return
+    if any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")):
+        return
+    trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
+    for name in ("egl", "osmesa"):
+        env = os.environ | {"MUJOCO_GL": name}
+        if subprocess.run(trial, env=env, capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return
+
+
+def check_export(module, args, path: Path):
+    """Refuse what cannot be exported, before anything is played."""
+    if path.suffix not in (".ts", ".pt", ".onnx"):
+        module.fail(f"--export {path}: expected .ts or .pt (TorchScript), or .onnx")
+    how = {
+        "qt_opt": "by the cross-entropy method",
+        "policy_constraints": f"--act {args.act}" if getattr(args, "act", "mean") != "mean" else "",
+        "safety_critics": "behind its --shield" if getattr(args, "shield", "off") != "off" else "",
+    }.get(module.SCRIPT)
+    if how:
+        module.fail(f"--export: this policy draws random numbers when it acts ({how})")
+    missing = [x for x in ("onnx", "onnxruntime") if find_spec(x) is None]
+    if path.suffix == ".onnx" and missing:
+        module.fail(f"--export {path}: first pip install {' '.join(missing)}")
+
+
+@torch.no_grad()
+def export(module, learner, envs, path: Path, seen: list) -> float:
+    """Writes the policy of the evaluation; the largest difference from it of what was written, on
+    the observations `seen` and on random ones."""
+    learner.eval().requires_grad_(False)  # the file keeps parameters as constants
+    space, box = envs.single_observation_space, envs.single_action_space
+    discrete = isinstance(box, gym.spaces.Discrete)
+
+    def policy(obs):
+        if module.SCRIPT == "cql_atari":  # learner.q(), without its chunks: their number is fixed
+            net = learner.net
+            return net.q(net.heads[0](net.features(obs))).argmax(-1)
+        act = learner.act(obs, explore=False)
+        if discrete:
+            return act + int(box.start)
+        low, high = torch.as_tensor(box.low), torch.as_tensor(box.high)
+        return torch.minimum(torch.maximum(low + (act + 1) / 2 * (high - low), low), high)
+
+    def difference(obs) -> float:
+        """Largest, in units of the range: of actions; of discrete ones, in what they are worth to
+        the policy, since rounding may turn a tie."""
+        written = run(obs)
+        if not discrete:
+            original = module.to_env(learner.act(obs, explore=False), envs)
+            return float(np.abs((written.numpy() - original) / (box.high - box.low)).max())
+        if module.SCRIPT == "cql_atari":
+            value = learner.q(obs, 0)
+        else:
+            value = learner.agent.policy(learner.standardised(obs))
+        chosen = value.gather(1, written[:, None] - int(box.start))[:, 0]
+        return float((value.amax(1) - chosen).max() / (value.max() - value.min()))
+
+    if space.dtype == np.uint8:
+        rows = [torch.randint(256, (256, *space.shape), dtype=torch.uint8)]
+    else:
+        rows = [torch.randn(256, *space.shape)]
+    if seen:
+        rows.append(torch.as_tensor(np.concatenate(seen)).to(rows[0]))
+    with warnings.catch_warnings(), module.write_beside(path) as temporary:
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; it does trace as_tensor()
+        few = rows[0][:2]
+        traced = torch.jit.trace(policy, few, check_trace=False)
+        if path.suffix == ".onnx":
+            import onnxruntime
+
+            names = {"input_names": ["obs"], "output_names": ["action"]}
+            names |= {"dynamic_axes": {"obs": {0: "B"}, "action": {0: "B"}}}
+            # the other exporter, dynamo=True, needs onnxscript as well
+            torch.onnx.export(traced, (few,), str(temporary), dynamo=False, **names)
+            session = onnxruntime.InferenceSession(str(temporary))
+            run = lambda obs: torch.as_tensor(session.run(None, {"obs": obs.numpy()})[0])
+        else:
+            traced.save(str(temporary))
+            run = torch.jit.load(str(temporary))
+        worst = max(map(difference, rows))
+        if not worst <= 1e-5:
+            module.fail(f"--export {path}: it differs by {worst:.2g} of the range, not written")
+    return worst
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -104,18 +216,31 @@ def main():
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--seed", type=int, help="of the first episode; not given: the run's")
     parser.add_argument("--out", type=Path, help=".mp4 or .gif; not given: film.mp4 beside RUN")
+    parser.add_argument("--export", type=Path, help=".ts or .pt (TorchScript) or .onnx")
     options = parser.parse_args()
     module, args, saved, path = load(options.run)
     if module.SCRIPT == "dr3_analysis":
         module.fail("dr3_analysis.py has no policy that plays")
-    out = options.out or path.parent / "film.mp4"
+    if options.export:
+        check_export(module, args, options.export)
+    out = options.out or (None if options.export else path.parent / "film.mp4")
+    if out and out.suffix not in (".mp4", ".gif"):
+        module.fail(f"--out {out}: expected .mp4 or .gif")
+    if options.episodes < (1 if out else 0):
+        module.fail(f"--episodes {options.episodes}: a film takes one at least")
     first = args.seed if options.seed is None else options.seed
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame: no window
     warnings.filterwarnings("ignore", module="glfw")  # the error below says what it means
-    hint = "no film (without a display: MUJOCO_GL=egl python tools/play.py ...)"
+    hint = "not played"
+    if out:
+        choose_gl()
+        how = "MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+        hint = f"no film (MuJoCo without a display: {how})"
     with ExitStack() as stack, module.failing(hint, Exception):
-        make = partial(gym.make, render_mode="rgb_array")
-        stack.enter_context(mock.patch("gymnasium.make", make))
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            make = partial(gym.make, render_mode="rgb_array")
+            stack.enter_context(mock.patch("gymnasium.make", make))
         envs, learner = prepared(module, args, saved, stack)
         if module.SCRIPT == "cql_atari":
             film = envs.envs = Film(envs.envs, out)
@@ -123,11 +248,20 @@ def main():
         else:
             film = envs = Film(envs, out)
             game = []
+        returns = []
         for i in range(options.episodes):
             module.evaluate(learner, envs, *game, replace(args, seed=first + i))
+            returns.append(film.total)
             print(f"episode {i + 1}: return {film.total:.1f}")
-        film.file.close()
-    print(out)
+        if len(returns) > 1:
+            print(f"mean of {len(returns)}: {np.mean(returns):.1f}")
+        if out:
+            film.file.close()
+            print(out)
+    if options.export:
+        with module.failing(f"--export {options.export}", Exception):
+            worst = export(module, learner, film, options.export, film.seen)
+        print(f"{options.export}: differs from the original by {worst:.2g} of the range at most")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,9 @@ def export(module, learner, envs, path: Path, seen: list) -> float:
             # the other exporter, dynamo=True, needs onnxscript as well
             torch.onnx.export(traced, (few,), str(temporary), dynamo=False, **names)
             session = onnxruntime.InferenceSession(str(temporary))
-            run = lambda obs: torch.as_tensor(session.run(None, {"obs": obs.numpy()})[0])
+
+            def run(obs):
+                return torch.as_tensor(session.run(None, {"obs": obs.numpy()})[0])
         else:
             traced.save(str(temporary))
             run = torch.jit.load(str(temporary))

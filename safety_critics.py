@@ -111,11 +111,8 @@ class Args:
     value_updates: int = 40  # steps of Adam on the value of each rollout
     value_lr: float = 1e-3  # their learning rate
 
-    # what an accident is. info: a positive info["cost"]; in an environment that gives none, a
-    # termination. terminated: any termination
-    cost: Literal["info", "terminated"] = "info"
-    safety_gamma: float = 0.8  # gamma_C: below 1 an accident far ahead counts less
     # the safety critic
+    safety_gamma: float = 0.8  # gamma_C: below 1 an accident far ahead counts less
     conservative: Literal["eq2", "eq1", "off"] = "eq2"  # form of the conservative term
     safety_alpha: float = 0.005  # alpha, weight of the conservative term
     safety_updates: int = 250  # minibatches of the safety critic for each rollout
@@ -139,7 +136,7 @@ class Args:
 
 
 # a resumed run must have these as before: its networks, environments and data would not fit
-FIXED = """env_id seed num_envs num_steps normalize_obs normalize_reward cost width depth
+FIXED = """env_id seed num_envs num_steps normalize_obs normalize_reward width depth
 log_std_init""".split()
 OWN_DRAWS = 10  # actions of pi in each state, for V_C and the constraint's gradient
 
@@ -399,40 +396,32 @@ class Replay:
 
 class Accidents(gym.Wrapper):
     """Notes at each step s', which is gone where an episode ends and the next begins in the same
-    step, and whether it was an accident."""
+    step, and whether it was an accident: a positive info["cost"], or in an environment that gives
+    none a termination."""
 
-    def __init__(self, env, cost: str):
+    def __init__(self, env):
         super().__init__(env)
-        self.cost, self.notes = cost, []
+        self.notes = []
 
     def step(self, action):
         obs, rew, terminated, truncated, info = self.env.step(action)
-        accident = terminated
-        if self.cost == "info" and "cost" in info:
-            cost = np.asarray(info["cost"], dtype=float)
-            if cost.size != 1 or np.isnan(cost):
-                fail(f'info["cost"] is {info["cost"]}: expected one number, or --cost terminated')
-            accident = cost.item() > 0
-        self.notes.append((np.array(obs), bool(accident)))  # a copy: obs may be written again
+        cost = np.asarray(info.get("cost", terminated), dtype=float)
+        if cost.size != 1 or np.isnan(cost):
+            fail(f'info["cost"] is {info["cost"]}: expected one number')
+        self.notes.append((np.array(obs), cost.item() > 0))  # a copy: obs may be written again
         return obs, rew, terminated, truncated, info
 
 
-def noted(envs) -> tuple:
-    """s' (T, N, obs) and accidents (T, N) since the last call."""
-    columns = []
+def transitions(rollout, envs) -> Transitions:
+    """A rollout in the replay's form, each field (T, N, ...), with what Accidents has noted since
+    the last one; after an accident nothing counts, also where the environment goes on."""
+    notes = [zip(*env.env.notes) for env in envs.envs]
+    next_obs, accident = (np.stack(x, 1) for x in zip(*notes))
     for env in envs.envs:
-        next_obs, accident = zip(*env.env.notes)
-        columns.append((np.stack(next_obs), np.array(accident)))
-        env.env.notes = []
-    return tuple(np.stack(x, 1) for x in zip(*columns))
-
-
-def transitions(rollout, next_obs, accident) -> Transitions:
-    """Of a rollout in the replay's form; after an accident nothing counts, also where the
-    environment goes on."""
+        env.env.notes.clear()
     over = rollout.terminated.cpu().numpy() | accident
     columns = (np.stack(rollout.raw_obs), rollout.act.clamp(-1, 1), accident, over, next_obs)
-    return Transitions(*(torch.as_tensor(x).flatten(0, 1) for x in columns))
+    return Transitions(*map(torch.as_tensor, columns))
 
 
 class Ledger:
@@ -497,14 +486,6 @@ class Learner(nn.Module):
             "safety": adam(agent.safety.parameters(), lr=args.safety_lr, fused=True),
         }
 
-    def obey(self):
-        """After a resume the flags given anew hold, not what was saved; `paper` only from the next
-        update on, which measures V_C."""
-        if self.args.threshold != "paper":
-            self.agent.eps.fill_(self.args.threshold)
-        if not self.args.lagrange:
-            self.multiplier.zero_()
-
     def standardised(self, obs):
         """Observations of an environment (numpy) as the networks see them, on the device."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
@@ -546,12 +527,18 @@ class Learner(nn.Module):
         if args.lagrange:
             ascent = args.multiplier_lr * (v_c - args.accident_limit)
             self.multiplier.copy_((self.multiplier + ascent).clamp(min=0))
+        else:  # also on resume
+            self.multiplier.zero_()
         if args.threshold == "paper":
             agent.eps.copy_((1 - args.safety_gamma) * (args.accident_limit - v_c))
         numbers = self.policy_step(batch) | self.shield_numbers(agent.counts - self.counted)
         self.counted.copy_(agent.counts)
         for _ in range(args.value_updates):
-            losses["value_loss"] = self.value_step(batch)
+            loss = 0.5 * ((agent.critic(batch.obs)[:, 0] - batch.target) ** 2).mean()
+            self.optim["value"].zero_grad()
+            loss.backward()
+            self.optim["value"].step()
+        losses["value_loss"] = loss.detach()
         unexplained = (batch.target - rollout.value.flatten()).var()
         losses["explained_variance"] = 1 - unexplained / batch.target.var().clamp(min=1e-8)
         if args.normalize_obs:
@@ -617,14 +604,6 @@ class Learner(nn.Module):
                     break
         return {"kl": kl, "gain": gain, "backtracks": backtracks, "grad_norm": flat(g).norm()}
 
-    def value_step(self, batch: Batch):
-        """One step on (V - target)^2 / 2."""
-        loss = 0.5 * ((self.agent.critic(batch.obs)[:, 0] - batch.target) ** 2).mean()
-        self.optim["value"].zero_grad()
-        loss.backward()
-        self.optim["value"].step()
-        return loss.detach()
-
     def shield_numbers(self, counts) -> dict:
         """Of Agent.counts: share of states whose first draw the shield refused, and of actions that
         are the least risky of many."""
@@ -684,7 +663,7 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
     if summary["episodes"] < 10:
         return "too short to judge", "fewer than ten episodes are over: more --total-timesteps"
     if not summary["accidents"]:
-        return "no accidents", "nothing to learn from; is --cost right for this environment?"
+        return "no accidents", 'nothing to learn from; does info["cost"] tell of them?'
     plain_critic = args.conservative == "off"
     if summary["risk_above_95"] > 0.5:
         flag = "--safety-gamma" if plain_critic else "--safety-alpha"
@@ -735,7 +714,7 @@ def train(args: Args) -> dict:
         eval_envs = make_envs(args.env_id, args.eval_episodes, run)
         sizes, rows = check_boxes(envs, args.env_id), args.num_envs * args.num_steps
         for env in envs.envs:  # Episodes drops infos: Accidents goes between it and what it steps
-            env.env = Accidents(env.env, args.cost)
+            env.env = Accidents(env.env)
         units = OWN_DRAWS * args.width * args.depth
         reserve(16 * rows * units, "rollout and update, roughly", device)
         learner = Learner(*sizes, args, device)
@@ -746,7 +725,8 @@ def train(args: Args) -> dict:
             step, last_return = run.saved["step"], run.saved["last_return"]
             returns, numbers = np.array(run.saved["returns"]), run.saved["numbers"]
             run.restore(learner, learner.optim)
-            learner.obey()
+            if args.threshold != "paper":  # given anew it holds; `paper` from the next update on
+                learner.agent.eps.fill_(args.threshold)
             collector.load_state_dict(run.saved["collector"], step)
             ledger.load_state_dict(run.saved["ledger"])
             replay.load_state_dict(run.saved["replay"])
@@ -764,10 +744,10 @@ def train(args: Args) -> dict:
 
         while step < args.total_timesteps and not run.signum:
             rollout, ended = collector.collect(learner)
-            next_obs, accident = noted(envs)
+            new = transitions(rollout, envs)
             risk = learner.policy_risk(rollout.states[:rows]).view_as(rollout.rew)
-            ledger.take(step, rollout, risk, accident, args.safety_gamma)
-            replay.add(transitions(rollout, next_obs, accident))
+            ledger.take(step, rollout, risk, new.cost, args.safety_gamma)
+            replay.add(Transitions(*(x.flatten(0, 1) for x in new)))
             before, step = step, step + rows
             losses, numbers = learner.update(rollout, replay)
             numbers = {name: float(x) for name, x in (numbers | ledger.means(before, step)).items()}

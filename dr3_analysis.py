@@ -289,7 +289,7 @@ class Problem(NamedTuple):
         return Batch(rows, self.behaviour.fresh(s, draw), self.behaviour.candidates(s, draw))
 
 
-class Batch(NamedTuple):  # with a first axis for the n members
+class Batch(NamedTuple):  # of one seed; Learner.sample() puts an axis for the n members first
     rows: torch.Tensor  # (B,), of the problem
     fresh: torch.Tensor  # (B, 10, act), actions of the behaviour policy at s'
     candidates: torch.Tensor  # (B, m, act), actions at s' for the maximum
@@ -363,7 +363,7 @@ def cure_term(cure: str, learner, who: list, phi, rows, next_act):
 
 
 class Learner(nn.Module):
-    """All members, their target networks, and one Adam, which acts on each number by itself."""
+    """All members, their target networks, and one Adam, which mixes no two weights."""
 
     def __init__(self, problem: Problem, args: Args, device):
         super().__init__()
@@ -431,7 +431,7 @@ def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem
     over[-1:] = True
     point_out(done, c["cut"] > 0, None)
     left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
-    left[done[np.arange(n) + left.astype(int) - 1]] = np.inf
+    left[done[np.arange(n) + left.astype(int) - 1]] = np.inf  # ends at a terminal: whole
     fits = (math.ceil(1_000 * 0.01 ** (1 / np.median(left))) - 1) / 1_000 if n else 0
     if args.gamma is None:
         args.gamma = min(0.99, fits)

@@ -10,11 +10,12 @@ pushes Q down at the actions of a distribution mu and up at those of the data:
   Eq. 2     min_Q alpha (E_{a~mu} Q(s,a) - E_{a~D} Q(s,a))              + 1/2 E_D(Q - TQ)^2
   Eq. 1     min_Q alpha  E_{a~mu} Q(s,a)                                + 1/2 E_D(Q - TQ)^2
 
-with TQ = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are what is
-left of Eq. 3 when mu maximises its term less KL(mu || Unif) or KL(mu || rho); rho is pi here. Two
-scales differ from the paper: the squared error has no 1/2, as in its authors' code, so that
---cql-alpha 5 is alpha = 2.5 above; and the log-sum-exp, an integral over the action box [-1, 1]^d,
-is reported as the log of a *mean* (less d log 2): a Q that ignores the action has a gap of 0.
+with TQ = r + gamma (1 - done) E_{a'~pi(.|s')} min_i Q_target_i(s',a'). (H) and (rho) are Eq. 2 for
+the mu that maximises its term less KL(mu || Unif) or KL(mu || rho) (Eq. 3); rho is pi here. Scales
+differ from the paper's: the squared error has no 1/2, as in its authors' code, so that --cql-alpha
+5 is alpha = 2.5 above; the log-sum-exp, an integral over the action box [-1, 1]^d, is reported as
+the log of a *mean* (less d log 2): a Q that ignores the action has a gap of 0. Unlike sac.py, too:
+TQ has no entropy, the policy clones first, observations are standardised.
 
   symbol             in the code                            shape
   s, a, r, s', done  batch.obs .act .rew .next_obs .done    (B, obs) (B, act) (B,) (B, obs) (B,)
@@ -35,10 +36,9 @@ While it trains, `diagnostics/q_data` should move from 0 to its level, up or dow
 and then a fall is overfitting), `cql_gap` not be hugely negative, `td_error_holdout` stay near
 `td_error`. The run ends with a verdict: a symptom, its numbers, and the flag to try next.
 
-Networks, losses and Learner.update are the algorithm, train() is the loop. The readers of files and
-the blocks marked "shared", which sibling scripts have too, can wait. Known limits: vector
-observations, box actions. Left out on purpose: policy constraints (BEAR, BRAC), pixels
-(cql_atari.py), the many forms of DR3 and the rank penalty (dr3_analysis.py).
+Networks, losses and Learner.update are the algorithm, train() is the loop; the blocks marked
+"shared" can wait. Known limits: vector observations, box actions. Left out on purpose: policy
+constraints, pixels, the other forms of DR3 (policy_constraints.py, cql_atari.py, dr3_analysis.py).
 """
 
 import copy
@@ -423,7 +423,7 @@ def conservative_loss(learner, batch: Batch, q_data, args: Args):
         mean_q = learner.critic(batch.obs, drawn).mean(-1)  # (n, B)
         if args.cql_clip_diff is not None:  # no gradient where the term is clipped
             mean_q = mean_q * (term > args.cql_clip_diff)
-        term = term + mean_q - mean_q.detach()
+        term = term + mean_q - mean_q.detach()  # adds a gradient, but no value
     return term.mean(1), info
 
 
@@ -504,7 +504,7 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.log_cql_alpha = nn.Parameter(torch.tensor(max(args.cql_alpha, 1e-30)).log())
         self.to(device).train()
-        compiled = torch.compile if args.compile else lambda fn: fn
+        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.cloning_loss = compiled(cloning_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
@@ -1821,11 +1821,11 @@ class Run(ExitStack):
         self.clock += time.perf_counter() - start
 
     def show(self, step: int, **numbers):
-        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        """How far the run is, NaN left out: one line on a terminal, a line each time elsewhere."""
         rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
         parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
         parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
-        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        line = ", ".join(parts + [f"{k} {float(x):.4g}" for k, x in numbers.items() if x == x])
         say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
 
     def log(self, step: int, scalars: dict):

@@ -289,7 +289,7 @@ class Problem(NamedTuple):
         return Batch(rows, self.behaviour.fresh(s, draw), self.behaviour.candidates(s, draw))
 
 
-class Batch(NamedTuple):  # with a first axis for the n members
+class Batch(NamedTuple):  # of one seed; Learner.sample() puts an axis for the n members first
     rows: torch.Tensor  # (B,), of the problem
     fresh: torch.Tensor  # (B, 10, act), actions of the behaviour policy at s'
     candidates: torch.Tensor  # (B, m, act), actions at s' for the maximum
@@ -363,7 +363,7 @@ def cure_term(cure: str, learner, who: list, phi, rows, next_act):
 
 
 class Learner(nn.Module):
-    """All members, their target networks, and one Adam, which acts on each number by itself."""
+    """All members, their target networks, and one Adam, which mixes no two weights."""
 
     def __init__(self, problem: Problem, args: Args, device):
         super().__init__()
@@ -431,7 +431,7 @@ def from_episodes(c: dict, behaviour, args: Args, device, truth=None) -> Problem
     over[-1:] = True
     point_out(done, c["cut"] > 0, None)
     left = discounted_sums(np.ones(n), over, 1.0)  # rewards to the end of the episode
-    left[done[np.arange(n) + left.astype(int) - 1]] = np.inf
+    left[done[np.arange(n) + left.astype(int) - 1]] = np.inf  # ends at a terminal: whole
     fits = (math.ceil(1_000 * 0.01 ** (1 / np.median(left))) - 1) / 1_000 if n else 0
     if args.gamma is None:
         args.gamma = min(0.99, fits)
@@ -1201,11 +1201,11 @@ class Run(ExitStack):
         self.clock += time.perf_counter() - start
 
     def show(self, step: int, **numbers):
-        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        """How far the run is, NaN left out: one line on a terminal, a line each time elsewhere."""
         rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
         parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
         parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
-        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        line = ", ".join(parts + [f"{k} {float(x):.4g}" for k, x in numbers.items() if x == x])
         say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
 
     def log(self, step: int, scalars: dict):

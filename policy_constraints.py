@@ -533,7 +533,7 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.log_weight = nn.Parameter(torch.tensor(max(args.weight, 1e-30)).log())
         self.to(device)
-        compiled = torch.compile if args.compile else lambda fn: fn
+        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
         policy_loss = gradient_loss if args.extract == "gradient" else likelihood_loss
         self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
         self.cloning_loss = compiled(cloning_loss)
@@ -1902,11 +1902,11 @@ class Run(ExitStack):
         self.clock += time.perf_counter() - start
 
     def show(self, step: int, **numbers):
-        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        """How far the run is, NaN left out: one line on a terminal, a line each time elsewhere."""
         rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
         parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
         parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
-        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        line = ", ".join(parts + [f"{k} {float(x):.4g}" for k, x in numbers.items() if x == x])
         say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
 
     def log(self, step: int, scalars: dict):

@@ -1665,11 +1665,11 @@ class Run(ExitStack):
         self.clock += time.perf_counter() - start
 
     def show(self, step: int, **numbers):
-        """How far the run is: one line on a terminal, a line each time elsewhere."""
+        """How far the run is, NaN left out: one line on a terminal, a line each time elsewhere."""
         rate, tty = self.rate(step), sys.stdout is not None and sys.stdout.isatty()
         parts = [f"{step:,}/{self.total:,} ({step / self.total:.0%})", f"{rate:.1f}/s"]
         parts += [f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left"]
-        line = ", ".join(parts + [f"{name} {float(x):.4g}" for name, x in numbers.items()])
+        line = ", ".join(parts + [f"{k} {float(x):.4g}" for k, x in numbers.items() if x == x])
         say(f"\r\033[K{line}" if tty else line, end="" if tty and step < self.total else "\n")
 
     def log(self, step: int, scalars: dict):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 README, COPYING = ROOT / "README.md", ROOT / "docs" / "copying.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(x.stem for x in ROOT.glob("*.py") if "\nclass Args" in x.read_text())
 ROW = re.compile(r"(\| \[(\w+\.py)\]\((?:\.\./)?\w+\.py\)([^|]*)\| )([\d,]+) \|")
 
 

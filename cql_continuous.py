@@ -504,7 +504,7 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.log_cql_alpha = nn.Parameter(torch.tensor(max(args.cql_alpha, 1e-30)).log())
         self.to(device).train()
-        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
+        compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.cloning_loss = compiled(cloning_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}

@@ -533,7 +533,7 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.log_weight = nn.Parameter(torch.tensor(max(args.weight, 1e-30)).log())
         self.to(device)
-        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
+        compiled = torch.compile if args.compile else lambda fn: fn
         policy_loss = gradient_loss if args.extract == "gradient" else likelihood_loss
         self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
         self.cloning_loss = compiled(cloning_loss)

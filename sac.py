@@ -282,7 +282,7 @@ class Learner(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.to(device)
-        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
+        compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {

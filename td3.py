@@ -303,7 +303,7 @@ class Learner(nn.Module):
         given = args.replay_alpha is not None
         self.replay_alpha = args.replay_alpha if given else ALPHA.get(args.replay)
         self.to(device)
-        compiled = torch.compile if args.compile else lambda fn: fn  # functions, not methods
+        compiled = torch.compile if args.compile else lambda fn: fn
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         flags = {"fused": True, "capturable": device.type == "cuda"}
         self.optim = {

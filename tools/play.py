@@ -237,7 +237,7 @@ def main():
     if out:
         choose_gl()
         how = "MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-        hint = f"no film (MuJoCo without a display: {how})"
+        hint = f"no film (it takes render_mode rgb_array; MuJoCo without a display: {how})"
     with ExitStack() as stack, module.failing(hint, Exception):
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)

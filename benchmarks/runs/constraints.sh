@@ -14,7 +14,9 @@ for seed in $seeds; do
   run="python policy_constraints.py $common --behaviour-steps 5_000 --seed $seed"
   python policy_constraints.py $common --seed $seed --behaviour-steps $updates --exp-name pc_bc
   $run --exp-name pc_naive --weight 0
-  $run --exp-name pc_bear --constraint mmd --threshold 0.05 --backup-samples 10 --min-share 0.75
+  bear="--constraint mmd --backup-samples 10 --min-share 0.75"
+  $run --exp-name pc_bear $bear --threshold 0.05
+  $run --exp-name pc_bear_half $bear --threshold 0.5  # the threshold that the first one's verdict advises
   $run --exp-name pc_brac_p
   $run --exp-name pc_brac_v --where value
   $run --exp-name pc_awac --extract exp --normalise-weights --advantage-samples 1

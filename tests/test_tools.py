@@ -308,6 +308,86 @@ def test_convert_reads_lists_of_dicts_and_npz_and_runs_no_code(tool, tmp_path):
     assert "NaN" in tool("convert", "bad.npz", "x.hdf5", status=2)
 
 
+ROWS = 12  # two episodes of six steps, both cut by a time limit, or the second by a terminal
+STATES = np.float64([[10 * (i // 6) + i, 1] for i in range(ROWS)])
+WHOLE = {
+    "observations": STATES,
+    "actions": np.linspace(-1, 1, ROWS)[:, None],
+    "rewards": np.ones(ROWS),
+    "next_observations": STATES + [1, 0],
+    "terminals": np.zeros(ROWS),
+    "timeouts": np.arange(ROWS) % 6 == 5,
+}
+ENDED = WHOLE | {"terminals": np.arange(ROWS) == 11, "timeouts": np.arange(ROWS) == 5}
+WITHOUT = ["", "timeouts", "next_observations", "terminals", "terminals timeouts"]
+WITHOUT += ["timeouts next_observations", "terminals timeouts next_observations"]
+SHAPES = {"as they are": lambda x: x, "(N, 1)": lambda x: x.reshape(ROWS, -1)}
+SHAPES |= {"(N,)": lambda x: x[:, 0] if x.ndim == 2 else x}
+
+
+@pytest.mark.parametrize("missing", WITHOUT)
+@pytest.mark.parametrize("columns", [WHOLE, ENDED], ids=["cut", "ended"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_convert_writes_is_read_and_no_two_episodes_become_one(tool, columns, missing, shape):
+    """Whatever a file lacks, the scripts read what is made of it as they read the file itself; and
+    no column says that there were no time-outs where nothing tells."""
+    module = importlib.import_module("cql_continuous")
+    args = module.Args(env_id="Mine-v0", eval_episodes=0, holdout=0.0)
+    columns = {k: x for k, x in columns.items() if k not in missing.split()}
+    np.savez("a.npz", **{k: SHAPES[shape](x) for k, x in columns.items()})
+    tool("convert", "a.npz", "a.hdf5")
+    told = "timeouts" not in missing or "next_observations" not in missing
+    with h5py.File("a.hdf5") as a, h5py.File("b.hdf5", "w") as b:
+        assert ("timeouts" in a) == told
+        width = 1 if shape == "(N,)" else 2
+        cut = {k: x[:, :width] if x.ndim == 2 else x for k, x in columns.items()}
+        b.update({"terminals": np.zeros(ROWS)} | cut)
+    made, itself = (module.load(x, args, None, torch.device("cpu")) for x in ("a.hdf5", "b.hdf5"))
+    assert made.columns["start"].sum() == (2 if told else 1)
+    for name, x in itself.columns.items():
+        np.testing.assert_array_equal(made.columns[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "names", ["obs act rew obs2 done", "obs act rew obs_next terminated", "states acts rews"]
+)
+def test_convert_knows_the_names_of_others(tool, names):
+    kinds = "observations actions rewards next_observations terminals".split()
+    np.savez("a.npz", **{name: WHOLE[kind] for name, kind in zip(names.split(), kinds)})
+    assert "12 transitions" in tool("convert", "a.npz", "a.h5")
+
+
+def test_convert_says_what_it_found_and_what_it_wants(tool, tmp_path):
+    def said(columns, *words):
+        np.savez("a.npz", **columns)
+        return tool("convert", "a.npz", *(words or ("x.hdf5",)), status=2)
+
+    err = said({"state": np.ones(3), "act": np.ones(3)})
+    assert "found: state, act" in err and "observations observation obs states" in err
+    bad = np.ones(ROWS)
+    bad[7] = np.inf
+    assert "row 7" in said(WHOLE | {"rewards": bad})
+    assert "no transitions" in said({k: x[:0] for k, x in WHOLE.items()})
+    assert "exists already" in said(WHOLE, "gone/x.hdf5")
+    for target in ("pendulum/mine", "mine.npz", "folder"):
+        assert "ends in -v0" in said(WHOLE, target)
+    assert {x.name for x in tmp_path.iterdir()} == {"a.npz"}  # nothing half done is left
+    with h5py.File("dump.h5", "w") as f:
+        f["observations_0"] = f["actions_0"] = f["rewards_0"] = np.ones((2, 1))
+    assert "reads as it is" in tool("convert", "dump.h5", "x.hdf5", status=2)
+    with h5py.File("group.h5", "w") as f:
+        f["data/observations"] = np.ones((2, 1))
+    assert "found: data" in tool("convert", "group.h5", "x.hdf5", status=2)
+    episode = {k: WHOLE[k] for k in ("observations", "actions", "rewards")}
+    for odd, words in (
+        ({"observations": STATES, "actions": bad}, "item 1, expected a dict of arrays: no rewards"),
+        ([1, 2], "item 1, expected a dict of arrays"),
+        (episode | {"next_obs": STATES}, "0 and 1: only one of them has next_observations"),
+    ):
+        (tmp_path / "d.pkl").write_bytes(pickle.dumps([episode, odd]))
+        assert words in tool("convert", "d.pkl", "x.hdf5", status=2)
+
+
 def test_a_replay_becomes_a_minari_set_with_the_same_returns(trained, tool, tmp_path, monkeypatch):
     trained("sac", ("total_timesteps", 450), ("save_dataset", "r.hdf5"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -179,6 +180,48 @@ def test_an_exported_policy_acts_as_the_evaluation_did(trained, tool, monkeypatc
     assert len(done) > 2 and (expected != expected[0]).any() and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(policy(obs[-1:]), expected[-1:], rtol=1e-5, atol=1e-6)
+
+
+ALONE = {  # flags of a run on data alone, and the bounds that its actions must have
+    "bounds": ({"action_low": (-3.0,), "action_high": (5.0,)}, [[-3, -3], [5, 5]]),
+    "each": ({"action_low": (-3.0, -2.0), "action_high": "data"}, [[-3, -2], [2, 4]]),
+    "data": ({"action_low": "data", "action_high": "data"}, [[-2, 1], [2, 4]]),
+    "none": ({}, [[-1, -1], [1, 1]]),
+}
+
+
+@pytest.mark.parametrize("env_id", ["Mine-v0", "Counting-v0"])
+@pytest.mark.parametrize("script", ["cql_continuous", "policy_constraints"])
+@pytest.mark.parametrize("case", ALONE)
+def test_a_policy_of_data_alone_acts_within_the_bounds_of_its_data(tool, case, script, env_id):
+    """Never within those of an environment that happens to have the name."""
+    flags, bounds = ALONE[case]
+    if env_id == "Counting-v0" and not flags:
+        return  # then the environment's hold
+    rng, n = np.random.default_rng(0), 60
+    low, high = np.float32(bounds if not flags else ALONE["data"][1])
+    act = low + rng.random((n, 2)) * (high - low)
+    act[:2] = low, high
+    ends = np.arange(n) % 20 == 19
+    with h5py.File("d.hdf5", "w") as f:
+        f.update({"observations": rng.normal(size=(n, 3)), "actions": act, "rewards": act[:, 0]})
+        f.update({"terminals": ends, "timeouts": 0 * ends})
+    module = importlib.import_module(script)
+    given = OFFLINE | flags | {"dataset": "d.hdf5", "env_id": env_id, "eval_episodes": 0}
+    given |= {"width": 16, "num_updates": 40}
+    given |= {"bc_steps": 30} if script == "cql_continuous" else {"behaviour_steps": 30}
+    module.train(module.Args(**given))
+    (run,) = Path("runs").iterdir()
+    assert "only --export" in tool("play", run, status=2)
+    assert "policy.pt" in tool("play", run, "--export", "policy.pt")
+    saved = module.load_checkpoint(run)
+    learner = module.Learner(3, 2, module.Args(**saved["args"]), torch.device("cpu"))
+    learner.load_state_dict(saved["networks"])
+    obs = torch.randn(99, 3)
+    unit = learner.eval().act(obs, explore=False)
+    low, high = map(torch.tensor, np.float32(bounds))
+    expected = low + (unit + 1) / 2 * (high - low)
+    np.testing.assert_allclose(torch.jit.load("policy.pt")(obs), expected.detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize("script", ["sac", "ppo"])

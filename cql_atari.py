@@ -1462,7 +1462,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     if rewarded <= 0.001:
         return "nothing to learn from", f"only {rewarded:.2%} of the rewards differ from the others"
     if n < settling / 10:
-        return "too short to judge", f"Q needs about {settling:,.0f} updates: try {longer}"
+        return "too short to judge", f"Q needs about {settling:,.0f} updates: try at least {longer}"
     if len(history) < 10:
         closer = f"--diagnostics-frequency {max(1, n // 20)}"
         few = f"{len(history)} diagnostics, ten are the least"

@@ -673,8 +673,8 @@ def read_hdf5(path: Path) -> dict:
     def column(key: str):
         if not hasattr(f.get(key), "dtype"):
             found = ", ".join([*list(f)[:9], "..."][: len(f)]) or "nothing"
-            hint = ": a Minari file without metadata.json" if "episode_0" in f else ""
-            fail(f"{path}: no array '{key}' (found: {found}){hint}")
+            hint = "Minari's without metadata.json" if "episode_0" in f else "try tools/convert.py"
+            fail(f"{path}: no array '{key}' (found: {found}): {hint}")
         if f[key].dtype.kind not in "biuf":
             fail(f"{path}: '{key}' holds {f[key].dtype}, expected numbers")
         x = f[key] if f[key].dtype.kind == "b" else f[key].astype(np.float32)
@@ -741,8 +741,9 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
         timeout = np.append(jumps, False) & ~terminal
     elif timeout is None:
         note = f"no timeouts: cut at the environment's limit, {limit or 'unknown'}"
-        begins = np.append(0, np.flatnonzero(terminal) + 1)
-        step = rows - begins[np.searchsorted(begins, rows, "right") - 1] + 1
+        if not limit:
+            say("odd: nothing tells time-outs: the next row passes for what follows, resets or not")
+        step = rows - np.maximum.accumulate(rows * np.append(True, terminal[:-1])) + 1
         timeout = (step % (limit or len(rows)) == 0) & ~terminal
     point_out(terminal, timeout, limit)
     end = terminal | timeout
@@ -750,7 +751,7 @@ def find_ends(columns: dict, limit: int | None) -> tuple[np.ndarray, str]:
     return end, note
 
 
-def scale_actions(act, args, box, name: str) -> str:
+def scale_actions(act, args, box, name: str) -> tuple[str, list]:
     """Actions to [-1, 1] in place: from the environment's box, or from what the flags say."""
     low, high = (-1.0, 1.0) if box is None else (box.low, box.high)
     low = act.min(0) if args.action_low == "data" else args.action_low or low
@@ -761,6 +762,8 @@ def scale_actions(act, args, box, name: str) -> str:
         fail(f"actions from {low.tolist()} to {high.tolist()}: expected low < high")
     bounds = f"{np.unique(low.round(4))} to {np.unique(high.round(4))}"
     said = f"actions {act.min():.3g} to {act.max():.3g}, bounds {bounds}"
+    if np.allclose([act.min(0), -act.max(0)], -1, atol=0.02) and (high - low).max() > 2.1:
+        say(f"odd: actions reach -1 and 1 of bounds {bounds}: were they scaled? Scale them back")
     act -= (high + low) / 2
     act /= (high - low) / 2
     beyond = np.abs(act).max(1) - 1
@@ -771,13 +774,13 @@ def scale_actions(act, args, box, name: str) -> str:
         mend += "" if box is not None else ", --action-low and --action-high set others"
         fail(f"{name}: 'actions' of {share:.1%} of the rows leave {bounds}, {most}: {mend}")
     act.clip(-1, 1, out=act)
-    return f"{said}, {(beyond > 0).sum():,} clipped"
+    return f"{said}, {(beyond > 0).sum():,} clipped", [low.tolist(), high.tolist()]
 
 
 def check_widths(widths: tuple, env, env_id: str):
     """Observations and actions of the data must be as wide as the environment's."""
     expected, space = check_boxes(env, env_id), env.envs[0].unwrapped.observation_space
-    hint = "for data alone: --env NAME --eval-episodes 0"
+    hint = "for data alone: --env and a name of your own, --eval-episodes 0"
     if parts := parts_of(space):
         lacking = expected[0] - widths[0]
         names = [key for key in space if gym.spaces.flatdim(space[key]) == lacking]
@@ -805,7 +808,7 @@ def load(name: str, args, env, device):
     if env:
         check_widths((obs.shape[1], act.shape[1]), env, args.env_id)
         limit, box = env.envs[0].spec.max_episode_steps, env.single_action_space
-    span = scale_actions(act, args, box, name)
+    span, bounds = scale_actions(act, args, box, name)
     end, note = find_ends(columns, limit)
     n, first = len(rew), np.flatnonzero(np.append(True, end[:-1]))
     length = np.diff(np.append(first, n))
@@ -849,7 +852,7 @@ def load(name: str, args, env, device):
         data.columns[key] = torch.as_tensor(x[rows], dtype=torch.float32, device=device)
     data.size.fill_(len(train))
     data.info = {"dataset": name, "dataset_sha256": digest.hexdigest(), "rewarded": rewarded}
-    data.info |= {"dataset_return_mean": float(returns.mean())}
+    data.info |= {"dataset_return_mean": float(returns.mean()), "action_bounds": bounds}
     data.info |= {"reward_min": float(rew.min()), "reward_max": float(rew.max())}
     return data
 
@@ -988,7 +991,7 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     if rewarded <= 0.001:
         return "nothing to learn from", f"only {rewarded:.2%} of the rewards differ from the others"
     if n < settling / 10:
-        return "too short to judge", f"Q needs about {settling:,.0f} updates: try {longer}"
+        return "too short to judge", f"Q needs about {settling:,.0f} updates: try at least {longer}"
     if len(history) < 10:
         closer = f"--diagnostics-frequency {max(1, n // 20)}"
         few = f"{len(history)} diagnostics, ten are the least"

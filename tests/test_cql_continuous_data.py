@@ -246,6 +246,19 @@ def test_without_timeouts_and_next_observations_the_limit_cuts(capsys):
     assert "limit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("missing", ["", "timeouts", "next_observations"])
+@pytest.mark.parametrize("end", ["timeout", "terminal"])
+def test_it_is_said_where_nothing_tells_time_outs(limit, missing, end, capsys):
+    """Without timeouts, next_observations and a limit the rows after a reset pass for what follows,
+    and nothing else would show it."""
+    episodes = [episode(10 * i, 4 + i, end) for i in range(3)]
+    read(d4rl(missing)(episodes), limit and fake_env([-1], [1], limit=limit))
+    assert "nothing tells time-outs" not in capsys.readouterr().out
+    read(d4rl("timeouts next_observations")(episodes), limit and fake_env([-1], [1], limit=limit))
+    assert ("odd: nothing tells time-outs" in capsys.readouterr().out) == (limit is None)
+
+
 UNFINISHED = [(5, "terminal"), (5, "terminal"), (2, "open")]  # the recording stopped
 ODD = {  # episodes, and the line about their flags
     "terminals are timeouts as well": [episode(0, 3, "both"), episode(10, 4, "terminal")],
@@ -357,6 +370,24 @@ def test_actions_are_scaled_by_the_box_and_rounding_is_clipped(low, high, capsys
     assert read(name, env, clip_actions=True).columns["act"][7] == 1
 
 
+@pytest.mark.parametrize("low, high", [(-1, 1), (-2, 2), (-1.2, 1.2), (0, 5)])
+@pytest.mark.parametrize("least, most", [(0, 1), (0.005, 0.995), (0.1, 0.9)])
+def test_actions_that_lie_in_the_unit_box_of_wider_bounds_are_pointed_at(
+    low, high, least, most, capsys
+):
+    """Such actions were scaled, as peers do, and would be read as timid ones; not those that fill
+    their bounds, or that stop short of 1."""
+    fills = low + np.linspace(least, most, 12) * (high - low)
+    read(actions_file(fills), fake_env([low], [high]))
+    assert "odd: actions" not in capsys.readouterr().out
+    if low >= 0:
+        return
+    scaled = np.linspace(2 * least - 1, 2 * most - 1, 12)
+    read(actions_file(scaled), fake_env([low], [high]))
+    odd = (least, most) != (0.1, 0.9) and high > 1
+    assert ("odd: actions reach -1 and 1" in capsys.readouterr().out) == odd
+
+
 def test_every_dimension_has_its_own_bounds():
     low, high = np.array([-1.0, 0.0, 2.0]), np.array([3.0, 10.0, 2.5])
     episodes = [episode(*e, act_dim=3) for e in ENDS]
@@ -394,8 +425,10 @@ def test_bounds_may_be_named_where_there_is_no_environment(line, capsys):
         assert BOUNDS[line] in err
     else:
         low, high = map(np.array, BOUNDS[line])
-        got = cql.load(args.dataset, args, None, CPU).columns["act"].numpy()
+        data = cql.load(args.dataset, args, None, CPU)
+        got = data.columns["act"].numpy()
         np.testing.assert_allclose(low + (got + 1) / 2 * (high - low), act, atol=1e-5)
+        assert np.array_equal(data.info["action_bounds"], [low, high])  # for who uses the policy
 
 
 def test_whose_bounds_hold(stack, capsys):
@@ -599,7 +632,7 @@ def test_a_bad_array_is_refused_by_name(key, capsys):
     if key in ("observations", "actions", "rewards", "terminals"):
         missing = write({k: x for k, x in good().items() if k != key})
         err = refused(capsys, lambda: cql.load(missing, args, None, CPU))
-        assert f"no array '{key}'" in err
+        assert f"no array '{key}'" in err and "tools/convert.py" in err
 
 
 @pytest.mark.parametrize("obs, act", [(4, 1), (3, 2), (27, 8)])

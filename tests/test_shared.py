@@ -188,11 +188,11 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "td3": 1124,  # 979 without --replay: a structure, four losses, a network, their checkpoint
     "ppo": 1116,
     "kfac_npg": 1293,
-    "cql_continuous": 1897,
+    "cql_continuous": 1900,  # 3 of "offline": lines on time-outs and actions that look odd
     "cql_atari": 1862,
     "dr3_analysis": 1277,
-    "policy_constraints": 1978,
-    "qt_opt": 1741,
+    "policy_constraints": 1981,
+    "qt_opt": 1744,
     "safety_critics": 1416,
 }
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -181,6 +182,48 @@ def test_an_exported_policy_acts_as_the_evaluation_did(trained, tool, monkeypatc
     np.testing.assert_allclose(policy(obs[-1:]), expected[-1:], rtol=1e-5, atol=1e-6)
 
 
+ALONE = {  # flags of a run on data alone, and the bounds that its actions must have
+    "bounds": ({"action_low": (-3.0,), "action_high": (5.0,)}, [[-3, -3], [5, 5]]),
+    "each": ({"action_low": (-3.0, -2.0), "action_high": "data"}, [[-3, -2], [2, 4]]),
+    "data": ({"action_low": "data", "action_high": "data"}, [[-2, 1], [2, 4]]),
+    "none": ({}, [[-1, -1], [1, 1]]),
+}
+
+
+@pytest.mark.parametrize("env_id", ["Mine-v0", "Counting-v0"])
+@pytest.mark.parametrize("script", ["cql_continuous", "policy_constraints"])
+@pytest.mark.parametrize("case", ALONE)
+def test_a_policy_of_data_alone_acts_within_the_bounds_of_its_data(tool, case, script, env_id):
+    """Never within those of an environment that happens to have the name."""
+    flags, bounds = ALONE[case]
+    if env_id == "Counting-v0" and not flags:
+        return  # then the environment's hold
+    rng, n = np.random.default_rng(0), 60
+    low, high = np.float32(bounds if not flags else ALONE["data"][1])
+    act = low + rng.random((n, 2)) * (high - low)
+    act[:2] = low, high
+    ends = np.arange(n) % 20 == 19
+    with h5py.File("d.hdf5", "w") as f:
+        f.update({"observations": rng.normal(size=(n, 3)), "actions": act, "rewards": act[:, 0]})
+        f.update({"terminals": ends, "timeouts": 0 * ends})
+    module = importlib.import_module(script)
+    given = OFFLINE | flags | {"dataset": "d.hdf5", "env_id": env_id, "eval_episodes": 0}
+    given |= {"width": 16, "num_updates": 40}
+    given |= {"bc_steps": 30} if script == "cql_continuous" else {"behaviour_steps": 30}
+    module.train(module.Args(**given))
+    (run,) = Path("runs").iterdir()
+    assert "only --export" in tool("play", run, status=2)
+    assert "policy.pt" in tool("play", run, "--export", "policy.pt")
+    saved = module.load_checkpoint(run)
+    learner = module.Learner(3, 2, module.Args(**saved["args"]), torch.device("cpu"))
+    learner.load_state_dict(saved["networks"])
+    obs = torch.randn(99, 3)
+    unit = learner.eval().act(obs, explore=False)
+    low, high = map(torch.tensor, np.float32(bounds))
+    expected = low + (unit + 1) / 2 * (high - low)
+    np.testing.assert_allclose(torch.jit.load("policy.pt")(obs), expected.detach(), atol=1e-5)
+
+
 @pytest.mark.parametrize("script", ["sac", "ppo"])
 def test_a_wrong_export_is_not_written(trained, tool, monkeypatch, tmp_path, script):
     run, _ = trained(script)
@@ -306,6 +349,86 @@ def test_convert_reads_lists_of_dicts_and_npz_and_runs_no_code(tool, tmp_path):
     assert "list of episodes" in tool("convert", "none.pkl", "y.hdf5", status=2)
     np.savez("bad.npz", **columns | {"rewards": np.full(3, np.nan)})
     assert "NaN" in tool("convert", "bad.npz", "x.hdf5", status=2)
+
+
+ROWS = 12  # two episodes of six steps, both cut by a time limit, or the second by a terminal
+STATES = np.float64([[10 * (i // 6) + i, 1] for i in range(ROWS)])
+WHOLE = {
+    "observations": STATES,
+    "actions": np.linspace(-1, 1, ROWS)[:, None],
+    "rewards": np.ones(ROWS),
+    "next_observations": STATES + [1, 0],
+    "terminals": np.zeros(ROWS),
+    "timeouts": np.arange(ROWS) % 6 == 5,
+}
+ENDED = WHOLE | {"terminals": np.arange(ROWS) == 11, "timeouts": np.arange(ROWS) == 5}
+WITHOUT = ["", "timeouts", "next_observations", "terminals", "terminals timeouts"]
+WITHOUT += ["timeouts next_observations", "terminals timeouts next_observations"]
+SHAPES = {"as they are": lambda x: x, "(N, 1)": lambda x: x.reshape(ROWS, -1)}
+SHAPES |= {"(N,)": lambda x: x[:, 0] if x.ndim == 2 else x}
+
+
+@pytest.mark.parametrize("missing", WITHOUT)
+@pytest.mark.parametrize("columns", [WHOLE, ENDED], ids=["cut", "ended"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_convert_writes_is_read_and_no_two_episodes_become_one(tool, columns, missing, shape):
+    """Whatever a file lacks, the scripts read what is made of it as they read the file itself; and
+    no column says that there were no time-outs where nothing tells."""
+    module = importlib.import_module("cql_continuous")
+    args = module.Args(env_id="Mine-v0", eval_episodes=0, holdout=0.0)
+    columns = {k: x for k, x in columns.items() if k not in missing.split()}
+    np.savez("a.npz", **{k: SHAPES[shape](x) for k, x in columns.items()})
+    tool("convert", "a.npz", "a.hdf5")
+    told = "timeouts" not in missing or "next_observations" not in missing
+    with h5py.File("a.hdf5") as a, h5py.File("b.hdf5", "w") as b:
+        assert ("timeouts" in a) == told
+        width = 1 if shape == "(N,)" else 2
+        cut = {k: x[:, :width] if x.ndim == 2 else x for k, x in columns.items()}
+        b.update({"terminals": np.zeros(ROWS)} | cut)
+    made, itself = (module.load(x, args, None, torch.device("cpu")) for x in ("a.hdf5", "b.hdf5"))
+    assert made.columns["start"].sum() == (2 if told else 1)
+    for name, x in itself.columns.items():
+        np.testing.assert_array_equal(made.columns[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "names", ["obs act rew obs2 done", "obs act rew obs_next terminated", "states acts rews"]
+)
+def test_convert_knows_the_names_of_others(tool, names):
+    kinds = "observations actions rewards next_observations terminals".split()
+    np.savez("a.npz", **{name: WHOLE[kind] for name, kind in zip(names.split(), kinds)})
+    assert "12 transitions" in tool("convert", "a.npz", "a.h5")
+
+
+def test_convert_says_what_it_found_and_what_it_wants(tool, tmp_path):
+    def said(columns, *words):
+        np.savez("a.npz", **columns)
+        return tool("convert", "a.npz", *(words or ("x.hdf5",)), status=2)
+
+    err = said({"state": np.ones(3), "act": np.ones(3)})
+    assert "found: state, act" in err and "observations observation obs states" in err
+    bad = np.ones(ROWS)
+    bad[7] = np.inf
+    assert "row 7" in said(WHOLE | {"rewards": bad})
+    assert "no transitions" in said({k: x[:0] for k, x in WHOLE.items()})
+    assert "exists already" in said(WHOLE, "gone/x.hdf5")
+    for target in ("pendulum/mine", "mine.npz", "folder"):
+        assert "ends in -v0" in said(WHOLE, target)
+    assert {x.name for x in tmp_path.iterdir()} == {"a.npz"}  # nothing half done is left
+    with h5py.File("dump.h5", "w") as f:
+        f["observations_0"] = f["actions_0"] = f["rewards_0"] = np.ones((2, 1))
+    assert "reads as it is" in tool("convert", "dump.h5", "x.hdf5", status=2)
+    with h5py.File("group.h5", "w") as f:
+        f["data/observations"] = np.ones((2, 1))
+    assert "found: data" in tool("convert", "group.h5", "x.hdf5", status=2)
+    episode = {k: WHOLE[k] for k in ("observations", "actions", "rewards")}
+    for odd, words in (
+        ({"observations": STATES, "actions": bad}, "item 1, expected a dict of arrays: no rewards"),
+        ([1, 2], "item 1, expected a dict of arrays"),
+        (episode | {"next_obs": STATES}, "0 and 1: only one of them has next_observations"),
+    ):
+        (tmp_path / "d.pkl").write_bytes(pickle.dumps([episode, odd]))
+        assert words in tool("convert", "d.pkl", "x.hdf5", status=2)
 
 
 def test_a_replay_becomes_a_minari_set_with_the_same_returns(trained, tool, tmp_path, monkeypatch):

@@ -5,10 +5,12 @@
   python tools/convert.py recording.npz recording.hdf5     # one array a column
   python tools/convert.py replay.hdf5 pendulum/sac-v0 --env Pendulum-v1    # D4RL layout to Minari
 
-TARGET is a file that ends in .hdf5, written in D4RL's layout, or the id of a Minari set. Columns
-are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-Baselines3 keeps actions in
-[-1, 1] and time-outs among its dones: here actions are within the environment's bounds again, and
-time-outs and terminals are two columns.
+TARGET is a file that ends in .hdf5 or .h5, written in D4RL's layout, or the id of a Minari set.
+Columns are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-Baselines3 keeps
+actions in [-1, 1] and time-outs among its dones: here actions are within the environment's bounds
+again, and time-outs and terminals are two columns. Where nothing marks time-outs, one is where the
+next row does not go on from next_observations; without these the file gets no `timeouts` either,
+and a script cuts at its environment's limit.
 
 Only this program unpickles, the training scripts never do; and it makes numpy arrays and plain
 containers only, so that no code of the file runs, and the library that wrote it is not needed.
@@ -16,6 +18,7 @@ containers only, so that no code of the file runs, and the library that wrote it
 
 import argparse
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -26,14 +29,15 @@ import numpy as np
 
 NAMES = {
     "observations": "observations observation obs states",
-    "actions": "actions action acts",
-    "rewards": "rewards reward rews",
-    "next_observations": "next_observations next_obs",
+    "actions": "actions action acts act",
+    "rewards": "rewards reward rews rew",
+    "next_observations": "next_observations next_obs obs_next obs2",
     "terminals": "terminals terminal terminated terminations",
     "timeouts": "timeouts truncated truncations",
     "dones": "dones done episode_terminals",  # of both kinds
     "episode_starts": "episode_starts",
 }
+ROWS = ("observations", "next_observations", "actions")  # (N, width)
 
 
 class Plain:
@@ -55,12 +59,16 @@ class Unpickler(pickle.Unpickler):
 
 
 def renamed(columns) -> dict:
-    """Those columns of a mapping that NAMES knows, under its names."""
+    """Those columns of a mapping that NAMES knows, under its names; None stands for no array."""
     found = {}
     for name, others in NAMES.items():
         for other in others.split():
-            if other in columns:
+            if columns.get(other) is not None:
                 found.setdefault(name, np.asarray(columns[other]))
+    for name in ("observations", "actions", "rewards"):
+        if name not in found:
+            names = ", ".join([*map(str, columns)][:9]) or "nothing"
+            raise ValueError(f"no {name} (found: {names}); expected one of {NAMES[name]}")
     return found
 
 
@@ -96,24 +104,31 @@ def read_episodes(episodes) -> dict:
     if not isinstance(episodes, list) or not episodes:
         raise ValueError(f"expected columns, or a list of episodes, found {str(episodes)[:60]}")
     for i, episode in enumerate(episodes):
-        c = renamed(episode) if isinstance(episode, dict) else {}
-        if not {"observations", "actions"} <= c.keys():
-            raise ValueError(f"item {i}: expected a dict of arrays with observations and actions")
+        try:
+            c = renamed(episode if isinstance(episode, dict) else {})
+        except ValueError as e:
+            raise ValueError(f"item {i}, expected a dict of arrays: {e}") from e
         n, obs = len(c["actions"]), c["observations"]
         if len(obs) == n + 1:  # the last one, too
             c["observations"], c["next_observations"] = obs[:-1], obs[1:]
         over = {name: np.any(c.get(name, False)) for name in ("terminals", "timeouts", "dones")}
         ended = over["terminals"] or (over["dones"] and not over["timeouts"])
         end = np.arange(n) == n - 1
+        c.pop("dones", None)
         parts.append(c | {"terminals": end & ended, "timeouts": end & ~ended})
-    return {k: np.concatenate([c[k] for c in parts]) for k in parts[0].keys() - {"dones"}}
+        if differ := parts[0].keys() ^ parts[i].keys():
+            raise ValueError(f"items 0 and {i}: only one of them has {', '.join(sorted(differ))}")
+    return {k: np.concatenate([c[k] for c in parts]) for k in parts[0]}
 
 
 def read(path: Path) -> dict:
     """The columns of a file, in D4RL's names."""
     if h5py.is_hdf5(path):
         with h5py.File(path) as f:
-            return renamed({k: x[()] for k, x in f.items() if isinstance(x, h5py.Dataset)})
+            if "observations_0" in f:
+                raise ValueError("d3rlpy's dump, which cql_continuous.py --dataset reads as it is")
+            arrays = {k: x for k, x in f.items() if isinstance(x, h5py.Dataset)}
+            return renamed({k: arrays[k][()] if k in arrays else None for k in f})
     if zipfile.is_zipfile(path):
         with np.load(path, allow_pickle=False) as f:
             return renamed({k: f[k] for k in f.files})
@@ -128,22 +143,29 @@ def read(path: Path) -> dict:
 
 
 def completed(c: dict) -> dict:
-    """Columns of one length, flags as booleans, an end at the last row."""
-    for name in ("observations", "actions", "rewards"):
-        if name not in c or not len(c[name]):
-            raise ValueError(f"no {name}; expected one of the names {NAMES[name]}")
-        if not np.isfinite(c[name]).all():
-            raise ValueError(f"{name} hold NaN or infinity")
+    """Columns of one length, flags as booleans, an end at the last row. There are `timeouts` if
+    anything tells where episodes end."""
     n = len(c["observations"])
+    if n == 0:
+        raise ValueError("no transitions")
+    for name in ("observations", "actions", "rewards"):
+        if len(bad := np.argwhere(~np.isfinite(c[name]))):
+            raise ValueError(f"{name} hold NaN or infinity, first in row {bad[0][0]}")
     if wrong := {name: len(x) for name, x in c.items() if len(x) != n}:
         raise ValueError(f"{n} observations, but {wrong}")
     for name in {"dones", "terminals", "timeouts", "rewards", "episode_starts"} & c.keys():
         c[name] = c[name].reshape(n, -1)[:, 0]  # (N, 1)
+    told = {"dones", "timeouts", "episode_starts"} & c.keys()
     ends = c.pop("dones", np.zeros(n)) > 0
     timeouts = c.get("timeouts", np.zeros(n)) > 0
     terminals = c.get("terminals", ends & ~timeouts) > 0
     if "episode_starts" in c:  # Stable-Baselines 2
         ends |= np.append(c.pop("episode_starts")[1:] > 0, True)
+    if not told and "next_observations" not in c:
+        return c | {"terminals": terminals}
+    if not told:
+        jumps = c["next_observations"][:-1] != c["observations"][1:]
+        ends |= np.append(jumps.reshape(n - 1, -1).any(1), True)
     timeouts |= ends & ~terminals
     timeouts[-1] |= not terminals[-1]
     return c | {"terminals": terminals, "timeouts": timeouts}
@@ -155,7 +177,9 @@ def write_minari(c: dict, name: str, env_id: str | None, source: str):
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
-    ends, episodes = np.flatnonzero(c["terminals"] | c["timeouts"]) + 1, []
+    over = c["terminals"] | c.get("timeouts", False)
+    over[-1] = True
+    ends, episodes = np.flatnonzero(over) + 1, []
     for begin, end in zip([0, *ends[:-1]], ends):
         obs = c["observations"][begin:end]
         if "next_observations" in c:
@@ -185,27 +209,35 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("source", type=Path)
-    parser.add_argument("target", help="FILE.hdf5, or the id of a Minari set")
+    parser.add_argument("target", help="FILE.hdf5, or a Minari set's id, NAME-v0")
     parser.add_argument("--env", help="the environment that a Minari set names")
     options = parser.parse_args()
     target = Path(options.target)
     try:
+        to_file = target.suffix in (".hdf5", ".h5")
+        if to_file and (target.exists() or not target.parent.is_dir()):
+            raise ValueError(f"{target} exists already, or its folder does not")
+        if not to_file and not re.search(r"-v\d+$", options.target):
+            raise ValueError("expected FILE.hdf5, or a Minari set's id that ends in -v0")
         c = completed(read(options.source))
-        if target.suffix == ".hdf5":
-            with h5py.File(target, "x") as f:  # refuses a file that exists
-                f.update(c)
+        if to_file:
+            with h5py.File(target, "x") as f:
+                f.update({k: x[:, None] if k in ROWS and x.ndim == 1 else x for k, x in c.items()})
         else:
             write_minari(c, options.target, options.env, options.source.name)
     except Exception as e:
         message = f"error: {options.source} to {target}: {type(e).__name__} {e}"
         print(" ".join(message.split())[:500], file=sys.stderr)
         raise SystemExit(2) from e
-    n, terminals, timeouts = len(c["rewards"]), c["terminals"].sum(), c["timeouts"].sum()
+    n, terminals = len(c["rewards"]), c["terminals"].sum()
+    timeouts = c["timeouts"].sum() if "timeouts" in c else 0
     print(f"{target}: {n:,} transitions, {terminals:,} terminals, {timeouts:,} time-outs")
-    if terminals and timeouts <= 1:
-        print(
-            "if episodes were cut by a time limit, the file does not tell: dones became terminals"
-        )
+    if "timeouts" not in c:
+        who = "a script cuts at its environment's" if to_file else "only terminals end episodes"
+        print(f"nothing tells where a time limit cut: {who}")
+    elif terminals and timeouts <= 1:
+        told = "dones became terminals, a column `timeouts` would tell"
+        print(f"if episodes were cut by a time limit, the file does not tell: {told}")
 
 
 if __name__ == "__main__":

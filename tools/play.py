@@ -17,8 +17,9 @@ first one's. A suffix .pt or .ts makes TorchScript, for torch.jit.load on a CPU,
 .onnx makes ONNX, from "obs" to "action" (pip install onnx onnxruntime). The file is compared with
 the original on random observations and on the first 256 that were played (--episodes 0: none); with
 a difference above 1e-5 of the range of actions (discrete: of their values) nothing is written.
-Refused are policies that draw random numbers when they act: qt_opt.py's, --act best-of-n or sample,
-and those behind a --shield.
+Of a run on data alone, without an environment, it is all that can be done: its actions have the
+bounds that the data were read with. Refused are policies that draw random numbers when they act:
+qt_opt.py's, --act best-of-n or sample, and those behind a --shield.
 """
 
 import argparse
@@ -59,13 +60,31 @@ def load(run: str):
     return module, module.Args(**saved["args"]), saved, path
 
 
-def prepared(module, args, saved, stack: ExitStack):
+class Recorded:
+    """The spaces of a run on data alone, which had no environment: enough to export its policy."""
+
+    seen = []
+
+    def __init__(self, module, saved):
+        if "action_bounds" not in saved["info"]:
+            module.fail("an older run, without bounds of actions: --resume it once to add them")
+        width, bounds = len(saved["networks"]["actor.net.0.mean"]), saved["info"]["action_bounds"]
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (width,))
+        self.single_action_space = gym.spaces.Box(*np.float32(bounds))
+
+
+def prepared(module, args, saved, stack: ExitStack, to_play: bool = True):
     """One environment as the script's evaluations have it, and the learner of a checkpoint."""
     if module.SCRIPT == "cql_atari":
         games = [module.Envs(env_id, 1, stack) for env_id in args.env_id]
         envs, sizes = games[0], (games[0].shape, [game.actions for game in games])
     elif module.SCRIPT == "ppo":
         envs = module.make(args, 1, stack, training=False)
+    elif hasattr(module, "find_env"):  # which gives none where the run was on data alone
+        envs = module.find_env(args, None, stack)
+        if envs is None and to_play:
+            module.fail(f"a run on data alone, never played in {args.env_id}: only --export")
+        envs = envs or Recorded(module, saved)
     else:
         envs = module.make_envs(args.env_id, 1, stack)
     if module.SCRIPT in ("ppo", "kfac_npg"):
@@ -243,15 +262,17 @@ def main():
             out.parent.mkdir(parents=True, exist_ok=True)
             make = partial(gym.make, render_mode="rgb_array")
             stack.enter_context(mock.patch("gymnasium.make", make))
-        envs, learner = prepared(module, args, saved, stack)
-        if module.SCRIPT == "cql_atari":
+        envs, learner = prepared(module, args, saved, stack, to_play=bool(out))
+        game, episodes = [], options.episodes
+        if isinstance(envs, Recorded):
+            film, episodes = envs, 0
+        elif module.SCRIPT == "cql_atari":
             film = envs.envs = Film(envs.envs, out)
             game = [0]
         else:
             film = envs = Film(envs, out)
-            game = []
         returns = []
-        for i in range(options.episodes):
+        for i in range(episodes):
             module.evaluate(learner, envs, *game, replace(args, seed=first + i))
             returns.append(film.total)
             print(f"episode {i + 1}: return {film.total:.1f}")

@@ -113,6 +113,29 @@ def test_files_and_mistakes(plant, run, tmp_path):
     assert "none of these folders" in run(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("flag", ["--csv", "--figure", "--curves", "--html"])
+def test_an_output_makes_its_folder_or_is_refused_in_one_line(plant, run, tmp_path, flag):
+    folder = plant("a", 1, curves())
+    target = tmp_path / "new" / "folder" / "a.png"
+    assert "error:" not in run(folder, flag, target) and target.stat().st_size > 20
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file" / "a.png", "a.odd" if flag == "--figure" else tmp_path / "new"):
+        said = run(folder, flag, bad)
+        assert said.count("error: not written: ") == 1 and "Traceback" not in said
+
+
+def test_a_sweep_of_short_or_blind_runs_says_so(plant, run):
+    """What was too short says nothing of the model; without diagnostics there is nothing to say."""
+    short = {"verdict": "too short to judge"}
+    folders = [plant(f"s{a}", 1, curves(td=3.0), summary=short, cql_alpha=a) for a in (1.0, 5.0)]
+    said = run("--sweep", *folders)
+    assert "try more --num-updates" in said and "larger model" not in said
+    few = {"eval/episodic_return": [(100, 3.0)]}
+    blind = plant("b", 1, few, cql_alpha=2.0)
+    assert f"{blind} has none" in run("--sweep", *folders, blind)
+    assert f"{blind} has none" in run("--sweep", blind, *folders)
+
+
 class Page(html.parser.HTMLParser):
     """Text by the tag that it stands in, and what the page would load."""
 

@@ -154,7 +154,9 @@ def sweep(rows: list[dict]) -> str:
     least = min(td for _, td, _ in found)
     if least > 0.1:
         advice = "no alpha brings the TD error below a tenth of the target's variance"
-        return f"{markdown(lines)}\n\n{advice}: try a larger model"
+        short = any(r["verdict"] == "too short to judge" for r in rows)
+        mend = "more --num-updates, some are too short to judge" if short else "a larger model"
+        return f"{markdown(lines)}\n\n{advice}: try {mend}"
     fitted = [row for row in found if row[1] <= min(0.1, 2 * least)]
     alpha, td, gap = min(fitted, key=lambda row: row[2])
     advice = f"take --cql-alpha {alpha:g}: TD error {td:.3g} of the variance, gap {gap:.3g}"
@@ -446,27 +448,34 @@ def main():
         parser.error("--html: not for dr3_analysis.py, whose run is drawn by --figure")
     if args.sweep and any(row["cql_alpha"] is None for row, _ in runs):
         parser.error("--sweep compares values of --cql-alpha: some of these runs have none")
+    blind = [x for x, (row, _) in zip(folders, runs) if None in (row["td_error"], row["cql_gap"])]
+    if args.sweep and blind:
+        parser.error(f"--sweep goes by diagnostics: {blind[0]} has none (yet)")
     if args.figure and features and len(runs) > 1:
         parser.error("--figure: a run of dr3_analysis.py is drawn by itself")
     for steps, results in features:
         print(table_of_networks(results), *claims(steps, results), sep="\n", end="\n\n")
     if others:
         print((sweep if args.sweep else table)([row for row, _ in others]))
-    if args.csv:
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row for row, _ in runs)
-    if args.curves:
-        write_curves(runs, args.curves)
-    if args.html:
-        args.html.write_text(page(runs, folders))
-    if args.figure and not importlib.util.find_spec("matplotlib"):
-        print("no figure: matplotlib is not installed")
-    elif args.figure:
-        figure = draw(others) if others else draw_networks(*features[0])
-        figure.savefig(args.figure, dpi=110)
+    try:
+        for target in filter(None, (args.csv, args.curves, args.html, args.figure)):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        if args.csv:
+            with open(args.csv, "w", newline="") as f:
+                writer = csv.DictWriter(f, COLUMNS)
+                writer.writeheader()
+                writer.writerows(row for row, _ in runs)
+        if args.curves:
+            write_curves(runs, args.curves)
+        if args.html:
+            args.html.write_text(page(runs, folders))
+        if args.figure and not importlib.util.find_spec("matplotlib"):
+            print("no figure: matplotlib is not installed")
+        elif args.figure:
+            figure = draw(others) if others else draw_networks(*features[0])
+            figure.savefig(args.figure, dpi=110)
+    except (OSError, ValueError) as e:
+        parser.error(f"not written: {str(e).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -660,8 +660,8 @@ def register():
 # ----------------------------------------------------------------------------------- training
 def verdict(summary: dict, args: Args) -> tuple[str, str]:
     """What became of the accidents, in words, and the flag to try next."""
-    if summary["episodes"] < 10:
-        return "too short to judge", "fewer than ten episodes are over: more --total-timesteps"
+    if summary["episodes"] < 10 or args.total_timesteps < 5 * args.num_envs * args.num_steps:
+        return "too short to judge", "less than 10 episodes or 5 rollouts: more --total-timesteps"
     if not summary["accidents"]:
         return "no accidents", 'nothing to learn from; does info["cost"] tell of them?'
     plain_critic = args.conservative == "off"

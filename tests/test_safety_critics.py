@@ -544,6 +544,20 @@ def test_verdicts(name):
 
 
 @pytest.mark.parametrize("name", VERDICTS)
+def test_no_verdict_before_a_fifth_of_the_run_is_a_rollout(name):
+    """In the first fifth and the last one there must be an update between: with three rollouts
+    both were played by nearly the same policy."""
+    summary = dict(episodes=50, accidents=20, rate_early=50.0, rate_late=10.0)
+    summary |= dict(predicted=0.3, realised=0.2, refused=0.1, fallbacks=0.1, risk_above_95=0.0)
+    for rollouts, num_envs in ((1, 1), (4, 1), (4, 3), (5, 1), (5, 3)):
+        args = Args(num_envs=num_envs)
+        args.total_timesteps = rollouts * num_envs * args.num_steps
+        found, advice = sc.verdict(summary | VERDICTS[name], args)
+        assert found == ("too short to judge" if rollouts < 5 else name)
+        assert rollouts > 4 or "--total-timesteps" in advice
+
+
+@pytest.mark.parametrize("name", VERDICTS)
 def test_a_verdict_recommends_what_the_run_would_take(name):
     """A number only where it is read, and no switch that is on already."""
     summary = dict(episodes=50, accidents=20, rate_early=50.0, rate_late=10.0)

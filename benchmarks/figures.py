@@ -552,10 +552,7 @@ def workflow():
     print(f"selected is not the last checkpoint in {len(moved)} of {len(rows)} runs;")
     if gains:
         better = sum(g > 0 for g in gains)
-        low, high = bootstrap([gains], statistic=lambda x: float(np.mean(x)))
-        print(
-            f"it is better in {better}, by {np.mean(gains):.0f} [{low:.0f}, {high:.0f}] in return"
-        )
+        print(f"it is better in {better}; differences in return: {[round(g) for g in gains]}")
     print("| verdict | above the data's return | below |\n|---|---|---|")
     for verdict in sorted({r["verdict"] for r in rows}):
         mine = [r for r in rows if r["verdict"] == verdict]

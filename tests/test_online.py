@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import h5py
@@ -588,6 +589,12 @@ def test_no_home_and_no_name_for_the_user(tmp_path):
     words = ["--dataset", data, "--num-updates", 3, "--eval-episodes", 0, "--width", 8]
     done = run_script("cql_continuous.py", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "verdict" in done.stdout
+
+
+def test_the_line_of_progress_leaves_out_what_is_not_known_yet(capsys):
+    run = SimpleNamespace(rate=lambda step: 2.0, total=10)
+    sac.Run.show(run, 5, Q=torch.tensor(math.nan), last_return=1.5)
+    assert capsys.readouterr().out == "5/10 (50%), 2.0/s, 0.0 min left, last_return 1.5\n"
 
 
 def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_overwritten(capsys):

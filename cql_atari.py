@@ -105,7 +105,7 @@ class Args:
     diagnostics_frequency: int = 500  # updates between diagnostics (0: nothing to judge by)
 
     # length and data
-    num_updates: int = 6_000  # gradient steps (12_500_000 in the authors' defaults)
+    num_updates: int = 4_000  # gradient steps (12_500_000 in the authors' defaults)
     batch_size: int = 32  # B, transitions in a minibatch of all games and processes together
     # for each environment a DQN Replay folder, a Minari id or folder, or what this script has made
     # under --data-dir; not given: collect random play and keep it
@@ -160,12 +160,12 @@ def check(args: Args):
         fail(f"--env-id {' '.join(args.env_id)}: expected one or several different environments")
     if sets not in (0, games):
         fail(f"--dataset names {sets} sets, --env-id {games} environments")
-    if args.fraction < 1 and not sets:
-        fail("--fraction is a share of a DQN Replay --dataset")
+    check_effect(args, "fraction", sets > 0, "without a DQN Replay --dataset")
+    check_effect(args, "subset", args.fraction < 1, "with --fraction 1")
+    check_effect(args, "collect_steps collect_repeat", sets == 0, "with --dataset")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} is not below --v-max {args.v_max}")
-    if args.head != "c51" and (args.v_min, args.v_max) != (Args.v_min, Args.v_max):
-        fail(f"--v-min and --v-max have no effect with --head {args.head}")
+    check_effect(args, "v_min v_max", args.head == "c51", f"with --head {args.head}")
     parts = games * processes()[1]
     if args.batch_size % parts:
         fail(f"--batch-size {args.batch_size} is not a multiple of {parts}, games x processes")
@@ -1598,6 +1598,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

@@ -32,7 +32,7 @@ whose second term rewards features that are alike on both sides of the backup. D
   phi(s,a)   net.features(x)     (n, B, width)
   y, a'      backup()            (n, B), (n, B, act)
 
-Quick, six minutes; in small steps; many cures; errors to the truth; your own data:
+Quick; in small steps; many cures; errors to the truth; your own data:
   python dr3_analysis.py
   python dr3_analysis.py --num-updates 100_000 --transitions 2_000 --batch-size 256 \
       --learning-rate 3e-4 --tau 0.005
@@ -108,7 +108,7 @@ class Args:
     seeds: int = 3  # networks of each kind; those of one seed share initial weights and batches
 
     # training
-    num_updates: int = 15_000  # gradient steps
+    num_updates: int = 10_000  # gradient steps
     batch_size: int = 128  # B, transitions in a minibatch
     learning_rate: float = 1e-3  # of Adam
     # discount factor; not given: 0.99, or less where time-outs cut the returns of --dataset
@@ -151,8 +151,10 @@ def check(args: Args):
     check_numbers(args, "transitions", 0 if args.dataset else 32, 1e7)
     if (args.problem == "dataset") != (args.dataset is not None):
         fail("--dataset FILE and --problem dataset go together")
-    if args.problem != "continuous" and args.env_id not in (Args.env_id, args.problem):
-        fail(f"--env-id {args.env_id} has no effect with --problem {args.problem}")
+    if args.env_id != args.problem:  # which stands for it in the folder's name
+        check_effect(args, "env_id", args.problem == "continuous", f"with --problem {args.problem}")
+    check_effect(args, "grid", args.problem == "gridworld", f"with --problem {args.problem}")
+    check_effect(args, "cure_target", bool(args.cures), "without --cures")
     for given in (args.targets, ("none", *args.cures)):
         if len({*given}) < len(given) or not given:
             fail(f"--targets, --cures: found {given}, expected different ones, at least one target")
@@ -1013,6 +1015,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

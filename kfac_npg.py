@@ -141,10 +141,11 @@ def check(args: Args):
     if args.num_envs * args.num_steps == 1:
         fail("--num-steps 1 --num-envs 1: one advantage alone has no standard deviation")
     check_numbers(args, "log_std_init", -20, 20)
-    if args.solver != "none" and args.learning_rate != Args.learning_rate:
-        fail(f"--learning-rate has no effect with --solver {args.solver}: --max-kl sets the step")
-    if args.solver == "none" and (args.line_search or args.max_kl != Args.max_kl):
-        fail("--solver none has no --max-kl and no --line-search: --learning-rate sets the step")
+    plain, solver = args.solver == "none", f"with --solver {args.solver}"
+    check_effect(args, "learning_rate", plain, f"{solver}, whose step --max-kl sets")
+    natural = f"{solver}, whose step --learning-rate sets"
+    check_effect(args, "max_kl line_search damping", not plain, natural)
+    check_effect(args, "cg_steps", args.solver == "cg", solver)
     if args.solver == "exact" and args.damping == 0:
         fail("--solver exact needs --damping above 0: the Fisher matrix of a softmax is singular")
 
@@ -591,10 +592,10 @@ def check_spaces(envs, args: Args, device):
     obs, act = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         fail(f"--env-id {args.env_id}: observations are {obs}, expected vectors")
-    if not isinstance(act, gym.spaces.Discrete):
+    discrete = isinstance(act, gym.spaces.Discrete)
+    check_effect(args, "log_std_init", not discrete, "with discrete actions")
+    if not discrete:
         check_boxes(envs, args.env_id)
-    elif args.log_std_init != Args.log_std_init:
-        fail("--log-std-init has no effect with discrete actions")
     row = 16 * (obs.shape[0] + 4 * args.width * args.depth)
     reserve(args.num_envs * args.num_steps * row, "rollout and update, roughly", device)
 
@@ -1029,6 +1030,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

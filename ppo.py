@@ -134,17 +134,14 @@ def check(args: Args):
     check_numbers(args, "log_std_init", -20, 20)
     if (rows := args.num_envs * args.num_steps) < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: a rollout has {rows} rows, each needs two")
-    if args.update_epochs == 1 and (args.recompute_advantages or args.target_kl is not None):
-        fail("--recompute-advantages, --target-kl have no effect with --update-epochs 1")
-    if args.entropy == "return" and args.ent_coef == 0:
-        fail("--entropy return has no effect with --ent-coef 0")
-    atari = args.env_id.startswith("ALE/")
-    if atari and (args.normalize_obs or args.normalize_reward):
-        fail("Atari's frames are scaled, its rewards clipped: no --normalize-obs, -reward")
-    if atari and (args.width, args.depth) != (Args.width, Args.depth):
-        fail("--width, --depth have no effect on Atari, which has the Nature network")
-    if not atari and args.sticky != Args.sticky:
-        fail("--sticky has no effect outside Atari")
+    several, one = args.update_epochs > 1, "with --update-epochs 1"
+    check_effect(args, "recompute_advantages target_kl", several, one)
+    check_effect(args, "entropy", args.ent_coef > 0, "with --ent-coef 0")
+    vectors, atari = not args.env_id.startswith("ALE/"), "on Atari"
+    check_effect(args, "normalize_obs", vectors, f"{atari}, whose frames are scaled")
+    check_effect(args, "normalize_reward", vectors, f"{atari}, whose rewards are clipped")
+    check_effect(args, "width depth", vectors, f"{atari}, which has the Nature network")
+    check_effect(args, "sticky", not vectors, "outside Atari")
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -415,8 +412,7 @@ def check_spaces(envs, args: Args, device):
         fail(f"--env-id {args.env_id}: observations are {obs}, expected vectors, or ALE/...")
     if not discrete:
         check_boxes(envs, args.env_id)
-    elif args.log_std_init != Args.log_std_init:
-        fail("--log-std-init has no effect with discrete actions")
+    check_effect(args, "log_std_init", not discrete, "with discrete actions")
     row = 3 * math.prod(obs.shape) * (4 if vectors else 1) + 200  # raw, as states, shuffled
     reserve(args.num_envs * (args.num_steps + 1) * row, "rollout, roughly", device)
 
@@ -852,6 +848,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

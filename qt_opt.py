@@ -168,6 +168,10 @@ def check(args: Args):
         fail(f"--cem-min-std {args.cem_min_std}: at most --cem-std, {args.cem_std}")
     if args.loss == "cross-entropy" and args.cql_alpha:
         fail("--cql-alpha is for --loss squared: a Q in [0, 1] makes exp Q nearly constant")
+    online = "offline_share epsilon exploration_noise"
+    check_effect(args, online, args.online_steps > 0, "without --online-steps")
+    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
+    check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")
     played = not args.dataset or args.eval_episodes or args.online_steps
@@ -617,7 +621,7 @@ def collect(args, env, run, device) -> Path:
 
     The collector has networks and settings of its own, COLLECTOR's."""
     sizes = check_boxes(env, args.env_id)
-    name = f"{args.env_id}_{COLLECTED_BY}-replay_{args.collect_steps}_seed{args.seed}_v3.hdf5"
+    name = f"{args.env_id}_{COLLECTED_BY}-replay_{args.collect_steps}_seed{args.seed}_v4.hdf5"
     path = Path(args.data_dir) / re.sub(r"[/:]", "_", name)
     if path.exists():
         say(f"no --dataset: using {path}, made by an earlier run")
@@ -1480,6 +1484,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

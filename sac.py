@@ -133,8 +133,7 @@ def check(args: Args):
     check_numbers(args, "target_entropy", -1e6, 1e6)
     if args.target_subset and args.target_subset > args.num_critics:
         fail(f"--target-subset {args.target_subset} of --num-critics {args.num_critics}")
-    if args.alpha is not None and args.target_entropy is not None:
-        fail("--target-entropy has no effect with a fixed --alpha")
+    check_effect(args, "target_entropy", args.alpha is None, "with a fixed --alpha")
     if args.save_dataset:
         writable("--save-dataset", Path(args.save_dataset).parent)
         if Path(args.save_dataset).exists():
@@ -759,6 +758,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

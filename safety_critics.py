@@ -157,19 +157,11 @@ def check(args: Args):
         check_numbers(args, "threshold", 0, 1)
     elif args.safety_gamma == 1:
         fail("--threshold paper is (1 - gamma_C)(chi - V_C): it needs --safety-gamma below 1")
-    read = {  # flag: whether anything here depends on it
-        "safety_alpha": args.conservative != "off",
-        "threshold": args.shield != "off",
-        "shield_draws": args.shield != "off",
-        "multiplier_lr": args.lagrange,
-        "accident_limit": args.lagrange or args.threshold == "paper",
-    }
-    for name, does in read.items():
-        value, default = getattr(args, name), getattr(Args, name)
-        if not does and value != default:
-            flag = "--" + name.replace("_", "-")
-            hint = f"leave it out, or, on resume, give {flag} {default}"
-            fail(f"{flag} {value} has no effect with the other flags: {hint}")
+    check_effect(args, "safety_alpha", args.conservative != "off", "with --conservative off")
+    check_effect(args, "threshold shield_draws", args.shield != "off", "with --shield off")
+    check_effect(args, "multiplier_lr", args.lagrange, "with --no-lagrange")
+    bounded = args.lagrange or args.threshold == "paper"
+    check_effect(args, "accident_limit", bounded, "without --lagrange or --threshold paper")
     if args.num_envs * args.num_steps == 1:
         fail("--num-steps 1 --num-envs 1: one advantage alone has no standard deviation")
 
@@ -1152,6 +1144,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

@@ -144,8 +144,8 @@ def check(args: Args):
     check_numbers(args, "gamma", 0, 0.99999)
     check_numbers(args, "tau", 1e-9, 1)
     check_numbers(args, "replay_alpha", 0, 1)
-    if args.replay_alpha is not None and args.replay not in ALPHA:
-        fail(f"--replay-alpha has no effect with --replay {args.replay}, only with per, lap, pal")
+    check_effect(args, "replay_alpha", args.replay in ALPHA, "without --replay per, lap or pal")
+    check_effect(args, "noise_clip", args.policy_noise > 0, "with --policy-noise 0")
     if args.save_dataset:
         writable("--save-dataset", Path(args.save_dataset).parent)
         if Path(args.save_dataset).exists():
@@ -860,6 +860,14 @@ def check_numbers(args, names: str, least: float, most: float):
         if value is not None and not least <= value <= most:
             name = name.replace("_", "-")
             fail(f"--{name} {value}: expected a number from {least:g} to {most:g}")
+
+
+def check_effect(args, names: str, used: bool, where: str):
+    """Refuse flags that are given where nothing reads them."""
+    for name in names.split():
+        default = getattr(type(args), name)
+        if not used and getattr(args, name) != default:
+            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

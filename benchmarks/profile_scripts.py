@@ -37,7 +37,7 @@ QUIET = {"checkpoint_frequency": 0, "cuda": False, "threads": 1, "eval_episodes"
 QUIET |= {"eval_frequency": 0, "diagnostics_frequency": 0, "log_frequency": 1_000}
 CHEETAH = {"env_id": "HalfCheetah-v5"}
 OFFLINE = {"collect_steps": 1_100, "num_updates": 400}
-CQL = OFFLINE | CHEETAH | {"depth": 3, "cql_samples": 10, "bc_steps": 0}
+CQL = OFFLINE | CHEETAH | {"width": 256, "depth": 3, "cql_samples": 10, "bc_steps": 0}
 STEPS = CHEETAH | {"total_timesteps": 1_000, "learning_starts": 300}
 ROLLOUT = CHEETAH | {"num_envs": 1, "num_steps": 2_048, "total_timesteps": 12 * 2_048}
 # script: settings (those of speed.py), the first and the last call of Learner.update

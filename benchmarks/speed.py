@@ -107,7 +107,8 @@ def one_round(options, folder: str) -> dict:
     with_peer = options.peer_python is not None
     if options.what == "cql":
         settings = threads | {"env_id": "HalfCheetah-v5", "dataset": f"{folder}/random.hdf5"}
-        settings |= {"depth": DEPTH, "cql_samples": N, "bc_steps": 0, "diagnostics_frequency": 0}
+        settings |= {"width": WIDTH, "depth": DEPTH, "cql_samples": N, "bc_steps": 0}
+        settings |= {"diagnostics_frequency": 0}
         for precision in ("fp32", "bf16") if options.bf16 else ("fp32",):
             for k in (0, 1):
                 flags = {"precision": precision, "cql_backward": k}

@@ -724,7 +724,7 @@ def test_the_collector_has_settings_of_its_own(monkeypatch):
     own = dict(cql_alpha=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
     assert made[0] == cql.Args(**own) and len(made) == 2 and len(updates) == 10 + 1
     (path,) = Path("datasets").iterdir()
-    assert path.name == "Pendulum-v1_sac-replay_30_seed5_v3.hdf5"
+    assert path.name == "Pendulum-v1_sac-replay_30_seed5_v4.hdf5"
 
 
 # ---------------------------------------------------------------------------------------- playing

@@ -9,6 +9,6 @@ export OMP_NUM_THREADS=1
 for seed in $seeds; do
   for alpha in $alphas; do
     python cql_continuous.py --env $env --dataset $file --seed $seed --cql-alpha $alpha --exp-name alpha_$alpha \
-      --num-updates 10_000 --batch-size 128 --bc-steps 0 --eval-frequency 5_000
+      --num-updates 10_000 --width 256 --batch-size 128 --bc-steps 0 --eval-frequency 5_000
   done
 done

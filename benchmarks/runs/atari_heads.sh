@@ -10,7 +10,7 @@ env=${1:-ALE/SpaceInvaders-v5} seeds=${2-"1 2"} names=${3:-"dqn c51 qr"}
 export OMP_NUM_THREADS=1
 file=datasets/${env/\//_}_random_40000_0.95_seed1
 [ -d "$file" ] || python cql_atari.py --env $env --num-updates 1 --eval-episodes 0 --exp-name make_data
-run="python cql_atari.py --env $env --dataset $file --eval-frequency 1_000 --diagnostics-frequency 500"
+run="python cql_atari.py --env $env --dataset $file --num-updates 6_000 --eval-frequency 1_000 --diagnostics-frequency 500"
 for seed in $seeds; do
   for head in $names; do
     $run --seed $seed --head $head --exp-name ${head}_alpha0.1

@@ -21,7 +21,7 @@ for seed in $seeds; do
   $run --exp-name pc_brac_v --where value
   $run --exp-name pc_awac --extract exp --normalise-weights --advantage-samples 1
   $run --exp-name pc_crr --extract binary
-  python cql_continuous.py $common --seed $seed --bc-steps 0 --exp-name pc_cql_h
+  python cql_continuous.py $common --seed $seed --bc-steps 0 --width 256 --exp-name pc_cql_h
   for algo in awac crr; do
     [ -z "$peer" ] || $peer benchmarks/peers/d3rlpy.py train "$file" "$env" --algo $algo --seed $seed --updates ${updates//_/}
   done

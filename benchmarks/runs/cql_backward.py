@@ -25,7 +25,8 @@ def measure(size: str, k: int, precision: str, threads: int):
     import torch
 
     depth, n, updates = SIZES[size]
-    about = {"depth": depth, "cql_samples": n, "cql_backward": k, "precision": precision}
+    about = {"width": 256, "depth": depth, "cql_samples": n, "cql_backward": k}
+    about |= {"precision": precision}
     args = cql.Args(**about, threads=threads, cuda=False)
     cpu, B = cql.set_up(args), args.batch_size
     learner = cql.Learner(17, 6, args, cpu)

@@ -7,6 +7,6 @@ seeds=${1-"1 2 3 4 5"} ks=${2-"0 1 2"}
 export OMP_NUM_THREADS=1
 for seed in $seeds; do
   for k in $ks; do
-    python cql_continuous.py --seed $seed --cql-backward $k --exp-name K$k
+    python cql_continuous.py --seed $seed --width 256 --cql-backward $k --exp-name K$k
   done
 done

@@ -1,6 +1,7 @@
 """How much noise does the sampled backward pass add to the critic's gradient?
 
-  python cql_continuous.py --env HalfCheetah-v5 --dataset FILE --cql-backward 0 --num-updates 10_000
+  python cql_continuous.py --env HalfCheetah-v5 --dataset FILE --cql-backward 0 \
+      --width 256 --num-updates 10_000
   python benchmarks/runs/cql_noise.py runs/HalfCheetah-v5__* --out benchmarks/raw/cql_noise.csv
 
 For each run's checkpoint and its data, over 200 minibatches of the run's size: the squared norm of

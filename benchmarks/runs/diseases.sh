@@ -5,7 +5,7 @@
 #   bash benchmarks/runs/diseases.sh "1 2"
 set -euo pipefail
 export OMP_NUM_THREADS=1
-hopper=datasets/Hopper-v5_sac-replay_100000_seed1_v3.hdf5 cheetah=datasets/HalfCheetah-v5_replay_100000.hdf5
+hopper=datasets/Hopper-v5_sac-replay_100000_seed1_v4.hdf5 cheetah=datasets/HalfCheetah-v5_replay_100000.hdf5
 [ -f "$hopper" ] || python cql_continuous.py --env Hopper-v5 --collect-steps 100_000 --num-updates 1
 [ -f "$cheetah" ] || bash benchmarks/runs/offline.sh HalfCheetah-v5 ""
 python - "$hopper" 28000 28800 datasets/hopper_800.hdf5 "$cheetah" 60000 63000 datasets/halfcheetah_3.hdf5 <<'PYTHON'
@@ -17,11 +17,11 @@ for i in (1, 5):
         for key in f:
             g[key] = f[key][int(begin) : int(end)]
 PYTHON
-run="python cql_continuous.py --diagnostics-frequency 250 --bc-steps 0 --tau 0.02"
+run="python cql_continuous.py --width 256 --diagnostics-frequency 250 --bc-steps 0 --tau 0.02"
 for seed in ${1:-1}; do
   large="$run --env Hopper-v5 --seed $seed --cql-samples 2 --dataset $hopper --num-updates 5_000 --batch-size 128"
   $large --eval-frequency 2_500 --exp-name width4 --width 4 --depth 1
-  $large --eval-frequency 2_500 --exp-name width256 --width 256 --depth 2
+  $large --eval-frequency 2_500 --exp-name width256
   small="$run --env Hopper-v5 --seed $seed --cql-samples 2 --dataset datasets/hopper_800.hdf5 --num-updates 8_000"
   small="$small --batch-size 64 --holdout 0.3 --eval-frequency 2_500"
   $small --exp-name small_data

@@ -4,7 +4,7 @@
 #   bash benchmarks/runs/finetune_pendulum.sh "1 2 3"
 set -euo pipefail
 export OMP_NUM_THREADS=1
-file=datasets/Pendulum-v1_sac-replay_8000_seed1_v3.hdf5
+file=datasets/Pendulum-v1_sac-replay_8000_seed1_v4.hdf5
 [ -f "$file" ] || python cql_continuous.py --num-updates 1
 run="python cql_continuous.py --dataset $file --eval-frequency 500 --diagnostics-frequency 500 --bc-steps 0"
 run="$run --width 128 --batch-size 128 --policy-lr 3e-4 --tau 0.01"

@@ -50,6 +50,7 @@ from speed import QUIET, random_data  # noqa: E402
 FORK = multiprocessing.get_context("fork")  # the imports are done once; only children use the GPU
 FIRST = (cql_continuous, sac, td3, cql_atari, policy_constraints, qt_opt)  # those with CUDA graphs
 OTHERS = (ppo, kfac_npg, safety_critics, dr3_analysis)
+CQL = {"width": 256, "depth": 3, "cql_samples": 10}  # as in the targets
 FLAGS = {"eager": [], "graphs": ["cudagraphs"], "compile": ["compile"]}
 FLAGS["both"] = ["cudagraphs", "compile"]
 dr3_analysis.report = lambda folder: None  # a table and a figure after each run
@@ -88,7 +89,7 @@ def settings(script, n: int, home: Path) -> tuple[dict, str, int]:
     """Arguments for about n updates or steps, the name of their number, the number."""
     size = min(n, 2048)  # of a rollout; four of them
     own = {
-        cql_continuous: {"dataset": f"{home}/random.hdf5", "depth": 3, "cql_samples": 10},
+        cql_continuous: CQL | {"dataset": f"{home}/random.hdf5"},
         policy_constraints: {"dataset": f"{home}/random.hdf5", "behaviour_steps": n // 4},
         qt_opt: {"dataset": f"{home}/random.hdf5", "cem_iterations": 5, "lag": 500},
         cql_atari: {"width": 32, "n_step": 1, "collect_steps": min(5_000, 50 * n)},

@@ -12,7 +12,7 @@ env=${1:-HalfCheetah-v5} seeds=${2-"1 2 3"} peer=${3:-} updates=${4:-25000}
 export OMP_NUM_THREADS=1
 file=datasets/${env}_replay_100000.hdf5
 [ -f "$file" ] || python sac.py --env "$env" --total-timesteps 100_000 --learning-starts 5_000 --save-dataset "$file"
-run="python cql_continuous.py --env $env --dataset $file --batch-size 128 --holdout 0"
+run="python cql_continuous.py --env $env --dataset $file --width 256 --batch-size 128 --holdout 0"
 run="$run --eval-frequency 5_000 --diagnostics-frequency 500"
 rl="$run --bc-steps 0"
 for seed in $seeds; do

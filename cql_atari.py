@@ -70,7 +70,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -1294,6 +1294,9 @@ def point_out(terminal, timeout, limit: int | None):
         say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
     if together := (terminal[1:] & terminal[:-1]).sum():
         say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    longest = np.diff(np.flatnonzero(np.append(end[:-1], True)), prepend=-1).max()
+    if limit and longest > limit:
+        say(f"odd: an episode of {longest:,} steps in an environment of {limit:,}: no time-outs?")
     alike = len(length) > 1 and (length == (limit or length[0])).all()
     if alike and length[0] > 1 and terminal[end].all():
         say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
@@ -1609,7 +1612,11 @@ def check_effect(args, names: str, used: bool, where: str):
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
-    """Descriptors, threads, seed, device: before any file is opened."""
+    """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
+    for name, kind in get_type_hints(type(args)).items():
+        value, choices = getattr(args, name), get_args(kind)
+        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
+            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)
@@ -1711,12 +1718,12 @@ class Run(ExitStack):
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """Arguments changed on resume are printed; those in FIXED must not change."""
+        """Arguments changed on resume are printed; those in FIXED and the name must not change."""
         before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
-                if name in FIXED:
+                if name in (*FIXED, "exp_name"):
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")
                 say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
@@ -1728,7 +1735,8 @@ class Run(ExitStack):
         args, self.info = self.args, info
         saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
         self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
+        about = {"script": SCRIPT, "command": self.command, "device": self.device}
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
@@ -1825,6 +1833,7 @@ class Run(ExitStack):
                 "format": FORMAT,
                 "args": asdict(self.args),
                 "info": self.info,
+                "command": self.command,
                 "step": step,
                 "total": self.total,
                 "networks": networks,

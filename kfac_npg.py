@@ -64,7 +64,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -894,7 +894,8 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
+    hint += "Atari: ppo.py, cql_atari.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -1041,7 +1042,11 @@ def check_effect(args, names: str, used: bool, where: str):
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
-    """Descriptors, threads, seed, device: before any file is opened."""
+    """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
+    for name, kind in get_type_hints(type(args)).items():
+        value, choices = getattr(args, name), get_args(kind)
+        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
+            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)
@@ -1143,12 +1148,12 @@ class Run(ExitStack):
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """Arguments changed on resume are printed; those in FIXED must not change."""
+        """Arguments changed on resume are printed; those in FIXED and the name must not change."""
         before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
-                if name in FIXED:
+                if name in (*FIXED, "exp_name"):
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")
                 say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
@@ -1160,7 +1165,8 @@ class Run(ExitStack):
         args, self.info = self.args, info
         saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
         self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
+        about = {"script": SCRIPT, "command": self.command, "device": self.device}
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
@@ -1257,6 +1263,7 @@ class Run(ExitStack):
                 "format": FORMAT,
                 "args": asdict(self.args),
                 "info": self.info,
+                "command": self.command,
                 "step": step,
                 "total": self.total,
                 "networks": networks,

@@ -64,7 +64,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -198,6 +198,10 @@ def check(args: Args):
     solver = f"with --extract {args.extract}"
     check_effect(args, "constraint weight", penalised, f"{solver} and --where policy")
     check_effect(args, "threshold alpha", gradient, solver)
+    check_effect(args, "where", args.weight > 0, "with --weight 0")
+    check_effect(args, "policy_lr", args.extract != "best-of-n", solver)
+    clone = "behaviour_lr behaviour_min_std behaviour_modes"
+    check_effect(args, clone, args.behaviour_steps > 0, "with --behaviour-steps 0")
     check_effect(args, "weight_lr", args.threshold is not None, "without --threshold")
     check_effect(args, "backup_entropy", args.alpha != 0, "with --alpha 0")
     check_effect(args, "min_share", args.num_critics > 1, "with --num-critics 1")
@@ -212,7 +216,7 @@ def check(args: Args):
     check_effect(args, "advantage_samples advantage_baseline", weighted, solver)
     check_effect(args, "candidates", args.act == "best-of-n", f"with --act {args.act}")
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
-    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
+    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.extract == "best-of-n" and (args.act != "best-of-n" or args.where == "value"):
         fail("--extract best-of-n has no actor: it needs --act best-of-n, and not --where value")
@@ -955,7 +959,7 @@ def read(name: str) -> dict:
             x = x[:, 0]
         width = columns["observations"].shape[1:] if key == "next_observations" else x.shape[1:]
         if x.ndim != 2 - vector or x.shape != (n, *width) or 0 in width:
-            expected = f"({n},)" if vector else f"({n}, {width[0] if width else 'width'})"
+            expected = f"({n},)" if vector else f"({n}, {width[0] if len(width) == 1 else 'width'})"
             fail(f"{name}: '{key}' has shape {x.shape}, expected {expected}")
         flags = vector and key != "rewards"
         bad = (x != 0) & (x != 1) if flags else ~np.isfinite(x)
@@ -1385,6 +1389,9 @@ def point_out(terminal, timeout, limit: int | None):
         say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
     if together := (terminal[1:] & terminal[:-1]).sum():
         say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    longest = np.diff(np.flatnonzero(np.append(end[:-1], True)), prepend=-1).max()
+    if limit and longest > limit:
+        say(f"odd: an episode of {longest:,} steps in an environment of {limit:,}: no time-outs?")
     alike = len(length) > 1 and (length == (limit or length[0])).all()
     if alike and length[0] > 1 and terminal[end].all():
         say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
@@ -1477,7 +1484,8 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
+    hint += "Atari: ppo.py, cql_atari.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -1727,7 +1735,11 @@ def check_effect(args, names: str, used: bool, where: str):
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
-    """Descriptors, threads, seed, device: before any file is opened."""
+    """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
+    for name, kind in get_type_hints(type(args)).items():
+        value, choices = getattr(args, name), get_args(kind)
+        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
+            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)
@@ -1829,12 +1841,12 @@ class Run(ExitStack):
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """Arguments changed on resume are printed; those in FIXED must not change."""
+        """Arguments changed on resume are printed; those in FIXED and the name must not change."""
         before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
-                if name in FIXED:
+                if name in (*FIXED, "exp_name"):
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")
                 say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
@@ -1846,7 +1858,8 @@ class Run(ExitStack):
         args, self.info = self.args, info
         saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
         self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
+        about = {"script": SCRIPT, "command": self.command, "device": self.device}
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
@@ -1943,6 +1956,7 @@ class Run(ExitStack):
                 "format": FORMAT,
                 "args": asdict(self.args),
                 "info": self.info,
+                "command": self.command,
                 "step": step,
                 "total": self.total,
                 "networks": networks,

@@ -57,7 +57,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -90,7 +90,7 @@ class Args:
     log_frequency: int = 250  # updates between logged losses
 
     # length and data
-    num_updates: int = 6_000  # updates on the dataset (the serious run: 500_000); 0: online alone
+    num_updates: int = 6_000  # updates on the dataset (the serious run: 500_000); 0: online at once
     online_steps: int = 0  # environment steps of fine-tuning after them, one update each
     offline_share: float = 0.5  # share of offline data in the minibatches of the fine-tuning
     batch_size: int = 64  # B, transitions in a minibatch (the serious run: 256)
@@ -120,8 +120,8 @@ class Args:
     cql_alpha: float = 0.0
 
     # argmax by CEM
-    cem_samples: int = 64  # M, actions drawn in an iteration
-    cem_elites: int = 6  # of them make the next mean and deviation
+    cem_samples: int = 64  # M, actions drawn in an iteration: more find a higher Q, at their price
+    cem_elites: int = 6  # the best of them, the next mean and deviation: fewer settle sooner
     cem_iterations: int = 2  # about 3 for three action dimensions, 5 for six: see argmax_share
     cem_std: float = 0.5  # first deviation; in one dimension the mean can move three of them
     cem_min_std: float = 0.01  # floor of the deviation: elites at a bound coincide
@@ -142,7 +142,7 @@ FIXED = """env_id seed width depth lag loss holdout action_low action_high clip_
 normalize_obs reward_scale reward_shift""".split()
 # of the self-made replay's collector: QT-Opt online, without the Q_2 that is at first untrained
 COLLECTOR, COLLECTED_BY = {"lag": 0}, "qt-opt"
-NOVEL = 3.3  # novelty of a policy whose Q is a guess: good runs reach 2.9, bad ones 3.7 and more
+NOVEL = 3.3  # novelty of a policy whose Q is a guess: good runs reach 3.0, bad ones 4.0 and more
 COPIES = 10  # of Q_1, a tenth of --lag apart: with a single one Q_2 would be 0 to lag behind
 
 
@@ -170,7 +170,8 @@ def check(args: Args):
         fail("--cql-alpha is for --loss squared: a Q in [0, 1] makes exp Q nearly constant")
     online = "offline_share epsilon exploration_noise"
     check_effect(args, online, args.online_steps > 0, "without --online-steps")
-    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
+    check_effect(args, "cem_min_std", args.cem_iterations > 1, "with --cem-iterations 1")
+    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")
@@ -220,8 +221,8 @@ class Argmax(NamedTuple):
 
 @torch.no_grad()
 def cem(critic, obs, act_dim: int, args: Args, generator=None) -> Argmax:
-    """argmax_a Q(s,a) of B states at once by the cross-entropy method, with iterations * M * B
-    values of Q.
+    """argmax_a critic(s,a) of B states at once by the cross-entropy method, with iterations * M * B
+    values: of Q, or of its logit, which a sigmoid keeps apart only up to 17 in fp32.
 
     With 6 elites of 64 and one dimension, on a slope the mean moves 1.8 deviations in an iteration
     and the deviation shrinks to 0.41, so that they reach 3.0 first deviations and no farther; at a
@@ -255,7 +256,7 @@ class Batch(NamedTuple):
 def backup(learner, batch: Batch, args: Args, generator=None):
     """a' = argmax_a Q_1(s',a), (B, act); y = r + gamma (1 - done) min(Q_1, Q_2)(s',a'), (B,), for
     the cross-entropy clipped to [0, 1]."""
-    next_act = cem(learner.target, batch.next_obs, learner.act_dim, args, generator).act
+    next_act = cem(learner.target.logit, batch.next_obs, learner.act_dim, args, generator).act
     value = learner.target(batch.next_obs, next_act)
     if args.lag:
         value = torch.minimum(value, learner.past[0](batch.next_obs, next_act))
@@ -279,9 +280,9 @@ def softmax_draw(logits):
 def conservative_loss(learner, batch: Batch, q, args: Args):
     """E_s[log mean_m exp Q(s,a_m) - Q(s,a)] over CEM's own samples a_m: its value, and what has
     the same gradient in expectation, Q at one sample drawn by its softmax weight less Q(s,a)."""
-    argmax = cem(learner.critic, batch.obs, learner.act_dim, args)
-    drawn = softmax_draw(argmax.q)
-    pushed = learner.critic(batch.obs, argmax.tried[torch.arange(len(q))[:, None], drawn])[:, 0]
+    argmax = cem(learner.critic.logit, batch.obs, learner.act_dim, args)
+    rows, drawn = torch.arange(len(q), device=q.device), softmax_draw(argmax.q)
+    pushed = learner.critic(batch.obs, argmax.tried[rows[:, None], drawn])[:, 0]
     log_mean_exp = argmax.q.logsumexp(dim=1) - math.log(argmax.q.shape[1])
     return (log_mean_exp - q).mean(), (pushed - q).mean()
 
@@ -329,7 +330,7 @@ class Learner(nn.Module):
         without it, by the same random numbers in each call."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         args, generator = self.args, None if explore else self.noise.manual_seed(0)
-        act = cem(self.critic, obs, self.act_dim, args, generator).act
+        act = cem(self.critic.logit, obs, self.act_dim, args, generator).act
         if not explore:
             return act
         noisy = (act + args.exploration_noise * torch.randn_like(act)).clamp(-1, 1)
@@ -366,8 +367,10 @@ def argmax_share(learner, obs, args: Args, generator) -> torch.Tensor:
     wide = replace(wide, cem_iterations=4 * args.cem_iterations)
     uniform = torch.rand(len(obs), 64, learner.act_dim, generator=generator, device=obs.device)
     q_rand = learner.critic(obs, 2 * uniform - 1)
-    q_pi = learner.critic(obs, cem(learner.critic, obs, learner.act_dim, args, generator).act)
-    found = cem(learner.critic, obs, learner.act_dim, wide, generator).q.amax(1)
+    act = cem(learner.critic.logit, obs, learner.act_dim, args, generator).act
+    q_pi = learner.critic(obs, act)
+    found = cem(learner.critic.logit, obs, learner.act_dim, wide, generator).q.amax(1)
+    found = learner.critic.squash(found)
     best = torch.maximum(torch.maximum(found, q_rand.amax(1)), q_pi)
     base = q_rand.mean(1)
     return (q_pi - base).sum() / (best - base).sum().clamp(min=1e-12)
@@ -723,7 +726,7 @@ def read(name: str) -> dict:
             x = x[:, 0]
         width = columns["observations"].shape[1:] if key == "next_observations" else x.shape[1:]
         if x.ndim != 2 - vector or x.shape != (n, *width) or 0 in width:
-            expected = f"({n},)" if vector else f"({n}, {width[0] if width else 'width'})"
+            expected = f"({n},)" if vector else f"({n}, {width[0] if len(width) == 1 else 'width'})"
             fail(f"{name}: '{key}' has shape {x.shape}, expected {expected}")
         flags = vector and key != "rewards"
         bad = (x != 0) & (x != 1) if flags else ~np.isfinite(x)
@@ -1153,6 +1156,9 @@ def point_out(terminal, timeout, limit: int | None):
         say(f"odd: {both:,} terminals are timeouts as well (Stable-Baselines3's dones are both)")
     if together := (terminal[1:] & terminal[:-1]).sum():
         say(f"odd: {together:,} terminals follow a terminal (as in AntMaze): episodes of one step")
+    longest = np.diff(np.flatnonzero(np.append(end[:-1], True)), prepend=-1).max()
+    if limit and longest > limit:
+        say(f"odd: an episode of {longest:,} steps in an environment of {limit:,}: no time-outs?")
     alike = len(length) > 1 and (length == (limit or length[0])).all()
     if alike and length[0] > 1 and terminal[end].all():
         say(f"odd: every episode ends by a terminal after {length[0]} steps; is that a time limit?")
@@ -1245,7 +1251,8 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
+    hint += "Atari: ppo.py, cql_atari.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -1495,7 +1502,11 @@ def check_effect(args, names: str, used: bool, where: str):
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
-    """Descriptors, threads, seed, device: before any file is opened."""
+    """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
+    for name, kind in get_type_hints(type(args)).items():
+        value, choices = getattr(args, name), get_args(kind)
+        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
+            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)
@@ -1597,12 +1608,12 @@ class Run(ExitStack):
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """Arguments changed on resume are printed; those in FIXED must not change."""
+        """Arguments changed on resume are printed; those in FIXED and the name must not change."""
         before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
-                if name in FIXED:
+                if name in (*FIXED, "exp_name"):
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")
                 say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
@@ -1614,7 +1625,8 @@ class Run(ExitStack):
         args, self.info = self.args, info
         saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
         self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
+        about = {"script": SCRIPT, "command": self.command, "device": self.device}
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
@@ -1711,6 +1723,7 @@ class Run(ExitStack):
                 "format": FORMAT,
                 "args": asdict(self.args),
                 "info": self.info,
+                "command": self.command,
                 "step": step,
                 "total": self.total,
                 "networks": networks,

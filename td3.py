@@ -66,7 +66,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -129,8 +129,8 @@ class Args:
 # a resumed run must have these as before: its replay, networks and counters would not fit
 FIXED = """env_id seed num_envs utd learning_starts buffer_size width depth num_critics replay
 replay_alpha""".split()
-ALPHA = {"per": 0.6, "lap": 0.4, "pal": 0.4}  # of the papers, and of the code of LAP's authors
-BETA = 0.4  # of PER's weights at the first step, by the same sources; it rises to 1 at the last
+ALPHA = {"per": 0.6, "lap": 0.4, "pal": 0.4}  # of the code of LAP's authors
+BETA = 0.4  # of PER's weights at the first step, by the same source; it rises to 1 at the last
 
 
 def check(args: Args):
@@ -146,6 +146,8 @@ def check(args: Args):
     check_numbers(args, "replay_alpha", 0, 1)
     check_effect(args, "replay_alpha", args.replay in ALPHA, "without --replay per, lap or pal")
     check_effect(args, "noise_clip", args.policy_noise > 0, "with --policy-noise 0")
+    if args.learning_starts >= args.total_timesteps:
+        say(f"--learning-starts {args.learning_starts}: uniform actions to the end, no update")
     if args.save_dataset:
         writable("--save-dataset", Path(args.save_dataset).parent)
         if Path(args.save_dataset).exists():
@@ -621,7 +623,8 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0"
+    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
+    hint += "Atari: ppo.py, cql_atari.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)
@@ -871,7 +874,11 @@ def check_effect(args, names: str, used: bool, where: str):
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
-    """Descriptors, threads, seed, device: before any file is opened."""
+    """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
+    for name, kind in get_type_hints(type(args)).items():
+        value, choices = getattr(args, name), get_args(kind)
+        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
+            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)
@@ -973,12 +980,12 @@ class Run(ExitStack):
         signal.signal(signum, signal.SIG_DFL)
 
     def compare(self, args: dict, before: dict):
-        """Arguments changed on resume are printed; those in FIXED must not change."""
+        """Arguments changed on resume are printed; those in FIXED and the name must not change."""
         before = {name: getattr(type(self.args), name) for name in args} | before  # of older runs
         for name, value in args.items():
             if name not in ("resume", "run_dir") and value != before[name]:
                 flag = "--" + name.replace("_", "-")
-                if name in FIXED:
+                if name in (*FIXED, "exp_name"):
                     fail(f"--resume: that run has {flag} {before[name]}, not {value}")
                 say(f"from here on {flag} {value}, {before[name]} so far")
         if self.total < min(self.saved["step"], self.saved["total"]):
@@ -990,7 +997,8 @@ class Run(ExitStack):
         args, self.info = self.args, info
         saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
         self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        about = {"script": SCRIPT, "command": shlex.join(sys.argv), "device": self.device}
+        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
+        about = {"script": SCRIPT, "command": self.command, "device": self.device}
         about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
@@ -1087,6 +1095,7 @@ class Run(ExitStack):
                 "format": FORMAT,
                 "args": asdict(self.args),
                 "info": self.info,
+                "command": self.command,
                 "step": step,
                 "total": self.total,
                 "networks": networks,

@@ -750,7 +750,8 @@ def safety():
         for i, tag in enumerate(("predicted", "realised")):
             for j, name in enumerate(("safety_csc", "safety_trpo")):
                 points = curves(rows, env, name, f"diagnostics/{tag}")
-                steps = sorted(points)
+                most = max(map(len, points.values()))  # seeds: a mean of fewer would zigzag
+                steps = sorted(s for s in points if len(points[s]) == most)
                 values = [statistics.mean(points[s].values()) for s in steps]
                 style = {"color": COLOURS[j], "linestyle": LINES[i]}
                 below.plot(steps, values, label=f"{tag}, {names[name]}", **style)

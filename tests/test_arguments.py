@@ -47,6 +47,20 @@ def test_no_number_slips_through(script, name, capsys):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_choice_that_is_none(script, capsys):
+    """tyro refuses it on the command line; in Python it would train another variant."""
+    module = importlib.import_module(script)
+    hints = typing.get_type_hints(module.Args)
+    names = [name for name, kind in hints.items() if typing.get_origin(kind) is typing.Literal]
+    for name in names:
+        args = dataclasses.replace(module.Args(), **{name: "Mean"})
+        err = refused(capsys, lambda args=args: module.train(args))
+        flag = f"--{name.replace('_', '-')}"
+        assert f"{flag} Mean: expected one of" in err or f"{flag} has no effect" in err
+    assert names or script == "ppo"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults_pass(script):
     """So that each refusal above is of the number, not of whatever else."""
     module = importlib.import_module(script)

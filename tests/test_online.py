@@ -544,12 +544,22 @@ def test_what_is_given_anew_takes_effect_or_is_refused(script, capsys):
     before, after = (load(run / "checkpoint.pt") for _ in range(2))
     moved = float(before["networks"]["critic.head.bias"].abs().max())
     assert moved > 0.3, "Adam went on with the old learning rate"
-    for name, value in {"width": 17, "env_id": "Hopper-v5", "seed": 2, "num_envs": 2}.items():
+    assert len(json.loads((run / "args.json").read_text())["command"]) == 2  # the first one, too
+    changed = {"width": 17, "env_id": "Hopper-v5", "seed": 2, "num_envs": 2, "exp_name": "other"}
+    for name, value in changed.items():
         err = refused(capsys, lambda n=name, v=value: script.train(replace(again, **{n: v})))
         assert name.replace("_", "-") in err
     other = td3 if script is sac else sac
     assert "script" in refused(capsys, lambda: other.train(tiny(other, resume=str(run))))
     assert_equal(after, load(run / "checkpoint.pt"))
+
+
+@SCRIPTS
+def test_a_run_that_never_updates_says_so(script, capsys):
+    script.train(tiny(script, learning_starts=120))
+    assert "--learning-starts 120: uniform actions to the end, no update" in capsys.readouterr().out
+    script.train(tiny(script, learning_starts=119))
+    assert "--learning-starts" not in capsys.readouterr().out
 
 
 @SCRIPTS

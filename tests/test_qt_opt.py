@@ -248,7 +248,7 @@ def test_one_drawn_action_has_the_gradient_of_the_log_mean_exp(monkeypatch):
     learner.critic.head.bias.data *= 9
 
     def planted(critic, obs, *_):
-        assert critic is learner.critic and obs is some.obs
+        assert critic == learner.critic.logit and obs is some.obs
         return qt.Argmax(None, tried, q)
 
     monkeypatch.setattr(qt, "cem", planted)
@@ -309,6 +309,18 @@ def test_exploration():
     assert act.abs().max() == 1 and abs((1 - act).mean() - 0.2 / math.sqrt(2 * math.pi)) < 0.01
 
 
+def test_a_probability_near_1_still_has_a_slope():
+    """In fp32 a sigmoid of 20 is 1, whatever the action adds: its logit says which is better."""
+    args = replace(LONG, width=8, depth=1, loss="cross-entropy")
+    learner, obs = Learner(3, 2, args, CPU), torch.zeros(500, 3)
+    plant(learner.critic, [3.0, 3.0], 20.0)
+    plant(learner.target, [3.0, 3.0], 20.0)
+    assert (learner.critic(obs, torch.zeros(500, 2)) == 1).all()
+    some = batch(500)
+    for act in (learner.act(obs, explore=False), qt.backup(learner, some, args)[0]):
+        assert (act > 0.9).all()
+
+
 def test_evaluations_draw_nothing_from_the_training():
     learner, obs = Learner(3, 2, Args(width=8), CPU), torch.zeros(2, 3)
     state = torch.get_rng_state()
@@ -329,6 +341,8 @@ def test_the_argmaxs_share():
         def forward(self, obs, act):
             aim = obs[:, : act.shape[-1]]
             return -((act - (aim if act.dim() == 2 else aim[:, None])) ** 2).sum(-1)
+
+        logit, squash = forward, torch.nn.Identity()
 
     learner, shares = Learner(6, 6, Args(width=8), CPU), {}
     learner.critic = Peak()

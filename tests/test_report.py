@@ -87,6 +87,18 @@ def test_a_table_groups_seeds(plant, run):
     assert "| ALE/Pong-v5 ALE/Breakout-v5 | c |" in run(games)
 
 
+def test_what_is_no_group_of_seeds_is_said(plant, run):
+    """Other settings under one name, runs without an end, folders that are none."""
+    folders = [plant("cql", s, curves(), width=16, run_dir=str(s)) for s in (1, 2)]
+    assert "differ" not in run(*folders) and "left out" not in run(*folders)
+    folders.append(plant("cql", 3, curves(), width=32, gamma=0.9))
+    (folders[2] / "summary.json").unlink()
+    said = run(*folders, "typo")
+    assert "the runs of E cql differ in --width, --gamma" in said
+    assert "| 3 | 15 +- 7.07 (of 2) |" in said
+    assert "left out, for there is no metrics.csv: typo" in said
+
+
 @pytest.mark.parametrize(
     "points, expected",
     [
@@ -159,6 +171,9 @@ class Page(html.parser.HTMLParser):
 def test_a_page_shows_all_and_loads_nothing(plant, run, tmp_path):
     verdict = {"verdict": "overfitting", "verdict_text": "Q < 3 & falls"}
     folders = [plant("a", 1, curves(), summary=verdict), plant("b", 2, curves())]
+    header = json.loads((folders[1] / "args.json").read_text())
+    header["command"] = ["sac.py --width 8", "sac.py --resume runs/b"]
+    (folders[1] / "args.json").write_text(json.dumps(header))
     run(*folders, "--html", tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert not page.open and page.text["h1"] == ["2 experiments"]
@@ -168,6 +183,7 @@ def test_a_page_shows_all_and_loads_nothing(plant, run, tmp_path):
     assert (
         len(page.text["pre"]) == 2
         and "python cql_continuous.py --seed 1\ncpu, torch 2.13.0" in page.text["pre"][0]
+        and "python sac.py --width 8\npython sac.py --resume runs/b\n" in page.text["pre"][1]
     )
     (picture,) = page.loads
     assert picture.startswith("data:image/png;base64,") and len(picture) > 10_000

@@ -82,7 +82,49 @@ def test_play_takes_one_checkpoint_and_says_what_it_cannot_do(trained, tool, tmp
     assert (tmp_path / "a.gif").read_bytes()[:6] == b"GIF89a"
     assert "FileNotFoundError" in tool("play", "nothing", status=2)
     torch.save({"script": "../../evil", "format": 4}, "evil.pt")
-    assert "of a script here" in tool("play", "evil.pt", status=2)
+    assert "of a script in" in tool("play", "evil.pt", status=2)
+
+
+@pytest.mark.parametrize("script", ["ppo", "kfac_npg", "cql_atari", "sac", "qt_opt"])
+def test_tools_take_a_copy_under_another_name(script, tool, tmp_path, monkeypatch):
+    """By what it can do, not by its name."""
+    import play
+
+    name = f"my_{script}"
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{script}.py").read_text())
+    monkeypatch.setattr(play, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    module = importlib.import_module(name)
+    module.train(module.Args(**(RUNS | OTHERS)[script]))
+    (run,) = Path("runs").iterdir()
+    if script == "qt_opt":
+        assert "draws random numbers" in tool("play", run, "--export", "p.pt", status=2)
+        return
+    assert "differs from the original" in tool("play", run, "--export", "p.pt")
+    if script == "sac":
+        assert "50 transitions" in tool("rollouts", run, "--steps", 50, "--out", "r.hdf5")
+    else:
+        words = (run, "--steps", 50, "--out", "r.hdf5")
+        assert "or a copy" in tool("rollouts", *words, status=2)
+
+
+class Blind(gym.Env):
+    """Without a render_mode."""
+
+    observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, True, False, {}
+
+
+def test_an_environment_that_cannot_be_filmed_is_named(trained, tool, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("Blind-v0", entry_point=Blind, max_episode_steps=5)
+    monkeypatch.setitem(gym.registry, "Blind-v0", spec)
+    run, _ = trained("sac", ("env_id", "Blind-v0"), ("total_timesteps", 9))
+    assert "no film (it takes render_mode rgb_array" in tool("play", run, status=2)
 
 
 def test_play_without_a_display_names_the_way(trained, tmp_path):
@@ -391,6 +433,23 @@ def test_what_convert_writes_is_read_and_no_two_episodes_become_one(tool, column
         np.testing.assert_array_equal(made.columns[name], x, err_msg=name)
 
 
+@pytest.mark.parametrize("dones", [0, 11], ids=["no end among them", "one end"])
+@pytest.mark.parametrize("next_obs", [True, False])
+def test_dones_that_lack_the_time_outs_are_not_taken_for_all_ends(tool, dones, next_obs):
+    """next_observations tell where else an episode ends; without them, and without an end, nothing
+    does, and no column says that there were none."""
+    columns = {k: x for k, x in WHOLE.items() if k not in ("terminals", "timeouts")}
+    if not next_obs:
+        del columns["next_observations"]
+    np.savez("a.npz", dones=(np.arange(ROWS) == dones) * (dones > 0), **columns)
+    tool("convert", "a.npz", "a.hdf5")
+    with h5py.File("a.hdf5") as f:
+        assert np.flatnonzero(f["terminals"]).tolist() == [11] * (dones > 0)
+        assert ("timeouts" in f) == bool(next_obs or dones)
+        if next_obs:
+            assert np.flatnonzero(f["timeouts"]).tolist() == ([5] if dones else [5, 11])
+
+
 @pytest.mark.parametrize(
     "names", ["obs act rew obs2 done", "obs act rew obs_next terminated", "states acts rews"]
 )
@@ -411,6 +470,15 @@ def test_convert_says_what_it_found_and_what_it_wants(tool, tmp_path):
     bad[7] = np.inf
     assert "row 7" in said(WHOLE | {"rewards": bad})
     assert "no transitions" in said({k: x[:0] for k, x in WHOLE.items()})
+    for name, x, words in (
+        ("rewards", np.ones((ROWS, 2)), "rewards have shape (12, 2), expected (12,)"),
+        ("dones", np.ones((ROWS, 2)), "dones have shape (12, 2), expected (12,)"),
+        ("dones", np.where(bad > 1, np.nan, 0), "dones hold NaN or infinity, first in row 7"),
+        ("terminals", -WHOLE["rewards"], "terminals hold [-1.], expected 0 and 1"),
+        ("next_observations", STATES * bad[:, None], "next_observations hold NaN"),
+    ):
+        assert words in said(WHOLE | {name: x}), name
+    assert "--env names" in said(WHOLE, "x.hdf5", "--env", "Pendulum-v1")
     assert "exists already" in said(WHOLE, "gone/x.hdf5")
     for target in ("pendulum/mine", "mine.npz", "folder"):
         assert "ends in -v0" in said(WHOLE, target)

@@ -9,8 +9,8 @@ TARGET is a file that ends in .hdf5 or .h5, written in D4RL's layout, or the id 
 Columns are found by their usual names (`obs`, `acts`, `dones`, ...). Stable-Baselines3 keeps
 actions in [-1, 1] and time-outs among its dones: here actions are within the environment's bounds
 again, and time-outs and terminals are two columns. Where nothing marks time-outs, one is where the
-next row does not go on from next_observations; without these the file gets no `timeouts` either,
-and a script cuts at its environment's limit.
+next row does not go on from next_observations; without these, and without an end among the dones,
+the file gets no `timeouts` either, and a script cuts at its environment's limit.
 
 Only this program unpickles, the training scripts never do; and it makes numpy arrays and plain
 containers only, so that no code of the file runs, and the library that wrote it is not needed.
@@ -148,14 +148,20 @@ def completed(c: dict) -> dict:
     n = len(c["observations"])
     if n == 0:
         raise ValueError("no transitions")
-    for name in ("observations", "actions", "rewards"):
-        if len(bad := np.argwhere(~np.isfinite(c[name]))):
+    for name, x in c.items():
+        if len(bad := np.argwhere(~np.isfinite(x))):
             raise ValueError(f"{name} hold NaN or infinity, first in row {bad[0][0]}")
     if wrong := {name: len(x) for name, x in c.items() if len(x) != n}:
         raise ValueError(f"{n} observations, but {wrong}")
-    for name in {"dones", "terminals", "timeouts", "rewards", "episode_starts"} & c.keys():
-        c[name] = c[name].reshape(n, -1)[:, 0]  # (N, 1)
-    told = {"dones", "timeouts", "episode_starts"} & c.keys()
+    for name in c.keys() - set(ROWS):
+        if c[name].size != n:
+            raise ValueError(f"{name} have shape {c[name].shape}, expected ({n},)")
+        c[name] = c[name].reshape(n)  # of (N, 1)
+        if name != "rewards" and not np.isin(c[name], (0, 1)).all():
+            raise ValueError(f"{name} hold {np.unique(c[name])[:5]}, expected 0 and 1")
+    told = {"timeouts", "episode_starts"} & c.keys()
+    if "next_observations" not in c and c.get("dones", np.zeros(1)).any():
+        told.add("dones")  # which may lack the time-outs: next_observations would tell
     ends = c.pop("dones", np.zeros(n)) > 0
     timeouts = c.get("timeouts", np.zeros(n)) > 0
     terminals = c.get("terminals", ends & ~timeouts) > 0
@@ -164,8 +170,8 @@ def completed(c: dict) -> dict:
     if not told and "next_observations" not in c:
         return c | {"terminals": terminals}
     if not told:
-        jumps = c["next_observations"][:-1] != c["observations"][1:]
-        ends |= np.append(jumps.reshape(n - 1, -1).any(1), True)
+        jumps = np.float32(c["next_observations"][:-1]) != np.float32(c["observations"][1:])
+        ends = ends | np.append(jumps.reshape(n - 1, -1).any(1), True)
     timeouts |= ends & ~terminals
     timeouts[-1] |= not terminals[-1]
     return c | {"terminals": terminals, "timeouts": timeouts}
@@ -217,6 +223,8 @@ def main():
         to_file = target.suffix in (".hdf5", ".h5")
         if to_file and (target.exists() or not target.parent.is_dir()):
             raise ValueError(f"{target} exists already, or its folder does not")
+        if to_file and options.env:
+            raise ValueError("--env names the environment of a Minari set, a file has none")
         if not to_file and not re.search(r"-v\d+$", options.target):
             raise ValueError("expected FILE.hdf5, or a Minari set's id that ends in -v0")
         c = completed(read(options.source))

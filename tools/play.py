@@ -5,10 +5,11 @@ it to TorchScript or ONNX.
   python tools/play.py runs/THAT_RUN/selected.pt --episodes 10 --out film.gif
   python tools/play.py runs/THAT_RUN --export policy.pt    # no film, unless --out is given, too
 
-RUN is a run folder or a checkpoint of any script here. Each episode is one call of the script's own
-evaluate(); its return is printed. The film's suffix, .mp4 or .gif, says which it is. Atari cannot
-render: the film shows what the policy sees, 84 x 84 and grey. MuJoCo without a display draws by EGL
-or OSMesa, whichever works; MUJOCO_GL=egl (or osmesa) in front of the command chooses.
+RUN is a run folder or a checkpoint of any script beside tools/, of a copy under another name, too.
+Each episode is one call of the script's own evaluate(); its return is printed. The film's suffix,
+.mp4 or .gif, says which it is. Atari cannot render: the film shows what the policy sees, 84 x 84
+and grey. MuJoCo without a display draws by EGL or OSMesa, whichever works; MUJOCO_GL=egl (or
+osmesa) in front of the command chooses.
 
 --export writes the policy without exploration, as the evaluation plays it: in go observations (B,
 ...) as the environment gives them, as float32 (frames: uint8), out come actions as it takes them.
@@ -30,7 +31,6 @@ import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -50,7 +50,7 @@ def load(run: str):
         script = torch.load(path, "cpu", weights_only=True, mmap=True)["script"]
         (found,) = (x.stem for x in ROOT.glob("*.py") if x.stem == script)
     except Exception as e:
-        expected = f"a run folder or a checkpoint of a script here ({type(e).__name__})"
+        expected = f"a run folder or a checkpoint of a script in {ROOT} ({type(e).__name__})"
         print(f"error: {path}: expected {expected}", file=sys.stderr)
         raise SystemExit(2) from e
     module = importlib.import_module(found)
@@ -75,10 +75,10 @@ class Recorded:
 
 def prepared(module, args, saved, stack: ExitStack, to_play: bool = True):
     """One environment as the script's evaluations have it, and the learner of a checkpoint."""
-    if module.SCRIPT == "cql_atari":
+    if hasattr(module, "Envs"):  # cql_atari.py
         games = [module.Envs(env_id, 1, stack) for env_id in args.env_id]
         envs, sizes = games[0], (games[0].shape, [game.actions for game in games])
-    elif module.SCRIPT == "ppo":
+    elif hasattr(module, "make"):  # ppo.py
         envs = module.make(args, 1, stack, training=False)
     elif hasattr(module, "find_env"):  # which gives none where the run was on data alone
         envs = module.find_env(args, None, stack)
@@ -87,9 +87,9 @@ def prepared(module, args, saved, stack: ExitStack, to_play: bool = True):
         envs = envs or Recorded(module, saved)
     else:
         envs = module.make_envs(args.env_id, 1, stack)
-    if module.SCRIPT in ("ppo", "kfac_npg"):
+    if hasattr(module, "check_spaces"):  # ppo.py, kfac_npg.py
         sizes = envs.single_observation_space, envs.single_action_space
-    elif module.SCRIPT != "cql_atari":
+    elif not hasattr(module, "Envs"):
         sizes = module.check_boxes(envs, args.env_id)
     learner = module.Learner(*sizes, args, torch.device("cpu"))
     learner.load_state_dict(saved["networks"])
@@ -156,11 +156,9 @@ def check_export(module, args, path: Path):
     """Refuse what cannot be exported, before anything is played."""
     if path.suffix not in (".ts", ".pt", ".onnx"):
         module.fail(f"--export {path}: expected .ts or .pt (TorchScript), or .onnx")
-    how = {
-        "qt_opt": "by the cross-entropy method",
-        "policy_constraints": f"--act {args.act}" if getattr(args, "act", "mean") != "mean" else "",
-        "safety_critics": "behind its --shield" if getattr(args, "shield", "off") != "off" else "",
-    }.get(module.SCRIPT)
+    how = "by the cross-entropy method" if hasattr(module, "cem") else ""
+    how += f"--act {args.act}" if getattr(args, "act", "mean") != "mean" else ""
+    how += "behind its --shield" if getattr(args, "shield", "off") != "off" else ""
     if how:
         module.fail(f"--export: this policy draws random numbers when it acts ({how})")
     missing = [x for x in ("onnx", "onnxruntime") if find_spec(x) is None]
@@ -177,7 +175,7 @@ def export(module, learner, envs, path: Path, seen: list) -> float:
     discrete = isinstance(box, gym.spaces.Discrete)
 
     def policy(obs):
-        if module.SCRIPT == "cql_atari":  # learner.q(), without its chunks: their number is fixed
+        if hasattr(learner, "net"):  # cql_atari.py's q(), without its chunks: their number is fixed
             net = learner.net
             return net.q(net.heads[0](net.features(obs))).argmax(-1)
         act = learner.act(obs, explore=False)
@@ -193,7 +191,7 @@ def export(module, learner, envs, path: Path, seen: list) -> float:
         if not discrete:
             original = module.to_env(learner.act(obs, explore=False), envs)
             return float(np.abs((written.numpy() - original) / (box.high - box.low)).max())
-        if module.SCRIPT == "cql_atari":
+        if hasattr(learner, "net"):
             value = learner.q(obs, 0)
         else:
             value = learner.agent.policy(learner.standardised(obs))
@@ -240,8 +238,8 @@ def main():
     parser.add_argument("--export", type=Path, help=".ts or .pt (TorchScript) or .onnx")
     options = parser.parse_args()
     module, args, saved, path = load(options.run)
-    if module.SCRIPT == "dr3_analysis":
-        module.fail("dr3_analysis.py has no policy that plays")
+    if not hasattr(module, "evaluate"):  # dr3_analysis.py
+        module.fail(f"{module.SCRIPT}.py has no policy that plays")
     if options.export:
         check_export(module, args, options.export)
     out = options.out or (None if options.export else path.parent / "film.mp4")
@@ -260,13 +258,20 @@ def main():
     with ExitStack() as stack, module.failing(hint, Exception):
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            make = partial(gym.make, render_mode="rgb_array")
-            stack.enter_context(mock.patch("gymnasium.make", make))
+            make = gym.make
+
+            def filmed(*words, **named):
+                try:
+                    return make(*words, render_mode="rgb_array", **named)
+                except TypeError as e:  # of an environment that knows no render_mode
+                    module.fail(f"{hint}: {e}")
+
+            stack.enter_context(mock.patch("gymnasium.make", filmed))
         envs, learner = prepared(module, args, saved, stack, to_play=bool(out))
         game, episodes = [], options.episodes
         if isinstance(envs, Recorded):
             film, episodes = envs, 0
-        elif module.SCRIPT == "cql_atari":
+        elif hasattr(module, "Envs"):
             film = envs.envs = Film(envs.envs, out)
             game = [0]
         else:

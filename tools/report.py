@@ -74,11 +74,18 @@ def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
     return {name: row.get(name) for name in COLUMNS}, curves
 
 
+def differing(folders: list[Path]) -> str:
+    """The flags in which runs of one name differ, apart from their seed; "" if in none."""
+    runs = [json.loads((x / "args.json").read_text())["args"] for x in folders]
+    names = dict.fromkeys(key for run in runs for key in run)
+    names = [k for k in names if k not in ("seed", "resume", "run_dir")]
+    several = [k for k in names if any(run.get(k) != runs[0].get(k) for run in runs)]
+    return ", ".join("--" + key.replace("_", "-") for key in several)
+
+
 def difference(one: Path, other: Path) -> str:
     """What tells two runs of one name and seed apart."""
-    one, other = (json.loads((x / "args.json").read_text())["args"] for x in (one, other))
-    names = [key for key in one | other if one.get(key) != other.get(key)]
-    flags = ", ".join("--" + key.replace("_", "-") for key in names if key != "resume")
+    flags = differing([one, other])
     what = f"differ in {flags}" if flags else "were started alike"
     return f"one seed and --exp-name, but they {what}: report one of them, or name them apart"
 
@@ -131,6 +138,8 @@ def table(rows: list[dict]) -> str:
         for key in keys.split():
             values = [r[key] for r in group if r[key] is not None]
             cells.append((interval if key == "overestimation" else spread)(values))
+            if 0 < len(values) < len(group):  # some still run, or were broken off
+                cells[-1] += f" (of {len(values)})"
         verdicts = ", ".join(sorted({str(r["verdict"]) for r in group if r["verdict"]}))
         lines.append([env, name, len(group), *cells, verdicts])
     return markdown(lines)
@@ -223,8 +232,10 @@ def page(runs: list[tuple[dict, dict]], folders: list[Path]) -> str:
         verdicts.append(f"<p>{html.escape(name)}: {said}</p>")
         header = json.loads((folder / "args.json").read_text())
         versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
-        made = f"python {header['command']}\n{header['device']}, {versions}"
-        commands.append(f"<pre>{html.escape(made)}</pre>")
+        called = header["command"]  # one each time that it was resumed; older runs: the last one
+        called = [called] if isinstance(called, str) else called
+        made = [*(f"python {line}" for line in called), f"{header['device']}, {versions}"]
+        commands.append(f"<pre>{html.escape(chr(10).join(made))}</pre>")
     head, _, *lines = (x.strip("| ").split(" | ") for x in table(rows).splitlines())
     cells = [[f"<th>{html.escape(x)}</th>" for x in head]]
     cells += [[f"<td>{html.escape(x)}</td>" for x in line] for line in lines]
@@ -436,12 +447,20 @@ def main():
     runs = [read_run(x, args.at) for x in folders]
     if not runs:
         parser.error("none of these folders holds a metrics.csv")
+    if skipped := [str(x) for x in args.runs if x not in folders]:
+        print(f"left out, for there is no metrics.csv: {', '.join(skipped)}\n")
     same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
     found = {}
     for folder, (row, _) in zip(folders, runs):
         alike = found.setdefault((row["seed"], *(row[key] for key in same)), folder)
         if alike != folder:
             parser.error(f"{alike} and {folder}: {difference(alike, folder)}")
+    groups = defaultdict(list)
+    for folder, (row, _) in zip(folders, runs):
+        groups[tuple(row[key] for key in same)].append(folder)
+    for (env, name, *_), group in groups.items():
+        if flags := differing(group):
+            print(f"the runs of {env} {name} differ in {flags}: one mean of different settings\n")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
     if args.html and features:

@@ -60,8 +60,8 @@ def main():
     parser.add_argument("--seed", type=int, help="not given: the run's")
     options = parser.parse_args()
     module, args, saved, path = load(options.run)
-    if module.SCRIPT not in ("sac", "td3"):
-        module.fail(f"{path} is of {module.SCRIPT}.py, expected sac.py or td3.py")
+    if not hasattr(args, "save_dataset"):
+        module.fail(f"{path} is of {module.SCRIPT}.py, expected sac.py or td3.py, or a copy")
     if options.out.exists() or not options.out.parent.is_dir():
         module.fail(f"--out {options.out} exists already, or its folder does not")
     if options.steps < 1:

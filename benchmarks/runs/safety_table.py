@@ -3,7 +3,8 @@ safety_curves.csv, at most forty points a curve.
 
   python benchmarks/runs/safety_table.py runs/*__safety_*
 
-Prints a markdown table: means over seeds, in brackets each seed.
+`over_limit` is the share of logged rollouts whose V_C is above --accident-limit, `over_limit_late`
+of those in the second half. Prints a markdown table: means over seeds, in brackets each seed.
 """
 
 import csv
@@ -15,7 +16,7 @@ from pathlib import Path
 
 RAW = Path(__file__).resolve().parent.parent / "raw"
 COLUMNS = """env_id exp_name seed global_step accidents episodes
-rate_early rate_late predicted realised refused fallbacks v_c multiplier
+rate_early rate_late predicted realised refused fallbacks v_c over_limit over_limit_late multiplier
 risk_above_95 final_return_mean final_return_std verdict wall_seconds device""".split()
 TAGS = "charts/accidents eval/episodic_return diagnostics/predicted diagnostics/realised".split()
 TAGS += "diagnostics/refused diagnostics/fallbacks diagnostics/v_c".split()
@@ -28,11 +29,14 @@ def main():
             continue
         args = json.loads((folder / "args.json").read_text())["args"]
         row = args | json.loads((folder / "summary.json").read_text())
-        rows.append({key: row.get(key) for key in COLUMNS})
         curves = defaultdict(list)
         with open(folder / "metrics.csv") as f:
             for r in csv.DictReader(f):
                 curves[r["tag"]].append((r["step"], r["value"]))
+        v_c = [float(value) for _, value in curves["diagnostics/v_c"]]
+        for key, some in (("over_limit", v_c), ("over_limit_late", v_c[len(v_c) // 2 :])):
+            row[key] = round(statistics.mean(x > args["accident_limit"] for x in some), 3)
+        rows.append({key: row.get(key) for key in COLUMNS})
         for tag in TAGS:
             kept = curves[tag][-1 :: -max(1, len(curves[tag]) // 40)][::-1]
             points += [[args["env_id"], args["exp_name"], args["seed"], tag, *x] for x in kept]
@@ -48,7 +52,8 @@ def main():
     for r in rows:
         groups[r["env_id"], r["exp_name"]].append(r)
     columns = (
-        "accidents rate_early rate_late final_return_mean predicted realised refused fallbacks"
+        "accidents over_limit over_limit_late rate_early rate_late final_return_mean predicted "
+        "realised refused fallbacks"
     )
     print("| environment | run | " + " | ".join(columns.split()) + " |")
     for (env, name), found in groups.items():

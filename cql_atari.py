@@ -802,7 +802,7 @@ def train(args: Args) -> dict:
                     moment = diagnose(learner, games, args)
                 run.log(step, {"diagnostics/" + name: x for name, x in moment.items()})
                 history.append(moment | {"step": step})
-                if peak(history, args)[0] is history[-1]:  # the workflow's choice so far
+                if selects(history, args):  # the workflow's choice so far
                     run.save(step, learner, {}, "selected.pt")
             if args.eval_episodes and scoring:
                 with run.paused():
@@ -1403,6 +1403,7 @@ def strict_fp32():
 # Needs NumPy, and advice(args) of the script: the flags to try, by the name of the verdict.
 LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
 UNTRAINED = 1.0  # about the largest Q of a network that has learned nothing
+FELL = 0.1  # in units of Q: less below its peak is noise
 
 
 def returns_to_go(rew, last, gamma: float):
@@ -1436,6 +1437,21 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
             if h["q_data"] - trough > 0.1 * q_unit(h) and higher:
                 best, rise = h, h["q_data"] - trough
     return best, rise
+
+
+def fallen(history: list[dict], args) -> tuple[dict, float]:
+    """The peak of the dataset's Q, and how far below it Q is in the last fifth of the run."""
+    top, rise = peak(history, args)
+    since = [h["q_data"] for h in history[-(len(history) // 5) :] if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / q_unit(history[-1]) if rise and since else 0.0
+    return top, fall
+
+
+def selects(history: list[dict], args) -> bool:
+    """Whether selected.pt is this moment: the peak so far; at the end the last, unless Q fell."""
+    top, fall = fallen(history, args)
+    at_end = history[-1]["step"] + args.diagnostics_frequency > args.num_updates
+    return top is history[-1] or (at_end and fall <= FELL)
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1510,13 +1526,12 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
             return "sarsa passes", f"{numbers}: {basics}. Go on to --backup sac"
         return "sarsa fails", f"{numbers}: mend this first. Try {flags['sarsa fails']}"
 
-    top, rise = peak(history, args)
-    since = [h["q_data"] for h in late if h["step"] > top["step"]]
-    fall = (top["q_data"] - np.mean(since)) / unit if rise and since else 0.0
+    top, fall = fallen(history, args)
     cure = f"Take selected.pt; try {flags['overfitting']}"
-    if fall > 0.1:
+    if fall > FELL:
         peaked = f"the dataset's Q rose to {top['q_data']:.3g} until update {top['step']:,}"
-        return "overfitting", f"{numbers}: {peaked} and fell to {np.mean(since):.3g} since. {cure}"
+        now = top["q_data"] - fall * unit
+        return "overfitting", f"{numbers}: {peaked} and fell to {now:.3g} since. {cure}"
     if held > max(5 * td, LOW_TD):
         times = held / max(td, 1e-9)
         return "overfitting", f"{numbers}: {times:.0f} times as large on held-out episodes. {cure}"

@@ -832,9 +832,12 @@ def test_the_online_phase_mixes_as_it_says(share, parts, monkeypatch):
     assert returns == [(23, 6.0), (27, 10.0), (32, 15.0)]
 
 
-def test_the_selected_policy_is_the_one_of_the_peak(monkeypatch, stack):
-    """The second of four moments is made the peak: its networks are kept, loaded, evaluated."""
-    monkeypatch.setattr(cql, "peak", lambda history, args: (history[min(1, len(history) - 1)], 0.0))
+@pytest.mark.parametrize("fall, selected", [(0.11, 10), (0.1, 20)])
+def test_the_selected_policy_is_the_one_of_the_peak(fall, selected, monkeypatch, stack):
+    """The second of four moments is made the peak: its networks are kept, loaded, evaluated, if Q
+    fell by a tenth of its unit since; less is noise, and the last ones are taken."""
+    second = lambda history, args: (history[min(1, len(history) - 1)], fall)
+    monkeypatch.setattr(cql, "fallen", second)
     path = str(write_d4rl("p.hdf5", scale=1.0))
     args = quick(policy_lr=0.05, eval_episodes=2, env_id="Pendulum-v1", dataset=path)
     out, scores = cql.train(args), {}
@@ -843,8 +846,10 @@ def test_the_selected_policy_is_the_one_of_the_peak(monkeypatch, stack):
         learner.load_state_dict(load(only_run(".") / name)["networks"])
         envs = cql.make_envs("Pendulum-v1", 2, stack)
         scores[name] = cql.evaluate(learner, envs, args)["final_return_mean"]
-    assert out["selected_step"] == 10 and out["selected_return_mean"] == scores["selected.pt"]
-    assert out["final_return_mean"] == scores["checkpoint.pt"] != scores["selected.pt"]
+    assert out["selected_step"] == selected
+    assert out["selected_return_mean"] == scores["selected.pt"]
+    assert out["final_return_mean"] == scores["checkpoint.pt"]
+    assert (scores["checkpoint.pt"] == scores["selected.pt"]) == (selected == 20)
 
 
 def test_cloning_ends_where_it_says(monkeypatch):

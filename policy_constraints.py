@@ -714,6 +714,8 @@ def judge(history: list[dict], args: Args, rewarded: float) -> tuple[str, str]:
     compared = f"D is {d:.3g}, --threshold {eps}, the weight {weight:.3g}"
     if eps is not None and d > 1.1 * eps:
         found, why = "constraint not met", f"{compared}: try a larger --weight or --num-updates"
+        if weight > 0.9 * math.exp(WEIGHT_LIMITS[1]):
+            why = f"{compared}, its limit: out of reach. Try --threshold {d:.2g}"
         if floor > 0.9 * eps:
             why = f"{compared}, two draws of the clone itself {floor:.3g} apart: "
             why += f"try --threshold {2 * floor:.2g}"

@@ -310,20 +310,85 @@ def test_the_targets_value():
 
 
 def test_brac_v_with_a_uniform_clone_is_sacs_soft_backup():
-    """KL(pi || Unif) = E log pi + d log 2: targets differ by alpha gamma d log 2."""
+    """KL(pi || Unif) = E log pi + d log 2: targets differ by alpha gamma d log 2, row by row where
+    both have the same action."""
     torch.manual_seed(7)
-    common = dict(alpha=0.3, weight=0.3, behaviour_modes=2, divergence_samples=4_000)
+    common = dict(alpha=0.3, weight=0.3, behaviour_modes=2, divergence_samples=3)
     soft = learner_of(**common, backup_entropy=True)
-    penalised = copy.deepcopy(soft)
-    penalised.args = Args(**vars(soft.args) | {"backup_entropy": False, "where": "value"})
-    penalised.clone.density = lambda modes, u: torch.full(u.shape[:2], -math.log(2))
     batch = some_batch(400)
+    d = batch.act.shape[1]
+    u = torch.randn(400, 1, d)
+    soft.actor.draw = lambda modes, n, generator=None: u.expand(-1, n, -1)
+    penalised = copy.copy(soft)
+    penalised.args = Args(**vars(soft.args) | {"backup_entropy": False, "where": "value"})
+    penalised.clone = copy.deepcopy(soft.clone)
+    penalised.clone.density = lambda modes, u: torch.full(u.shape[:2], -d * math.log(2))
+    y, penalised_y = (pc.backup(x, batch, x.args)[1] for x in (soft, penalised))
+    expected = 0.3 * 0.99 * (1 - batch.done) * d * math.log(2)
+    assert (y - penalised_y - expected).abs().max() < 1e-5 and y.std() > 0.1
 
-    def target(learner):
-        ys = [pc.backup(learner, batch, learner.args)[1] for _ in range(50)]
-        return torch.stack(ys).mean()
 
-    assert abs(target(soft) - target(penalised) - 0.3 * 0.99 * math.log(2)) < 5e-3
+class Slope(torch.nn.Module):
+    """Q = -(u - 1)^2 / 2 of u = atanh(a)."""
+
+    def forward(self, obs, act):
+        return -0.5 * (torch.atanh(act.clamp(-1 + 1e-6, 1 - 1e-6)) - 1).pow(2).sum(-1)[None]
+
+
+def best_gaussian(constraint: str, w: float, m: float, s: float) -> tuple[float, float]:
+    """Mean and deviation of the pi that maximises E Q - w D for b = N(m, s): no slope is left."""
+    if constraint == "kl":
+        return (1 + w * m / s**2) / (1 + w / s**2), (w / (1 + w / s**2)) ** 0.5
+    if constraint == "w2":
+        return (1 + 2 * w * m) / (1 + 2 * w), 2 * w * s / (1 + 2 * w)
+    v = s**2  # forward: 1 - mean = w (mean - m) / v, v^2 + w v = w (s^2 + (mean - m)^2)
+    for _ in range(10_000):
+        mean = (1 + w * m / v) / (1 + w / v)
+        v = 0.5 * v + 0.5 * ((w**2 / 4 + w * (s**2 + (mean - m) ** 2)) ** 0.5 - w / 2)
+    return mean, v**0.5
+
+
+WEIGHTED = [(c, w) for c in ("kl", "forward-kl", "w2") for w in (0.5, 1e4)] + [("mmd", 1e4)]
+
+
+@pytest.mark.parametrize("constraint, weight", WEIGHTED)
+def test_the_policy_that_a_fixed_weight_allows(constraint, weight):
+    """Where Q rises towards u = 1; of a large weight the clone, of mmd with N = 4 its narrower
+    minimiser."""
+    torch.manual_seed(9)
+    learner = learner_of(constraint=constraint, weight=weight, divergence_samples=4)
+    learner.critic, obs = Slope(), torch.randn(4_000, 2)
+    learner.clone, learner.actor = planted([-0.4], [0.6]), planted([0.2], [0.4])
+    batch, bias = some_batch(4_000)._replace(obs=obs), learner.actor.head.bias
+    optim, found = torch.optim.Adam([bias], lr=0.02), []
+    for step in range(500):
+        optim.zero_grad()
+        pc.gradient_loss(learner, batch, learner.args)[0].backward()
+        optim.step()
+        optim.param_groups[0]["lr"] = 0.02 * 0.99**step
+        found += [bias.detach().clone()] * (step >= 400)
+    mean, std = torch.stack(found).mean(0).tolist()
+    std = math.exp(std)
+    if constraint == "mmd":
+        assert abs(mean + 0.4) < 0.05 and 0.6 < std / 0.6 < 0.7
+        return
+    expected = best_gaussian(constraint, weight, -0.4, 0.6)
+    assert abs(mean - expected[0]) < 0.02 and abs(std - expected[1]) < 0.02
+    assert weight < 1 or abs(expected[0] + 0.4) + abs(expected[1] - 0.6) < 1e-3
+
+
+def test_forward_kl_on_the_bandit_has_a_pole_where_kl_has_an_exponential():
+    """max E_pi Q - KL(b || pi): pi = b / (nu - Q), nu so that it sums to 1."""
+    logits = B.log().clone().requires_grad_()
+    optim = torch.optim.Adam([logits], lr=0.02)
+    for _ in range(2_000):
+        pi = logits.softmax(0)
+        optim.zero_grad()
+        (-(pi * Q).sum() + (B * (B / pi).log()).sum()).backward()
+        optim.step()
+    pi = pi.detach()
+    assert torch.allclose(pi, torch.tensor([0.331275, 0.589022, 0.079703]), atol=1e-4)
+    assert torch.allclose(B / pi + Q, torch.full((3,), 2.509319), atol=1e-3)
 
 
 def test_weight_0_is_naive_sac():
@@ -423,6 +488,7 @@ MOMENTS = {  # what late diagnostics say of D, at --threshold 1: name, and what 
     "met": ({"divergence": 1.09}, "no sign of trouble", ""),
     "not met": ({"divergence": 1.11}, "constraint not met", "--num-updates"),
     "floor": ({"divergence": 1.11, "divergence_floor": 0.95}, "constraint not met", "old 1.9"),
+    "limit": ({"divergence": 1.11, "weight": 2.1e4}, "constraint not met", "limit: out of reach"),
     "low floor": ({"divergence": 1.11, "divergence_floor": 0.85}, "constraint not met", "--num-u"),
     "slack": ({"divergence": 0.51}, "no sign of trouble", ""),
     "inactive": ({"divergence": 0.49}, "constraint inactive", "--threshold 0.49"),
@@ -458,10 +524,14 @@ def test_what_a_verdict_recommends_is_accepted(name, capsys):
                 pc.check(changed)
 
 
-def test_fine_tuning_goes_on_from_the_data():
-    words = "--weight 0.1 --online-steps 60 --eval-episodes 3"
+@pytest.mark.parametrize("words", ["--weight 0.1", "--extract exp --temperature 0.1"])
+def test_fine_tuning_goes_on_from_the_data(words):
+    """From an offline phase that was far too short, on its own data alone."""
+    words += " --num-updates 60 --behaviour-steps 30 --online-steps 500 --eval-episodes 3"
+    words += " --offline-share 0"
     out = run(words, point_data("point.hdf5"))
-    assert out["num_updates"] == 560 and out["final_return_mean"] > -4
+    assert out["num_updates"] == 560
+    assert out["bc_return_mean"] < -8 and out["final_return_mean"] > -4
 
 
 def test_the_collector_is_that_of_cql_continuous(monkeypatch):

@@ -25,6 +25,7 @@ import io
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -175,8 +176,8 @@ def sweep(rows: list[dict]) -> str:
 
 
 def draw(runs: list[tuple[dict, dict]]):
-    """A panel for each of PANELS, a line for each group: mean and range of its runs, read off
-    between their own steps where those differ."""
+    """A panel for each of PANELS, a line for each group: mean and range of its runs as far as all
+    of them go, read off between their own steps where those differ; thin, each run to its end."""
     from matplotlib.figure import Figure
 
     panels = {tag: title for tag, title in PANELS.items() if any(c[tag] for _, c in runs)}
@@ -193,11 +194,14 @@ def draw(runs: list[tuple[dict, dict]]):
             if not mine:
                 continue
             first, last = max(x[0] for x, _ in mine), min(x[-1] for x, _ in mine)
-            steps = mine[0][0][(mine[0][0] >= first) & (mine[0][0] <= last)]
+            steps = np.unique(np.concatenate([x for x, _ in mine]))
+            steps = steps[(steps >= first) & (steps <= last)]
             values = np.array([np.interp(steps, x, y) for x, y in mine])
             label = f"{env} {name}" if several else name
             axis.plot(steps, values.mean(0), line, color=colour, label=label)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15)
+            for x, y in mine:
+                axis.plot(x, y, line, color=colour, linewidth=0.5, alpha=0.5)
         axis.set_title(title, fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("updates (offline) or environment steps")
@@ -407,11 +411,14 @@ def draw_networks(steps: list, results: dict):
     over seeds, band of its 95 % interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 7), layout="tight")
-    axes = figure.subplots(2, 4, sharex=True)
     kinds = [(target, cure, m) for target, cures in results.items() for cure, m in cures.items()]
     dashes = dict(zip(dict.fromkeys(cure for _, cure, _ in kinds), DASHES * 99))
     panels = [name for name in FEATURE_PANELS if any(name in m for _, _, m in kinds)]
+    lines = math.ceil(len(panels) / 4)
+    figure = Figure(figsize=(16, 3.5 * lines), layout="tight")
+    axes = figure.subplots(lines, 4, sharex=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     for axis, metric in zip(axes.flat, panels):
         for target, cure, metrics in kinds:
             if metric not in metrics:
@@ -432,9 +439,16 @@ def draw_networks(steps: list, results: dict):
     return figure
 
 
+def fail(message: str):
+    """End the program with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.error = fail
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--csv")
     parser.add_argument("--figure")
@@ -446,7 +460,7 @@ def main():
     folders = [x for x in args.runs if (x / "metrics.csv").exists()]
     runs = [read_run(x, args.at) for x in folders]
     if not runs:
-        parser.error("none of these folders holds a metrics.csv")
+        fail("none of these folders holds a metrics.csv")
     if skipped := [str(x) for x in args.runs if x not in folders]:
         print(f"left out, for there is no metrics.csv: {', '.join(skipped)}\n")
     same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
@@ -454,7 +468,7 @@ def main():
     for folder, (row, _) in zip(folders, runs):
         alike = found.setdefault((row["seed"], *(row[key] for key in same)), folder)
         if alike != folder:
-            parser.error(f"{alike} and {folder}: {difference(alike, folder)}")
+            fail(f"{alike} and {folder}: {difference(alike, folder)}")
     groups = defaultdict(list)
     for folder, (row, _) in zip(folders, runs):
         groups[tuple(row[key] for key in same)].append(folder)
@@ -464,14 +478,14 @@ def main():
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
     if args.html and features:
-        parser.error("--html: not for dr3_analysis.py, whose run is drawn by --figure")
+        fail("--html: not for dr3_analysis.py, whose run is drawn by --figure")
     if args.sweep and any(row["cql_alpha"] is None for row, _ in runs):
-        parser.error("--sweep compares values of --cql-alpha: some of these runs have none")
+        fail("--sweep compares values of --cql-alpha: some of these runs have none")
     blind = [x for x, (row, _) in zip(folders, runs) if None in (row["td_error"], row["cql_gap"])]
     if args.sweep and blind:
-        parser.error(f"--sweep goes by diagnostics: {blind[0]} has none (yet)")
+        fail(f"--sweep goes by diagnostics: {blind[0]} has none (yet)")
     if args.figure and features and len(runs) > 1:
-        parser.error("--figure: a run of dr3_analysis.py is drawn by itself")
+        fail("--figure: a run of dr3_analysis.py is drawn by itself")
     for steps, results in features:
         print(table_of_networks(results), *claims(steps, results), sep="\n", end="\n\n")
     if others:
@@ -494,7 +508,7 @@ def main():
             figure = draw(others) if others else draw_networks(*features[0])
             figure.savefig(args.figure, dpi=110)
     except (OSError, ValueError) as e:
-        parser.error(f"not written: {str(e).splitlines()[0]}")
+        fail(f"not written: {str(e).splitlines()[0]}")
 
 
 if __name__ == "__main__":

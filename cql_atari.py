@@ -1439,19 +1439,10 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
     return best, rise
 
 
-def fallen(history: list[dict], args) -> tuple[dict, float]:
-    """The peak of the dataset's Q, and how far below it Q is in the last fifth of the run."""
-    top, rise = peak(history, args)
-    since = [h["q_data"] for h in history[-(len(history) // 5) :] if h["step"] > top["step"]]
-    fall = (top["q_data"] - np.mean(since)) / q_unit(history[-1]) if rise and since else 0.0
-    return top, fall
-
-
 def selects(history: list[dict], args) -> bool:
-    """Whether selected.pt is this moment: the peak so far; at the end the last, unless Q fell."""
-    top, fall = fallen(history, args)
-    at_end = history[-1]["step"] + args.diagnostics_frequency > args.num_updates
-    return top is history[-1] or (at_end and fall <= FELL)
+    """Whether selected.pt is this moment: Q has not yet fallen from its peak by FELL."""
+    fall = peak(history, args)[0]["q_data"] - history[-1]["q_data"]
+    return fall <= FELL * q_unit(history[-1])
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1526,12 +1517,13 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
             return "sarsa passes", f"{numbers}: {basics}. Go on to --backup sac"
         return "sarsa fails", f"{numbers}: mend this first. Try {flags['sarsa fails']}"
 
-    top, fall = fallen(history, args)
+    top, rise = peak(history, args)
+    since = [h["q_data"] for h in late if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / unit if rise and since else 0.0
     cure = f"Take selected.pt; try {flags['overfitting']}"
     if fall > FELL:
         peaked = f"the dataset's Q rose to {top['q_data']:.3g} until update {top['step']:,}"
-        now = top["q_data"] - fall * unit
-        return "overfitting", f"{numbers}: {peaked} and fell to {now:.3g} since. {cure}"
+        return "overfitting", f"{numbers}: {peaked} and fell to {np.mean(since):.3g} since. {cure}"
     if held > max(5 * td, LOW_TD):
         times = held / max(td, 1e-9)
         return "overfitting", f"{numbers}: {times:.0f} times as large on held-out episodes. {cure}"

@@ -29,20 +29,19 @@ pi = b (`diagnostics/divergence_floor`) and least for a pi narrower than b.
   Q_i, y     critic, backup()        (n, B) or (n, B, M); (B,)     CRR 2006.15134    BCQ 1812.02900
   eps        --threshold             tunes the weight              lambda            --temperature
 
-BRAC-p on data that it makes itself, the same on a D4RL file; then on the small data BRAC-v, BEAR,
-AWAC, CRR, BCQ without its perturbation, cloning, a naive actor-critic:
+BRAC-p on data that it makes itself, the same on a D4RL file; then, on the small data, the others:
   python policy_constraints.py
   python policy_constraints.py --env Hopper-v5 --dataset hopper_medium_replay-v2.hdf5 \
       --num-updates 1_000_000 --behaviour-steps 50_000
-  python policy_constraints.py --where value
+  python policy_constraints.py --where value    # BRAC-v
   python policy_constraints.py --constraint mmd --threshold 0.3 --act best-of-n \
-      --backup-samples 10 --min-share 0.75
-  python policy_constraints.py --extract exp --normalise-weights --advantage-samples 1
-  python policy_constraints.py --extract binary
+      --backup-samples 10 --min-share 0.75    # BEAR (its authors' eps: 0.05)
+  python policy_constraints.py --extract exp --normalise-weights --advantage-samples 1    # AWAC
+  python policy_constraints.py --extract binary    # CRR
   python policy_constraints.py --extract best-of-n --act best-of-n --candidates 100 \
-      --backup-samples 10 --min-share 0.75
-  python policy_constraints.py --behaviour-steps 8_000
-  python policy_constraints.py --weight 0
+      --backup-samples 10 --min-share 0.75    # BCQ without its perturbation
+  python policy_constraints.py --behaviour-steps 8_000    # cloning
+  python policy_constraints.py --weight 0    # naive actor-critic
 Watch `diagnostics/divergence`, `distance` from the clone, `q_max`. Left out: VAEs as clones (no
 density), divergences that a further critic estimates. docs/constraints.md has authors' settings."""
 
@@ -1207,19 +1206,10 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
     return best, rise
 
 
-def fallen(history: list[dict], args) -> tuple[dict, float]:
-    """The peak of the dataset's Q, and how far below it Q is in the last fifth of the run."""
-    top, rise = peak(history, args)
-    since = [h["q_data"] for h in history[-(len(history) // 5) :] if h["step"] > top["step"]]
-    fall = (top["q_data"] - np.mean(since)) / q_unit(history[-1]) if rise and since else 0.0
-    return top, fall
-
-
 def selects(history: list[dict], args) -> bool:
-    """Whether selected.pt is this moment: the peak so far; at the end the last, unless Q fell."""
-    top, fall = fallen(history, args)
-    at_end = history[-1]["step"] + args.diagnostics_frequency > args.num_updates
-    return top is history[-1] or (at_end and fall <= FELL)
+    """Whether selected.pt is this moment: Q has not yet fallen from its peak by FELL."""
+    fall = peak(history, args)[0]["q_data"] - history[-1]["q_data"]
+    return fall <= FELL * q_unit(history[-1])
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1294,12 +1284,13 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
             return "sarsa passes", f"{numbers}: {basics}. Go on to --backup sac"
         return "sarsa fails", f"{numbers}: mend this first. Try {flags['sarsa fails']}"
 
-    top, fall = fallen(history, args)
+    top, rise = peak(history, args)
+    since = [h["q_data"] for h in late if h["step"] > top["step"]]
+    fall = (top["q_data"] - np.mean(since)) / unit if rise and since else 0.0
     cure = f"Take selected.pt; try {flags['overfitting']}"
     if fall > FELL:
         peaked = f"the dataset's Q rose to {top['q_data']:.3g} until update {top['step']:,}"
-        now = top["q_data"] - fall * unit
-        return "overfitting", f"{numbers}: {peaked} and fell to {now:.3g} since. {cure}"
+        return "overfitting", f"{numbers}: {peaked} and fell to {np.mean(since):.3g} since. {cure}"
     if held > max(5 * td, LOW_TD):
         times = held / max(td, 1e-9)
         return "overfitting", f"{numbers}: {times:.0f} times as large on held-out episodes. {cure}"
@@ -1501,8 +1492,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
-    hint += "Atari: ppo.py, cql_atari.py"
+    hint = "a package's own: package:Id; of one instance: --eval-episodes 0; Atari: ppo.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)

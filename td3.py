@@ -623,8 +623,7 @@ def make_envs(env_id: str, n: int, stack: ExitStack) -> gym.vector.SyncVectorEnv
 
     if n == 0:
         return None
-    hint = "a package's own: --env-id package:Id; of one instance only: --eval-episodes 0; "
-    hint += "Atari: ppo.py, cql_atari.py"
+    hint = "a package's own: package:Id; of one instance: --eval-episodes 0; Atari: ppo.py"
     with failing(f"--env-id {env_id} ({hint})", Exception):  # with the environment's own reason
         same_step = gym.vector.AutoresetMode.SAME_STEP
         envs = gym.vector.SyncVectorEnv([make] * n, autoreset_mode=same_step)

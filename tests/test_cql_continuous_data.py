@@ -832,12 +832,17 @@ def test_the_online_phase_mixes_as_it_says(share, parts, monkeypatch):
     assert returns == [(23, 6.0), (27, 10.0), (32, 15.0)]
 
 
-@pytest.mark.parametrize("fall, selected", [(0.11, 10), (0.1, 20)])
-def test_the_selected_policy_is_the_one_of_the_peak(fall, selected, monkeypatch, stack):
-    """The second of four moments is made the peak: its networks are kept, loaded, evaluated, if Q
-    fell by a tenth of its unit since; less is noise, and the last ones are taken."""
-    second = lambda history, args: (history[min(1, len(history) - 1)], fall)
-    monkeypatch.setattr(cql, "fallen", second)
+@pytest.mark.parametrize("q, selected", [([1, 2, 0, 1], 10), ([1, 2, 1.99, 0], 15), (range(4), 20)])
+def test_the_selected_policy_is_the_last_one_before_q_fell(q, selected, monkeypatch, stack):
+    """Of four moments, whose Q is planted: its networks are kept, loaded, evaluated. Less than a
+    tenth of the unit of Q is no fall."""
+    diagnose, planted = cql.diagnose, iter(q)
+
+    def moment(*words):
+        known = {"q_data": float(next(planted)), "td_error": 0.0, "return_std": 1.0}
+        return diagnose(*words) | known
+
+    monkeypatch.setattr(cql, "diagnose", moment)
     path = str(write_d4rl("p.hdf5", scale=1.0))
     args = quick(policy_lr=0.05, eval_episodes=2, env_id="Pendulum-v1", dataset=path)
     out, scores = cql.train(args), {}

@@ -1,7 +1,7 @@
 """Updates of the scripts beside a peer's: the same weights, minibatches and noise, in float64.
 
   sb3/bin/python benchmarks/same_update.py sac td3 ppo    # pip install tyro tensorboard there
-  peer/bin/python benchmarks/same_update.py cql atari     # likewise
+  peer/bin/python benchmarks/same_update.py cql atari constraints    # likewise
 
 Both do --updates updates on the same random minibatches (HalfCheetah's shapes) through their own
 training code; ppo: on rollouts of 256 random steps in which episodes end, the advantages computed
@@ -263,7 +263,7 @@ def cql(updates: int):
     from d3rlpy.models.encoders import VectorEncoderFactory
     from d3rlpy.torch_utility import TorchMiniBatch
 
-    args = module.Args(backup="mean", alpha=0.2, depth=2, cql_backward=0)
+    args = module.Args(backup="mean", alpha=0.2, width=WIDTH, depth=2, cql_backward=0)
     ours, n = our_learner(module, args), args.cql_samples
     encoder = VectorEncoderFactory([WIDTH, WIDTH])
     peer = CQLConfig(
@@ -347,11 +347,94 @@ def atari(updates: int):
     compare("cql_atari.py, 200 quantiles, and d3rlpy", pairs, batches(), update, tolerance=1e-10)
 
 
+def constraints(updates: int):
+    """AWAC and CRR with binary weights. d3rlpy's policy is a Gaussian around tanh(mean), with one
+    deviation for all states; here it gets the squashed Gaussian of ours, in the module that trains
+    it. Its AWAC's target has an entropy bonus, which is turned off; its CRR's comes from a slowly
+    moving policy, for which the policy itself is put."""
+    import policy_constraints as module
+    from d3rlpy.algos import AWACConfig, CRRConfig
+    from d3rlpy.algos.qlearning import awac, crr
+    from d3rlpy.algos.qlearning.torch import awac_impl, crr_impl
+    from d3rlpy.models.builders import create_normal_policy
+    from d3rlpy.models.encoders import VectorEncoderFactory
+    from d3rlpy.models.torch import build_squashed_gaussian_distribution
+    from d3rlpy.optimizers import AdamFactory
+    from d3rlpy.torch_utility import TorchMiniBatch
+
+    def squashed_policy(*words, **named):
+        head = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": False}
+        return create_normal_policy(*words, **named | head)
+
+    for part, own in ((awac, awac_impl), (crr, crr_impl)):
+        part.create_normal_policy = squashed_policy
+        own.build_gaussian_distribution = build_squashed_gaussian_distribution
+    encoder = VectorEncoderFactory([WIDTH, WIDTH])
+    common = dict(
+        actor_learning_rate=1e-4, critic_learning_rate=3e-4,
+        actor_encoder_factory=encoder, critic_encoder_factory=encoder,
+    )  # fmt: skip
+    summed = AdamFactory(eps=1e-8 * B)  # its AWAC's loss is a sum over the minibatch
+    both = {
+        "AWAC": (
+            dict(extract="exp", normalise_weights=True, advantage_samples=1, temperature=0.7),
+            AWACConfig(**common, actor_optim_factory=summed, lam=0.7),
+        ),
+        "CRR": (
+            dict(extract="binary", advantage_samples=4, num_critics=1),
+            CRRConfig(**common, n_critics=1, weight_type="binary", target_update_type="soft"),
+        ),
+    }
+    for name, (flags, config) in both.items():
+        args = module.Args(**flags)
+        ours, n = our_learner(module, args), args.advantage_samples
+        peer = config.create(device="cpu")
+        peer.create_impl((OBS,), ACT)
+        theirs = peer.impl.modules
+        if name == "AWAC":
+            next(theirs.log_temp.parameters()).data.fill_(-1e3)
+        else:
+            object.__setattr__(theirs, "targ_policy", theirs.policy)
+            peer.impl.update_actor_target = lambda: None
+        pairs = {
+            "critic": (lambda o=ours: of_stacked(o.critic), lambda t=theirs: of_linears(t.q_funcs)),
+            "target": (
+                lambda o=ours: of_stacked(o.target),
+                lambda t=theirs: of_linears(t.targ_q_funcs),
+            ),
+            "actor": (
+                lambda o=ours: [*of_linears(o.actor.net), *of_heads(o.actor.head)],
+                lambda t=theirs: of_linears(t.policy),
+            ),
+        }
+
+        def update(i, batch, ours=ours, peer=peer, n=n):
+            rew, done = batch.rew[:, None], batch.done[:, None]
+            seen = TorchMiniBatch(
+                batch.obs, batch.act, rew, batch.next_obs, batch.act, returns_to_go=rew,
+                terminals=done, intervals=torch.ones(B, 1), device="cpu",
+            )  # fmt: skip
+            normal = [torch.randn(B, 1, ACT), torch.randn(B, n, ACT)]
+            with drawn(normal):
+                ours.update(lambda: batch, cloning=False)
+            with drawn([x.transpose(0, 1) for x in normal]):
+                peer.impl.inner_update(seen, i)
+
+        batches = random_batches(updates, module.Batch)
+        title = f"policy_constraints.py, {name}, and d3rlpy"
+        compare(title, pairs, batches, update, tolerance=1e-8)
+
+
+def of_heads(head) -> list:
+    """Of one layer for mean and log deviation, the two layers that the peer has."""
+    return [p for pair in zip(head.weight.chunk(2), head.bias.chunk(2)) for p in pair]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scripts", nargs="+", choices=["sac", "td3", "ppo", "cql", "atari"])
+    parser.add_argument("scripts", nargs="+", choices="sac td3 ppo cql atari constraints".split())
     parser.add_argument("--updates", type=int, default=5)
     args = parser.parse_args()
     for name in args.scripts:
@@ -359,7 +442,8 @@ def main():
             sac(args.updates, alpha=0.2)
             sac(args.updates, alpha=None)
         else:
-            {"td3": td3, "ppo": ppo, "cql": cql, "atari": atari}[name](args.updates)
+            found = {"td3": td3, "ppo": ppo, "cql": cql, "atari": atari, "constraints": constraints}
+            found[name](args.updates)
     out = Path(__file__).resolve().parent / "raw" / f"same_update_{'_'.join(args.scripts)}.csv"
     with open(out, "w", newline="") as f:
         csv.writer(f).writerows(

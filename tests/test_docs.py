@@ -8,11 +8,13 @@ import dataclasses
 import dis
 import importlib
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -277,10 +279,30 @@ def carry_out(block: str, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("page", ["comparing", "from_d3rlpy"])
+def plant_recordings():
+    """What docs/data.md converts: a replay buffer, episodes, arrays, D4RL's layout."""
+    rows, box = np.zeros((4, 1, 1), np.float32), SimpleNamespace(low=-2.0, high=2.0)
+    columns = {x: rows + 1 for x in ("observations", "next_observations", "actions")}
+    columns |= {x: rows[..., 0] for x in ("rewards", "dones", "timeouts")}
+    ring = {"buffer_size": 4, "pos": 3, "full": False, "n_envs": 1, "action_space": box}
+    episode = {"obs": np.zeros((4, 1)), "acts": np.ones((3, 1)), "rews": np.ones(3)}
+    for name, x in (
+        ("replay_buffer", SimpleNamespace(**columns, **ring)),
+        ("demonstrations", [episode]),
+    ):
+        Path(f"{name}.pkl").write_bytes(pickle.dumps(x))
+    np.savez("recording.npz", dones=[0, 0, 1], **{k: x[:3] for k, x in episode.items()})
+    write_d4rl("replay.hdf5", n=200, length=50)
+
+
+@pytest.mark.parametrize("page", ["comparing", "from_d3rlpy", "data"])
 def test_the_commands_of_a_page_run_in_its_order(page, monkeypatch, capsys):
     """The online scripts' commands in other pages are run by test_online.py and test_ppo.py."""
-    write_d4rl("dump.h5", n=200, obs_dim=11, act_dim=3, length=50, scale=0.9)
+    for name in ("dump.h5", "medium.hdf5"):
+        write_d4rl(name, n=200, obs_dim=11, act_dim=3, length=50, scale=0.9)
+    if page == "data":
+        plant_recordings()
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path("minari").absolute()))
     text = (ROOT / "docs" / f"{page}.md").read_text()
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)

@@ -7,8 +7,11 @@ import html.parser
 import importlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import dr3_analysis
 import numpy as np
@@ -188,6 +191,24 @@ def test_a_page_shows_all_and_loads_nothing(plant, run, tmp_path):
     )
     (picture,) = page.loads
     assert picture.startswith("data:image/png;base64,") and len(picture) > 10_000
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="a browser is no package")
+def test_a_browser_shows_the_page(plant, run, tmp_path):
+    """What stands in it after rendering, and that the picture is one, without a network."""
+    verdict = {"verdict": "overfitting", "verdict_text": "Q < 3 & falls"}
+    run(plant("a", 1, curves(), summary=verdict), plant("b", 2, curves()), "--html", "page.html")
+    probe = "<script>for (const x of document.images) x.alt += x.naturalWidth</script></body>"
+    text = Path("page.html").read_text().replace("</body>", probe)
+    Path("probed.html").write_text(text)
+    line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    line += ["--host-resolver-rules=MAP * ~NOTFOUND", f"file://{tmp_path}/probed.html"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    page = Page(done.stdout)
+    assert page.text["b"] == ["overfitting", "fine"] and " Q < 3 & falls" in page.text["p"]
+    assert {"E", "a", "b", "10", "20"} < set(page.text["td"])
+    (width,) = re.findall(r'alt="curves(\d+)"', done.stdout)
+    assert int(width) > 600
 
 
 def test_a_sweep_of_what_has_no_alpha_is_refused(plant, run):

@@ -61,7 +61,7 @@ def tool(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script", [*RUNS, *OTHERS])
 def test_play_films_the_evaluation(trained, tool, script):
     from moviepy import VideoFileClip
 
@@ -71,13 +71,16 @@ def test_play_films_the_evaluation(trained, tool, script):
     with VideoFileClip("film.mp4") as film:
         frames = film.duration * film.fps
         assert (film.get_frame(0) != film.get_frame(film.duration / 2)).any()
+    if script == "safety_critics":  # Navigation: ends at the goal or in the trap
+        assert 1 <= frames <= 200
+        return
     pendulum = summary["final_return_mean"] < 0
     assert abs(frames - (200 if pendulum else summary["final_return_mean"])) <= 1  # CartPole's
 
 
 def test_play_takes_one_checkpoint_and_says_what_it_cannot_do(trained, tool, tmp_path):
     run, _ = trained("td3")
-    words = ("--episodes", 2, "--seed", 7, "--out", "a.gif")
+    words = ("--episodes", 2, "--seed", 7, "--gif", "a.gif")
     assert tool("play", run / "checkpoint.pt", *words).count("return") == 2
     assert (tmp_path / "a.gif").read_bytes()[:6] == b"GIF89a"
     assert "FileNotFoundError" in tool("play", "nothing", status=2)
@@ -266,6 +269,22 @@ def test_a_policy_of_data_alone_acts_within_the_bounds_of_its_data(tool, case, s
     np.testing.assert_allclose(torch.jit.load("policy.pt")(obs), expected.detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("script", ["sac", "ppo", "cql_atari", "cql_continuous"])
+def test_an_onnx_file_acts_as_torchscript_does(trained, tool, script):
+    """A Gaussian's mean, two kinds of logits, and what --act is; any number of rows."""
+    import onnxruntime
+
+    run, _ = trained(script)
+    for name in ("p.pt", "p.onnx"):
+        assert "differs from the original" in tool("play", run, "--export", name)
+    session, policy = onnxruntime.InferenceSession("p.onnx"), torch.jit.load("p.pt")
+    width = session.get_inputs()[0].shape[1]
+    for n in (1, 50):
+        obs = torch.randn(n, width)
+        (found,) = session.run(["action"], {"obs": obs.numpy()})
+        np.testing.assert_allclose(found, policy(obs), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("script", ["sac", "ppo"])
 def test_a_wrong_export_is_not_written(trained, tool, monkeypatch, tmp_path, script):
     run, _ = trained(script)
@@ -287,7 +306,10 @@ def test_what_play_refuses(trained, tool, tmp_path):
     returns = [float(line.split()[-1]) for line in many[:3]]
     assert abs(float(many[3].removeprefix("mean of 3: ")) - np.mean(returns)) < 0.11
     assert many[4] == "a.gif" and many[5].startswith("p.pt") and len(many) == 6
-    if not importlib.util.find_spec("onnx"):
+    import play
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(play, "find_spec", lambda name: None)
         assert "pip install onnx" in tool("play", run, "--export", "policy.onnx", status=2)
     best = ("extract", "best-of-n"), ("act", "best-of-n")
     for script, *changes in (["qt_opt"], ["policy_constraints", *best], ["safety_critics"]):

@@ -234,7 +234,8 @@ def main():
     parser.add_argument("run")
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--seed", type=int, help="of the first episode; not given: the run's")
-    parser.add_argument("--out", type=Path, help=".mp4 or .gif; not given: film.mp4 beside RUN")
+    out = {"type": Path, "help": ".mp4 or .gif; not given: film.mp4 beside RUN"}
+    parser.add_argument("--out", "--gif", **out)
     parser.add_argument("--export", type=Path, help=".ts or .pt (TorchScript) or .onnx")
     options = parser.parse_args()
     module, args, saved, path = load(options.run)

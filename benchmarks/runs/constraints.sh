@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lecture's table on data that anyone can make: cloning, a naive actor-critic, BEAR, BRAC-p, BRAC-v, AWAC, CRR and
+# The lecture's table on data that anyone can make: cloning, of all and of the best tenth, a naive actor-critic, BEAR, BRAC-p, BRAC-v, AWAC, CRR and
 # CQL(H) on one set, with the same networks, rates, updates and acting by the mean; d3rlpy's AWAC and CRR beside them.
 #   bash benchmarks/runs/constraints.sh HalfCheetah-v5 datasets/HalfCheetah-v5_replay_100000.hdf5 "1 2 3" 20_000
 #   bash benchmarks/runs/constraints.sh Hopper-v5 datasets/Hopper-v5_medium.hdf5 "1 2 3" 20_000 peer/bin/python
@@ -9,10 +9,13 @@ set -euo pipefail
 env=${1:-HalfCheetah-v5} file=${2:-datasets/${1:-HalfCheetah-v5}_replay_100000.hdf5} seeds=${3-"1 2 3"}
 updates=${4:-20_000} peer=${5:-}
 export OMP_NUM_THREADS=1
+best=${file%.hdf5}_best_tenth.hdf5
+[ -f "$best" ] || python benchmarks/runs/best_tenth.py "$file" "$best"
 common="--env $env --dataset $file --holdout 0 --num-updates $updates --eval-frequency 5_000 --diagnostics-frequency 500"
 for seed in $seeds; do
   run="python policy_constraints.py $common --behaviour-steps 5_000 --seed $seed"
   python policy_constraints.py $common --seed $seed --behaviour-steps $updates --exp-name pc_bc
+  python policy_constraints.py ${common/$file/$best} --seed $seed --behaviour-steps $updates --exp-name pc_bc_best
   $run --exp-name pc_naive --weight 0
   bear="--constraint mmd --backup-samples 10 --min-share 0.75"
   $run --exp-name pc_bear $bear --threshold 0.05

@@ -739,6 +739,33 @@ def safety_signs():
     save(figure, "safety_signs")
 
 
+def navigation():
+    """benchmarks/runs/navigation.py"""
+    rows = read("navigation.csv")
+    names = {"nav_all": "all", "nav_trpo": "nothing: TRPO"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
+    for axis, (name, title) in zip(axes, names.items()):
+        grid, paths = [], defaultdict(list)
+        for r in rows:
+            if r["run"] == name:
+                x, y, value = (float(r[key]) for key in ("x", "y", "value"))
+                (grid if r["what"] == "v_c" else paths[r["what"]]).append((x, y, value))
+        x, y, v = np.array(grid).T.reshape(3, 41, 41)
+        shown = axis.pcolormesh(x, y, v, cmap="Greys", vmin=0, vmax=1, shading="nearest")
+        for path in paths.values():
+            xs, ys, over = zip(*path)
+            axis.plot(xs, ys, color=COLOURS[0], linewidth=0.8)
+            if over[-1]:
+                axis.plot(xs[-1], ys[-1], "x", color=COLOURS[1])
+        axis.add_patch(plt.Rectangle((-1, -1.5), 2, 2, fill=False, edgecolor=COLOURS[1]))
+        axis.add_patch(plt.Circle((4, 0), 0.75, fill=False, edgecolor=COLOURS[2]))
+        accidents = sum(path[-1][2] for path in paths.values())
+        axis.set(title=f"{title}: {accidents:.0f} accidents in {len(paths)}", aspect="equal")
+    figure.colorbar(shown, ax=axes, label="V_C, pi without a shield")
+    figure.savefig(HERE / "figures" / "navigation.png", dpi=110)
+    plt.close(figure)
+
+
 def safety():
     """safety.sh, then safety_table.py"""
     rows = read("safety_curves.csv")
@@ -789,6 +816,7 @@ FIGURES = (
     cliffwalk,
     replay_pictures,
     safety_signs,
+    navigation,
     safety,
 )
 FIGURES = {f.__name__: f for f in FIGURES}

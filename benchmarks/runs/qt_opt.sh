@@ -31,6 +31,7 @@ for part in $parts; do for seed in $seeds; do
     $run $data --exp-name qt_narrow
     $run $data --exp-name qt_narrow_cql --cql-alpha 5
     $run $data --exp-name qt_narrow_cql50 --cql-alpha 50
+    python cql_continuous.py --seed $seed --cql-alpha 0 --dataset $file --num-updates 6_000 --exp-name qt_narrow_sac
     cloning="--num-updates 3_000 --behaviour-steps 3_000"
     python policy_constraints.py --seed $seed --dataset $file $cloning --exp-name qt_narrow_bc
   fi

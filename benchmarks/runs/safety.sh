@@ -23,6 +23,8 @@ for env in $envs; do
     $run --exp-name safety_shield --no-lagrange
     $run --exp-name safety_eq1 --conservative eq1
     $run --exp-name safety_alpha0 --conservative off
+    [ $env = Hopper-v5 ] || $run --exp-name safety_alpha0.02 --safety-alpha 0.02
+    [ $env = Hopper-v5 ] || $run --exp-name safety_alpha0.1 --safety-alpha 0.1
     [ $env != Navigation-v0 ] || $run --exp-name safety_gamma99 --safety-gamma 0.99
     [ $env != Navigation-v0 ] || $run --exp-name safety_paper --threshold paper
   done

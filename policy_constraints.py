@@ -215,7 +215,7 @@ def check(args: Args):
     check_effect(args, "advantage_samples advantage_baseline", weighted, solver)
     check_effect(args, "candidates", args.act == "best-of-n", f"with --act {args.act}")
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
-    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
+    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.extract == "best-of-n" and (args.act != "best-of-n" or args.where == "value"):
         fail("--extract best-of-n has no actor: it needs --act best-of-n, and not --where value")
@@ -269,8 +269,9 @@ class Policy(nn.Module):
     def draw(self, modes, n: int, generator=None):
         """n reparameterised u a state, (B, n, act), from what forward() gave."""
         mean, log_std, log_weight = modes
-        if self.modes > 1:
-            k = torch.multinomial(log_weight.exp(), n, replacement=True, generator=generator)
+        if self.modes > 1:  # Gumbel's way: a CUDA graph cannot hold torch.multinomial's check
+            noise = log_weight.new_empty(len(mean), n, self.modes).exponential_(generator=generator)
+            k = (log_weight[:, None] - noise.log()).argmax(-1)
             k = k[..., None].expand(-1, -1, mean.shape[-1])
             mean, log_std = mean.gather(1, k), log_std.gather(1, k)
         shape = (len(mean), n, mean.shape[-1])

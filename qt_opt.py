@@ -171,7 +171,7 @@ def check(args: Args):
     online = "offline_share epsilon exploration_noise"
     check_effect(args, online, args.online_steps > 0, "without --online-steps")
     check_effect(args, "cem_min_std", args.cem_iterations > 1, "with --cem-iterations 1")
-    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
+    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")

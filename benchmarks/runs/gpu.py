@@ -151,6 +151,7 @@ def jobs(cpu: bool, compiled: bool):
     yield from ((rate, cql_atari, [v], {}) for v in fast)
     yield rate, cql_atari, ["eager"], {"storage": "memory"}
     yield from ((rate, script, [v], {}) for script in (policy_constraints, qt_opt) for v in fast)
+    yield rate, qt_opt, fast[-1:], {"cql_alpha": 5.0}
     for script in FIRST:
         yield from ((max_difference, script, [v], {}) for v in fast if not cpu)
         yield from ((max_difference, script, [v, w], {}) for v in fast for w in fast)

@@ -359,6 +359,25 @@ def test_an_environment_of_ones_own(tmp_path, monkeypatch):
     assert -1.1 < env.step(env.action_space.sample())[1] < 0
 
 
+def test_what_is_done_from_python(tmp_path):
+    """The page's own lines: a job of a pool, going on with a run, a policy that is loaded."""
+    text = COPYING.read_text()
+    (block,) = re.findall(r"```python\n(from multiprocessing.*?)```", text, re.S)
+    mine = {"__name__": "mine"}
+    exec(block.replace("20_000", "200"), mine)
+    assert mine["job"](1) < 0
+    with pytest.raises(RuntimeError, match="seed -1 ended with status 2"):
+        mine["job"](-1)
+    (run,) = Path("runs").iterdir()
+    (going_on,) = re.findall(r"`(sac\.Args\(\*\*.*?)`", text)
+    args = eval(going_on, mine | {"FOLDER": str(run)})
+    assert args.total_timesteps == 200 and args.resume == str(run)
+    assert mine["sac"].train(dataclasses.replace(args, total_timesteps=201))["global_step"] == 201
+    (block,) = re.findall(r"```python\n(from contextlib.*?)```", text, re.S)
+    exec(block.replace("runs/THAT_RUN", str(run), 1), mine)
+    assert mine["action"].shape == (1, 1) and abs(mine["action"]).max() <= 2
+
+
 def test_commands_of_the_benchmarks_are_understood(tmp_path):
     """Each shell script runs with a stand-in for python that only notes its arguments."""
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = - ] || echo "python $*" >> log\n')

@@ -193,7 +193,7 @@ SIZES = {  # most lines of each script, everything included; to raise one takes 
     "cql_continuous": 1925,  # 3 of "offline": lines on time-outs and actions that look odd
     "cql_atari": 1886,
     "dr3_analysis": 1297,
-    "policy_constraints": 2009,
+    "policy_constraints": 2010,
     "qt_opt": 1775,
     "safety_critics": 1422,
 }

@@ -102,7 +102,7 @@ class Args:
     eval_frequency: int = 2_000  # updates between evaluations (0: only at the end)
     eval_episodes: int = 10  # episodes of each evaluation, side by side (0: no evaluation)
     log_frequency: int = 100  # updates between logged losses
-    diagnostics_frequency: int = 500  # updates between diagnostics (0: nothing to judge by)
+    diagnostics_frequency: int = 250  # updates between diagnostics (0: nothing to judge by)
 
     # length and data
     num_updates: int = 4_000  # gradient steps (12_500_000 in the authors' defaults)
@@ -1440,9 +1440,10 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 
 
 def selects(history: list[dict], args) -> bool:
-    """Whether selected.pt is this moment: Q has not yet fallen from its peak by FELL."""
-    fall = peak(history, args)[0]["q_data"] - history[-1]["q_data"]
-    return fall <= FELL * q_unit(history[-1])
+    """Whether selected.pt is this moment: Q has not fallen by FELL since its peak."""
+    top, _ = peak(history, args)
+    least = min(h["q_data"] for h in history if h["step"] >= top["step"])
+    return top["q_data"] - least <= FELL * q_unit(history[-1])
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1611,19 +1612,21 @@ def check_numbers(args, names: str, least: float, most: float):
 
 
 def check_effect(args, names: str, used: bool, where: str):
-    """Refuse flags that are given where nothing reads them."""
+    """Refuse flags that are given where nothing reads them; on resume they are that run's."""
     for name in names.split():
         default = getattr(type(args), name)
-        if not used and getattr(args, name) != default:
+        if not used and not args.resume and getattr(args, name) != default:
             fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
     """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
     for name, kind in get_type_hints(type(args)).items():
-        value, choices = getattr(args, name), get_args(kind)
-        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
-            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
+        given, parts = vars(args)[name], (kind, *get_args(kind))  # of a union or a tuple
+        choices = [x for part in parts for x in get_args(part) if isinstance(x, str)]
+        for x in given if isinstance(given, tuple | list) else [given]:
+            if choices and isinstance(x, str) and x not in choices:
+                fail(f"--{name.replace('_', '-')} {x}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)

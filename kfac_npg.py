@@ -1033,19 +1033,21 @@ def check_numbers(args, names: str, least: float, most: float):
 
 
 def check_effect(args, names: str, used: bool, where: str):
-    """Refuse flags that are given where nothing reads them."""
+    """Refuse flags that are given where nothing reads them; on resume they are that run's."""
     for name in names.split():
         default = getattr(type(args), name)
-        if not used and getattr(args, name) != default:
+        if not used and not args.resume and getattr(args, name) != default:
             fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
     """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
     for name, kind in get_type_hints(type(args)).items():
-        value, choices = getattr(args, name), get_args(kind)
-        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
-            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
+        given, parts = vars(args)[name], (kind, *get_args(kind))  # of a union or a tuple
+        choices = [x for part in parts for x in get_args(part) if isinstance(x, str)]
+        for x in given if isinstance(given, tuple | list) else [given]:
+            if choices and isinstance(x, str) and x not in choices:
+                fail(f"--{name.replace('_', '-')} {x}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)

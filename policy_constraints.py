@@ -168,7 +168,7 @@ alpha weight holdout action_low action_high clip_actions normalize_obs reward_sc
 reward_shift""".split()
 # of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
 COLLECTOR = dict(alpha="auto", weight=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
-COLLECTOR |= {"width": 128}  # half of its own: enough for a quick replay, in a third of the time
+COLLECTOR |= {"width": 128}  # half of the paper's: enough for a quick replay, in half the time
 COLLECTED_BY = "sac"
 WEIGHT_LIMITS = -5.0, 10.0  # of the weight's log (BEAR)
 
@@ -223,7 +223,8 @@ def check(args: Args):
         fail("--constraint w2 has no form for a mixture: --behaviour-modes 1")
     if args.threshold is not None and not 0.0068 <= args.weight <= 22_000:
         fail("--threshold tunes the weight between 0.0068 and 22000: it must start there")
-    if args.behaviour_steps == 0 and (penalised and args.weight or args.extract == "best-of-n"):
+    sampled = args.extract == "best-of-n" or args.advantage_baseline == "soft"
+    if args.behaviour_steps == 0 and (penalised and args.weight or sampled):
         fail("--behaviour-steps 0: this needs a clone to stay near")
     if args.behaviour_steps >= args.num_updates:
         say(f"--behaviour-steps {args.behaviour_steps}: all updates of the policy are cloning")
@@ -1159,7 +1160,7 @@ def conclude(name: str, sentence: str, summary: dict) -> dict:
 def check_resumed(saved: dict, data, args):
     """Refuse other data, and a longer offline phase after the online one has begun."""
     if saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
-        fail(f"--resume: that run had other data, {saved['info']['dataset']}")
+        fail(f"--resume: that run had other data, give --dataset {saved['info']['dataset']}")
     if args.num_updates != saved["args"]["num_updates"] < saved["step"]:
         fail("--resume: that run is online already, its --num-updates must stay")
 
@@ -1208,9 +1209,10 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 
 
 def selects(history: list[dict], args) -> bool:
-    """Whether selected.pt is this moment: Q has not yet fallen from its peak by FELL."""
-    fall = peak(history, args)[0]["q_data"] - history[-1]["q_data"]
-    return fall <= FELL * q_unit(history[-1])
+    """Whether selected.pt is this moment: Q has not fallen by FELL since its peak."""
+    top, _ = peak(history, args)
+    least = min(h["q_data"] for h in history if h["step"] >= top["step"])
+    return top["q_data"] - least <= FELL * q_unit(history[-1])
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1735,19 +1737,21 @@ def check_numbers(args, names: str, least: float, most: float):
 
 
 def check_effect(args, names: str, used: bool, where: str):
-    """Refuse flags that are given where nothing reads them."""
+    """Refuse flags that are given where nothing reads them; on resume they are that run's."""
     for name in names.split():
         default = getattr(type(args), name)
-        if not used and getattr(args, name) != default:
+        if not used and not args.resume and getattr(args, name) != default:
             fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
     """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
     for name, kind in get_type_hints(type(args)).items():
-        value, choices = getattr(args, name), get_args(kind)
-        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
-            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
+        given, parts = vars(args)[name], (kind, *get_args(kind))  # of a union or a tuple
+        choices = [x for part in parts for x in get_args(part) if isinstance(x, str)]
+        for x in given if isinstance(given, tuple | list) else [given]:
+            if choices and isinstance(x, str) and x not in choices:
+                fail(f"--{name.replace('_', '-')} {x}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)

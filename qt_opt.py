@@ -170,7 +170,9 @@ def check(args: Args):
         fail("--cql-alpha is for --loss squared: a Q in [0, 1] makes exp Q nearly constant")
     online = "offline_share epsilon exploration_noise"
     check_effect(args, online, args.online_steps > 0, "without --online-steps")
-    check_effect(args, "cem_min_std", args.cem_iterations > 1, "with --cem-iterations 1")
+    several, one = args.cem_iterations > 1, "with --cem-iterations 1"
+    check_effect(args, "cem_min_std", several, one)
+    check_effect(args, "cem_elites", several or args.cem_choice == "mean", one)
     check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.lag % COPIES:
@@ -924,7 +926,7 @@ def conclude(name: str, sentence: str, summary: dict) -> dict:
 def check_resumed(saved: dict, data, args):
     """Refuse other data, and a longer offline phase after the online one has begun."""
     if saved["info"]["dataset_sha256"] != data.info["dataset_sha256"]:
-        fail(f"--resume: that run had other data, {saved['info']['dataset']}")
+        fail(f"--resume: that run had other data, give --dataset {saved['info']['dataset']}")
     if args.num_updates != saved["args"]["num_updates"] < saved["step"]:
         fail("--resume: that run is online already, its --num-updates must stay")
 
@@ -973,9 +975,10 @@ def peak(history: list[dict], args) -> tuple[dict, float]:
 
 
 def selects(history: list[dict], args) -> bool:
-    """Whether selected.pt is this moment: Q has not yet fallen from its peak by FELL."""
-    fall = peak(history, args)[0]["q_data"] - history[-1]["q_data"]
-    return fall <= FELL * q_unit(history[-1])
+    """Whether selected.pt is this moment: Q has not fallen by FELL since its peak."""
+    top, _ = peak(history, args)
+    least = min(h["q_data"] for h in history if h["step"] >= top["step"])
+    return top["q_data"] - least <= FELL * q_unit(history[-1])
 
 
 def on_its_way(history: list[dict]) -> bool:
@@ -1500,19 +1503,21 @@ def check_numbers(args, names: str, least: float, most: float):
 
 
 def check_effect(args, names: str, used: bool, where: str):
-    """Refuse flags that are given where nothing reads them."""
+    """Refuse flags that are given where nothing reads them; on resume they are that run's."""
     for name in names.split():
         default = getattr(type(args), name)
-        if not used and getattr(args, name) != default:
+        if not used and not args.resume and getattr(args, name) != default:
             fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:
     """Choices (Python takes any), descriptors, threads, seed, device: before a file is opened."""
     for name, kind in get_type_hints(type(args)).items():
-        value, choices = getattr(args, name), get_args(kind)
-        if choices and all(isinstance(x, str) for x in choices) and value not in choices:
-            fail(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(choices)}")
+        given, parts = vars(args)[name], (kind, *get_args(kind))  # of a union or a tuple
+        choices = [x for part in parts for x in get_args(part) if isinstance(x, str)]
+        for x in given if isinstance(given, tuple | list) else [given]:
+            if choices and isinstance(x, str) and x not in choices:
+                fail(f"--{name.replace('_', '-')} {x}: expected one of {', '.join(choices)}")
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # stdin, stdout or stderr was closed: no file must be taken for it
     os.close(descriptor)

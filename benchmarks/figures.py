@@ -547,8 +547,8 @@ def protocol():
 
 def workflow():
     """Does the workflow help? The selected checkpoint against the last one, and the verdict against
-    whether the policy is better than its data, over all offline runs. In these files a peak counted
-    however little Q fell; today it does where the verdict is overfitting."""
+    whether the policy is better than its data, over all offline runs. In these files selected is
+    the peak itself, however little Q fell from it."""
     files = "constraints datasets diseases offline_halfcheetah".split()
     rows = [r for name in files for r in read(f"{name}.csv") if r["selected_return_mean"]]
     gains = {"overfitting": [], "any other verdict": []}

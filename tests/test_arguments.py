@@ -49,22 +49,26 @@ def test_no_number_slips_through(script, name, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_choice_that_is_none(script, capsys):
     """tyro refuses it on the command line; in Python it would train another variant."""
-    module = importlib.import_module(script)
-    hints = typing.get_type_hints(module.Args)
-    names = [name for name, kind in hints.items() if typing.get_origin(kind) is typing.Literal]
-    for name in names:
-        args = dataclasses.replace(module.Args(), **{name: "Mean"})
+    module, found = importlib.import_module(script), 0
+    for name, kind in typing.get_type_hints(module.Args).items():
+        if "Literal" not in str(kind) or "float" in str(kind):  # a number's word is another test's
+            continue
+        wrong = ("Mean",) if typing.get_origin(kind) is tuple else "Mean"
+        args = dataclasses.replace(module.Args(), **{name: wrong})
         err = refused(capsys, lambda args=args: module.train(args))
-        flag = f"--{name.replace('_', '-')}"
-        assert f"{flag} Mean: expected one of" in err or f"{flag} has no effect" in err
-    assert names or script == "ppo"
+        flag, found = f"--{name.replace('_', '-')}", found + 1
+        assert flag in err  # here, or by check() before
+    assert found or script in ("kfac_npg", "sac", "td3")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults_pass(script):
-    """So that each refusal above is of the number, not of whatever else."""
-    module = importlib.import_module(script)
-    module.check(module.Args())
+    """So that each refusal above is of the number, not of whatever else. Bare commands have the ten
+    diagnostics that a verdict needs."""
+    args = importlib.import_module(script).Args()
+    importlib.import_module(script).check(args)
+    if hasattr(args, "diagnostics_frequency"):
+        assert args.num_updates >= 10 * args.diagnostics_frequency
 
 
 SHORT = dict(log_frequency=1, checkpoint_frequency=1, eval_frequency=1, eval_episodes=1)
@@ -101,6 +105,7 @@ def test_no_flag_is_ignored_and_every_number_is_explained(script, capsys):
             assert any(word in pages for word in words), tag
     unread = fields.keys() - read - OF_TRACK
     assert len(unread) < len(fields) / 3
+    assert unread or script in ("sac", "td3", "safety_critics")
     for name in unread:
         default, kind = fields[name].default, typing.get_type_hints(module.Args)[name]
         others = [x for x in typing.get_args(kind) if x != default and isinstance(x, str)]

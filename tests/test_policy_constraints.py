@@ -377,20 +377,6 @@ def test_the_policy_that_a_fixed_weight_allows(constraint, weight):
     assert weight < 1 or abs(expected[0] + 0.4) + abs(expected[1] - 0.6) < 1e-3
 
 
-def test_forward_kl_on_the_bandit_has_a_pole_where_kl_has_an_exponential():
-    """max E_pi Q - KL(b || pi): pi = b / (nu - Q), nu so that it sums to 1."""
-    logits = B.log().clone().requires_grad_()
-    optim = torch.optim.Adam([logits], lr=0.02)
-    for _ in range(2_000):
-        pi = logits.softmax(0)
-        optim.zero_grad()
-        (-(pi * Q).sum() + (B * (B / pi).log()).sum()).backward()
-        optim.step()
-    pi = pi.detach()
-    assert torch.allclose(pi, torch.tensor([0.331275, 0.589022, 0.079703]), atol=1e-4)
-    assert torch.allclose(B / pi + Q, torch.full((3,), 2.509319), atol=1e-3)
-
-
 def test_weight_0_is_naive_sac():
     """Bitwise the updates of cql_continuous.py with --cql-alpha 0, from the same weights."""
     common = dict(width=16, depth=2, alpha=0.1, backup_entropy=True)

@@ -271,7 +271,7 @@ def test_a_policy_of_data_alone_acts_within_the_bounds_of_its_data(tool, case, s
 
 @pytest.mark.parametrize("script", ["sac", "ppo", "cql_atari", "cql_continuous"])
 def test_an_onnx_file_acts_as_torchscript_does(trained, tool, script):
-    """A Gaussian's mean, two kinds of logits, and what --act is; any number of rows."""
+    """A Gaussian's mean and two kinds of logits; any number of rows."""
     import onnxruntime
 
     run, _ = trained(script)

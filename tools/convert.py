@@ -243,7 +243,7 @@ def main():
     if "timeouts" not in c:
         who = "a script cuts at its environment's" if to_file else "only terminals end episodes"
         print(f"nothing tells where a time limit cut: {who}")
-    elif terminals and timeouts <= 1:
+    elif terminals and timeouts <= 1 and "next_observations" not in c:
         told = "dones became terminals, a column `timeouts` would tell"
         print(f"if episodes were cut by a time limit, the file does not tell: {told}")
 

@@ -78,7 +78,7 @@ def prepared(module, args, saved, stack: ExitStack, to_play: bool = True):
     if hasattr(module, "Envs"):  # cql_atari.py
         games = [module.Envs(env_id, 1, stack) for env_id in args.env_id]
         envs, sizes = games[0], (games[0].shape, [game.actions for game in games])
-    elif hasattr(module, "make"):  # ppo.py
+    elif hasattr(module, "check_spaces") and hasattr(module, "make"):  # ppo.py
         envs = module.make(args, 1, stack, training=False)
     elif hasattr(module, "find_env"):  # which gives none where the run was on data alone
         envs = module.find_env(args, None, stack)
@@ -175,7 +175,7 @@ def export(module, learner, envs, path: Path, seen: list) -> float:
     discrete = isinstance(box, gym.spaces.Discrete)
 
     def policy(obs):
-        if hasattr(learner, "net"):  # cql_atari.py's q(), without its chunks: their number is fixed
+        if hasattr(module, "Envs"):  # cql_atari.py's q(), without its chunks: their number is fixed
             net = learner.net
             return net.q(net.heads[0](net.features(obs))).argmax(-1)
         act = learner.act(obs, explore=False)
@@ -191,7 +191,7 @@ def export(module, learner, envs, path: Path, seen: list) -> float:
         if not discrete:
             original = module.to_env(learner.act(obs, explore=False), envs)
             return float(np.abs((written.numpy() - original) / (box.high - box.low)).max())
-        if hasattr(learner, "net"):
+        if hasattr(module, "Envs"):
             value = learner.q(obs, 0)
         else:
             value = learner.agent.policy(learner.standardised(obs))

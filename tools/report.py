@@ -76,11 +76,13 @@ def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
 
 
 def differing(folders: list[Path]) -> str:
-    """The flags in which runs of one name differ, apart from their seed; "" if in none."""
+    """The flags in which runs of one name differ, apart from their seed, their files and what only
+    watches them; "" if in none."""
     runs = [json.loads((x / "args.json").read_text())["args"] for x in folders]
-    names = dict.fromkeys(key for run in runs for key in run)
-    names = [k for k in names if k not in ("seed", "resume", "run_dir")]
-    several = [k for k in names if any(run.get(k) != runs[0].get(k) for run in runs)]
+    others = "seed resume run_dir data_dir save_dataset track wandb_project_name wandb_entity"
+    names = [k for k in runs[0] if all(k in run for run in runs) and k not in others.split()]
+    names = [k for k in names if not k.startswith(("eval_", "log_", "checkpoint_"))]
+    several = [k for k in names if any(run[k] != runs[0][k] for run in runs)]
     return ", ".join("--" + key.replace("_", "-") for key in several)
 
 

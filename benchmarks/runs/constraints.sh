@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lecture's table on data that anyone can make: cloning, of all and of the best tenth, a naive actor-critic, BEAR, BRAC-p, BRAC-v, AWAC, CRR and
-# CQL(H) on one set, with the same networks, rates, updates and acting by the mean; d3rlpy's AWAC and CRR beside them.
+# CQL(H) on one set, with the same networks, updates and acting by the mean; d3rlpy's AWAC and CRR beside them.
 #   bash benchmarks/runs/constraints.sh HalfCheetah-v5 datasets/HalfCheetah-v5_replay_100000.hdf5 "1 2 3" 20_000
 #   bash benchmarks/runs/constraints.sh Hopper-v5 datasets/Hopper-v5_medium.hdf5 "1 2 3" 20_000 peer/bin/python
 #   python tools/report.py runs/HalfCheetah-v5__pc_* --csv benchmarks/raw/constraints.csv

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does the sampled backward pass change what is learned? The bare run with five seeds.
+# Does the sampled backward pass change what is learned? The bare run with networks of 256, five seeds.
 #   bash benchmarks/runs/cql_backward.sh "1 2 3 4 5" "0 1 2"
 #   python tools/report.py runs/Pendulum-v1__K* --curves benchmarks/raw/cql_backward_curves.csv
 set -euo pipefail

@@ -1033,11 +1033,12 @@ def check_numbers(args, names: str, least: float, most: float):
 
 
 def check_effect(args, names: str, used: bool, where: str):
-    """Refuse flags that are given where nothing reads them; on resume they are that run's."""
+    """Refuse flags that are given where nothing reads them, but for what a run must keep."""
     for name in names.split():
-        default = getattr(type(args), name)
-        if not used and not args.resume and getattr(args, name) != default:
-            fail(f"--{name.replace('_', '-')} has no effect {where}: leave it at {default}")
+        default, kept = getattr(type(args), name), args.resume and name in FIXED
+        if not used and not kept and getattr(args, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} has no effect {where}: leave it out, or on resume at {default}")
 
 
 def set_up(args, distributed: bool = False) -> torch.device:

@@ -621,7 +621,7 @@ def test_what_is_given_anew_on_resume_holds(capsys):
     err = refused(capsys, lambda: train(Args(**longer | dict(num_steps=30), resume=str(run))))
     assert "--num-steps 40, not 30" in err
     off = Args(**longer, shield="off", threshold=0.5, resume=str(run))
-    assert "on resume, give --threshold 0.2" in refused(capsys, lambda: train(off))
+    assert "or on resume at 0.2" in refused(capsys, lambda: train(off))
 
 
 def test_diagnostics_logging_and_evaluation_change_nothing():

@@ -1164,12 +1164,13 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, self.info = self.args, info
-        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
-        about = {"script": SCRIPT, "command": self.command, "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        args, saved = self.args, self.saved
+        saved = saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None, "command": []}
+        device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        self.about = {"script": SCRIPT, "format": FORMAT, "total": self.total, "device": device}
+        self.about |= {"args": asdict(args), "info": info}
+        self.about["command"] = [*saved.get("command", []), shlex.join(sys.argv)]
+        self.about["versions"] = {x.__name__: str(x.__version__) for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1195,8 +1196,7 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
-            (self.dir / "args.json").write_text(about)
+            (self.dir / "args.json").write_text(json.dumps(self.about, indent=2))
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -1260,14 +1260,8 @@ class Run(ExitStack):
                 fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
         with write_beside(self.dir / name) as temporary:
             os.fsync(self.csv.fileno())
-            state |= {
-                "script": SCRIPT,
-                "format": FORMAT,
-                "args": asdict(self.args),
-                "info": self.info,
-                "command": self.command,
+            state |= self.about | {
                 "step": step,
-                "total": self.total,
                 "networks": networks,
                 "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
                 "random": torch.get_rng_state(),
@@ -1279,19 +1273,18 @@ class Run(ExitStack):
             }
             torch.save(state, temporary)
 
-    def stop_if_asked(self):
-        """After the last save: say how to go on, and end."""
+    def stop_if_asked(self, *start: str):
+        """After the last save: say how to go on, by python or what `start` says, and end."""
         if self.signum:
             called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
-            start = [Path(sys.executable).name, called]
-            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
-                start = ["torchrun", f"--nproc_per_node={many}", called]
-            command = shlex.join([*start, "--resume", str(self.dir)])
+            start = start or (Path(sys.executable).name,)
+            command = shlex.join([*start, called, "--resume", str(self.dir)])
             say(f"\nstopped and saved; to go on:\n  {command}")
             raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary |= self.about["info"] | {"wall_seconds": time.time() - self.began}
+        summary["device"] = self.about["device"]
         summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))

@@ -616,8 +616,8 @@ def interact(learner, envs, replay, obs, uniform: bool = False) -> tuple[np.ndar
     over, last_obs = terminated | truncated, next_obs.copy()
     if over.any():  # there next_obs is the next episode's first
         last_obs[over] = np.stack(infos["final_obs"][over])
-    rew, cut = args.reward_scale * rew + args.reward_shift, truncated & ~terminated
-    replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, cut)
+    rew = args.reward_scale * rew + args.reward_shift
+    replay.add(obs, act.cpu().numpy(), rew, last_obs, terminated, truncated)
     return next_obs, infos["final_info"]["return"][over].tolist() if over.any() else []
 
 
@@ -903,24 +903,12 @@ def evaluate(learner, envs, args) -> dict:
     return {name: float(x) for name, x in numbers.items()}
 
 
-STAGES = "dataset bc offline selected final".split()  # whose mean returns a run may know
 TAGS = {  # of an evaluation; CleanRL's name, too, for an offline run has no other episodes
     "charts/episodic_return": "final_return_mean",
     "eval/episodic_return": "final_return_mean",
     "charts/normalized_score": "normalized_score",
     "diagnostics/overestimation": "overestimation",
 }
-
-
-def conclude(name: str, sentence: str, summary: dict) -> dict:
-    """The verdict, printed and added to the summary."""
-    sentence += evaluated(summary)
-    means = {k: summary.get(f"{k}_return_mean") for k in STAGES}
-    say("returns: " + ", ".join(f"{k} {x:.1f}" for k, x in means.items() if x is not None))
-    if summary["normalized_score"] is not None:
-        say(f"D4RL score of the final policy: {summary['normalized_score']:.1f}")
-    say(f"verdict: {name}. {sentence}")
-    return summary | {"verdict": name, "verdict_text": sentence}
 
 
 def check_resumed(saved: dict, data, args):
@@ -935,7 +923,8 @@ def check_resumed(saved: dict, data, args):
 
 
 # === shared: workflow (canonical copy: cql_continuous.py) ===
-# Needs NumPy, and advice(args) of the script: the flags to try, by the name of the verdict.
+# Needs NumPy, say() of the block "run", and advice(args) of the script: the flags to try, by the
+# name of the verdict.
 LOW_TD = 0.1  # TD error below a tenth of the target's variance: the transient is over
 UNTRAINED = 1.0  # about the largest Q of a network that has learned nothing
 FELL = 0.1  # in units of Q: less below its peak is noise
@@ -1082,15 +1071,19 @@ def verdict(history: list[dict], args, rewarded: float, settling: float = 0) -> 
     return "no sign of trouble", healthy + (f". {moved}: {advised}" if abs(drift) > 0.1 else "")
 
 
-def evaluated(summary: dict) -> str:
-    """What evaluations add to the verdict's sentence: "" where there were none."""
-    if "final_return_mean" not in summary:
-        return ""
-    final, data = summary["final_return_mean"], summary["dataset_return_mean"]
-    text = f"the policy returns {final:.1f}, its data {data:.1f}"
-    if "overestimation" in summary:
-        text += f"; at first states Q is {summary['overestimation']:+.1f} off what followed"
-    return f" (What an offline user would not have: {text})"
+def conclude(name: str, sentence: str, summary: dict) -> dict:
+    """The verdict, with what evaluations saw, printed and added to the summary."""
+    stages = "dataset bc offline selected final".split()
+    means = {k: summary[f"{k}_return_mean"] for k in stages if f"{k}_return_mean" in summary}
+    say("returns: " + ", ".join(f"{k} {x:.1f}" for k, x in means.items()))
+    if summary.get("normalized_score") is not None:
+        say(f"normalized score of the final policy: {summary['normalized_score']:.1f}")
+    if "final" in means:
+        seen = f"the policy returns {means['final']:.1f}, its data {means['dataset']:.1f}"
+        seen += f"; at first states Q is {summary['overestimation']:+.1f} off what followed"
+        sentence += f" (What an offline user would not have: {seen})"
+    say(f"verdict: {name}. {sentence}")
+    return summary | {"verdict": name, "verdict_text": sentence}
 
 
 # === end shared ===
@@ -1634,12 +1627,13 @@ class Run(ExitStack):
     def open(self, **info):
         """Makes the run's folder, or goes on in it. `info`, what is known of the data, stands in
         args.json, checkpoints and summary."""
-        args, self.info = self.args, info
-        saved = self.saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None}
-        self.device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        self.command = saved.get("command", []) + [shlex.join(sys.argv)]
-        about = {"script": SCRIPT, "command": self.command, "device": self.device}
-        about["versions"] = {x.__name__: x.__version__ for x in (torch, np, gym)}
+        args, saved = self.args, self.saved
+        saved = saved or {"csv_bytes": 0, "step": -1, "busy": 0, "wandb": None, "command": []}
+        device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+        self.about = {"script": SCRIPT, "format": FORMAT, "total": self.total, "device": device}
+        self.about |= {"args": asdict(args), "info": info}
+        self.about["command"] = [*saved.get("command", []), shlex.join(sys.argv)]
+        self.about["versions"] = {x.__name__: str(x.__version__) for x in (torch, np, gym)}
         with failing("copy the folder, or give another --run-dir", OSError):
             name = "+".join(np.atleast_1d(args.env_id))
             name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1665,8 +1659,7 @@ class Run(ExitStack):
             end = self.csv.truncate(min(self.csv.tell(), saved["csv_bytes"]))
             if self.csv.seek(end) == 0:  # rows after the checkpoint come again
                 self.csv.write("step,tag,value\n")
-            about = json.dumps(about | {"info": info, "args": asdict(args)}, indent=2)
-            (self.dir / "args.json").write_text(about)
+            (self.dir / "args.json").write_text(json.dumps(self.about, indent=2))
         self.wandb = None
         if args.track:
             with failing("--track: pip install wandb, wandb login", Exception):
@@ -1730,14 +1723,8 @@ class Run(ExitStack):
                 fail(f"step {step}: {key} is not finite; the last checkpoint is from before", 3)
         with write_beside(self.dir / name) as temporary:
             os.fsync(self.csv.fileno())
-            state |= {
-                "script": SCRIPT,
-                "format": FORMAT,
-                "args": asdict(self.args),
-                "info": self.info,
-                "command": self.command,
+            state |= self.about | {
                 "step": step,
-                "total": self.total,
                 "networks": networks,
                 "optim": {key: x.state_dict()["state"] for key, x in optim.items()},
                 "random": torch.get_rng_state(),
@@ -1749,19 +1736,18 @@ class Run(ExitStack):
             }
             torch.save(state, temporary)
 
-    def stop_if_asked(self):
-        """After the last save: say how to go on, and end."""
+    def stop_if_asked(self, *start: str):
+        """After the last save: say how to go on, by python or what `start` says, and end."""
         if self.signum:
             called = sys.argv[0] if Path(sys.argv[0]).stem == SCRIPT else __file__
-            start = [Path(sys.executable).name, called]
-            if many := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
-                start = ["torchrun", f"--nproc_per_node={many}", called]
-            command = shlex.join([*start, "--resume", str(self.dir)])
+            start = start or (Path(sys.executable).name,)
+            command = shlex.join([*start, called, "--resume", str(self.dir)])
             say(f"\nstopped and saved; to go on:\n  {command}")
             raise SystemExit(128 + self.signum)
 
     def finish(self, summary: dict) -> dict:
-        summary |= self.info | {"wall_seconds": time.time() - self.began, "device": self.device}
+        summary |= self.about["info"] | {"wall_seconds": time.time() - self.began}
+        summary["device"] = self.about["device"]
         summary["eval_episodes"] = getattr(self.args, "eval_episodes", 0)
         with write_beside(self.dir / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2))

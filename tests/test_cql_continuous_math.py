@@ -205,6 +205,7 @@ def double_case(**changes):
 FORMS = {
     "three sets": {},
     "mixture": {"cql_proposals": "mixture"},
+    "policy": {"cql_proposals": "policy"},
     "rho": {"cql_variant": "rho"},
     "temperature": {"cql_temperature": 3.0},
     "ten critics": {"num_critics": 10},
@@ -251,12 +252,17 @@ def test_a_states_part_of_the_first_layer_is_the_same_for_its_actions():
                 assert torch.allclose(q[i, :, m], critic(obs, rows)[i], atol=1e-14)
 
 
-def test_where_it_would_be_biased_it_is_off():
+def test_where_it_would_be_biased_it_is_off(capsys):
     forms = {1: [{}, {"cql_variant": "rho"}, {"cql_backward": 1}]}
     forms[0] = [{"cql_backward": 0}, {"dropout": 0.1}, {"vib_coef": 0.1}]
     forms[0] += [{"cql_variant": "eq1"}, {"cql_variant": "eq2"}]
     for k, cases in forms.items():
         assert all(cql.backward_samples(tiny(**case)) == k for case in cases)
+        capsys.readouterr()
+        for case in cases:
+            tiny(**case)  # check() speaks
+            said = "--cql-backward is 0" in capsys.readouterr().out
+            assert said == bool({"dropout", "vib_coef"} & case.keys())
 
 
 def test_with_equal_weights_and_all_of_them_it_is_exact():
@@ -446,6 +452,18 @@ def test_bf16_is_for_the_sampled_actions_alone():
         infos.append(cql.critic_loss(nets, batch, tiny(precision=precision))[1])
     assert infos[0]["qf_loss"] == infos[1]["qf_loss"]
     assert 0 < abs(float(infos[0]["cql_loss"] - infos[1]["cql_loss"])) < 0.01
+
+
+def test_with_the_same_draws_bf16_has_fp32s_gradient(monkeypatch):
+    """Only which actions are drawn depends on it."""
+    nets, batch, found = Learner(3, 2, tiny(), CPU), random_batch(), []
+    drawn = lambda w, k: torch.zeros(*w.shape[:-1], k, dtype=torch.long)
+    monkeypatch.setattr(cql, "draw", drawn)
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        loss, _ = cql.critic_loss(nets, batch, tiny(precision=precision))
+        found.append(torch.autograd.grad(loss, list(nets.critic.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 def test_dr3_gradient_flows_through_both_sides():
@@ -738,10 +756,13 @@ def test_a_q_that_rises_above_the_returns_is_not_told_to_go_on(above, warns):
     assert ("a better policy's value, or overestimation" in text) == warns
 
 
-def test_what_evaluations_add():
+def test_what_evaluations_add(capsys):
     seen = {"final_return_mean": -1428.04, "dataset_return_mean": -1287.2, "overestimation": 559.0}
     told = "the policy returns -1428.0, its data -1287.2; at first states Q is +559.0"
-    assert told in cql.evaluated(seen) and cql.evaluated({"dataset_return_mean": 1.0}) == ""
+    assert told in cql.conclude("fine", "All is well.", seen)["verdict_text"]
+    assert "returns: dataset -1287.2, final -1428.0\nverdict: fine." in capsys.readouterr().out
+    blind = cql.conclude("fine", "All is well.", {"dataset_return_mean": 1.0})
+    assert blind["verdict_text"] == "All is well."
 
 
 ON = dict(layer_norm=True, dropout=0.2, vib_coef=0.1, residual=True, dr3_coef=0.1)

@@ -162,7 +162,6 @@ def check(args: Args):
         fail(f"--dataset names {sets} sets, --env-id {games} environments")
     check_effect(args, "fraction", sets > 0, "without a DQN Replay --dataset")
     check_effect(args, "subset", args.fraction < 1, "with --fraction 1")
-    check_effect(args, "collect_steps collect_repeat", sets == 0, "with --dataset")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} is not below --v-max {args.v_max}")
     check_effect(args, "v_min v_max", args.head == "c51", f"with --head {args.head}")

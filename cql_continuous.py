@@ -186,7 +186,6 @@ def check(args: Args):
     no_gap = "on Eq. 1, which has no gap to the data"
     check_effect(args, "cql_target_gap", args.cql_variant != "eq1", no_gap)
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
-    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if plain_mean and args.cql_backward:
         fail("--cql-backward on Eqs. 1 and 2, plain means, is a smaller --cql-samples")

@@ -198,7 +198,6 @@ def check(args: Args):
     check_effect(args, "constraint weight", penalised, f"{solver} and --where policy")
     check_effect(args, "threshold alpha", gradient, solver)
     check_effect(args, "where", args.weight > 0, "with --weight 0")
-    check_effect(args, "policy_lr", args.extract != "best-of-n", solver)
     clone = "behaviour_lr behaviour_min_std behaviour_modes"
     check_effect(args, clone, args.behaviour_steps > 0, "with --behaviour-steps 0")
     check_effect(args, "weight_lr", args.threshold is not None, "without --threshold")
@@ -215,7 +214,6 @@ def check(args: Args):
     check_effect(args, "advantage_samples advantage_baseline", weighted, solver)
     check_effect(args, "candidates", args.act == "best-of-n", f"with --act {args.act}")
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
-    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.extract == "best-of-n" and (args.act != "best-of-n" or args.where == "value"):
         fail("--extract best-of-n has no actor: it needs --act best-of-n, and not --where value")

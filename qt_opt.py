@@ -173,7 +173,6 @@ def check(args: Args):
     several, one = args.cem_iterations > 1, "with --cem-iterations 1"
     check_effect(args, "cem_min_std", several, one)
     check_effect(args, "cem_elites", several or args.cem_choice == "mean", one)
-    check_effect(args, "collect_steps", args.dataset is None, "with --dataset")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")

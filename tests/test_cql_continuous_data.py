@@ -868,7 +868,11 @@ def test_cloning_ends_where_it_says(monkeypatch):
         return real(learner, sample, cloning)
 
     monkeypatch.setattr(cql.Learner, "update", update)
-    monkeypatch.setattr(cql, "evaluate", lambda *_: {"final_return_mean": float(next(scores))})
+    monkeypatch.setattr(
+        cql,
+        "evaluate",
+        lambda *_: {"final_return_mean": float(next(scores)), "overestimation": 0.0},
+    )
     cql.train(quick(bc_steps=7, eval_frequency=5, eval_episodes=2))
     out = summary(only_run("."))
     assert flags == [True] * 7 + [False] * 13

@@ -575,7 +575,7 @@ def test_the_commands_of_the_docstring_run(capsys):
     commands = [x.strip() for x in pc.__doc__.replace("\\\n", " ").splitlines() if "python" in x]
     assert len(commands) == 9
     for command in commands:
-        args = tyro.cli(Args, args=shlex.split(command)[2:])
+        args = tyro.cli(Args, args=shlex.split(command, comments=True)[2:])
         cloning = min(args.behaviour_steps, 2 if args.behaviour_steps <= 2_000 else 4)
         changes = dict(num_updates=4, behaviour_steps=cloning, collect_steps=1_005, width=8)
         if args.dataset:

@@ -184,8 +184,8 @@ def test_what_is_written_twice_is_written_alike():
 
 
 SIZES = {  # most lines of each script, everything included; to raise one takes a reason
-    # about 10 in each since 1,023 of sac.py: flags without effect and choices that are none are refused,
-    # the first command is kept on resume
+    # about 10 in each since 1,023 of sac.py: flags without effect and choices that are none are
+    # refused, the first command is kept on resume
     "sac": 1033,
     "td3": 1135,  # 979 without --replay: a structure, four losses, a network, their checkpoint
     "ppo": 1123,

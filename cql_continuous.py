@@ -159,7 +159,7 @@ FIXED = """env_id seed width depth num_critics vib_coef alpha cql_alpha holdout 
 action_high clip_actions normalize_obs reward_scale reward_shift""".split()
 # of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
 COLLECTOR = {"cql_alpha": 0.0, "backup_entropy": True, "policy_lr": 3e-4, "q_lr": 3e-4}
-COLLECTOR |= {"width": 128}  # half of the paper's: enough for a quick replay, in half the time
+COLLECTOR |= {"width": 128}  # half of the paper's, for a quick replay
 COLLECTED_BY = "sac"
 VIB_DIM = 16  # width of the bottleneck of --vib-coef
 

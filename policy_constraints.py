@@ -168,7 +168,7 @@ alpha weight holdout action_low action_high clip_actions normalize_obs reward_sc
 reward_shift""".split()
 # of the self-made replay's collector: soft actor-critic by its paper (arXiv 1812.05905)
 COLLECTOR = dict(alpha="auto", weight=0.0, backup_entropy=True, policy_lr=3e-4, q_lr=3e-4)
-COLLECTOR |= {"width": 128}  # half of the paper's: enough for a quick replay, in half the time
+COLLECTOR |= {"width": 128}  # half of the paper's, for a quick replay
 COLLECTED_BY = "sac"
 WEIGHT_LIMITS = -5.0, 10.0  # of the weight's log (BEAR)
 

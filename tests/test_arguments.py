@@ -61,6 +61,15 @@ def test_a_choice_that_is_none(script, capsys):
     assert found or script in ("kfac_npg", "sac", "td3")
 
 
+@pytest.mark.parametrize("script", ["cql_continuous", "policy_constraints", "qt_opt"])
+def test_an_older_run_keeps_what_it_must(script, capsys):
+    """A flag without effect that a resumed run may not change is no dead end."""
+    module = importlib.import_module(script)
+    args = dataclasses.replace(module.Args(), clip_actions=True)
+    assert "--clip-actions has no effect" in refused(capsys, lambda: module.check(args))
+    module.check(dataclasses.replace(args, resume="runs/older"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults_pass(script):
     """So that each refusal above is of the number, not of whatever else. Bare commands have the ten

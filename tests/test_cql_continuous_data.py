@@ -259,6 +259,16 @@ def test_it_is_said_where_nothing_tells_time_outs(limit, missing, end, capsys):
     assert ("odd: nothing tells time-outs" in capsys.readouterr().out) == (limit is None)
 
 
+@pytest.mark.parametrize("end", ["terminal", "open"])
+@pytest.mark.parametrize("limit", [9, 10, None])
+def test_an_episode_longer_than_the_limit_is_pointed_at(end, limit, capsys):
+    """Also the last one, which nothing ends."""
+    episodes = [episode(0, 5, "timeout"), episode(10, 10, end)]
+    read(d4rl()(episodes), limit and fake_env([-1], [1], limit=limit))
+    said = "odd: an episode of 10 steps in an environment of 9" in capsys.readouterr().out
+    assert said == (limit == 9)
+
+
 UNFINISHED = [(5, "terminal"), (5, "terminal"), (2, "open")]  # the recording stopped
 ODD = {  # episodes, and the line about their flags
     "terminals are timeouts as well": [episode(0, 3, "both"), episode(10, 4, "terminal")],

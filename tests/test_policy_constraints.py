@@ -117,6 +117,16 @@ def test_a_mixtures_density_integrates_to_one_and_fits_its_samples():
     assert abs(policy.mode(obs).item() - math.tanh(0.7)) < 1e-6
 
 
+def test_three_modes_are_drawn_by_their_weights():
+    """Of two, noise of the wrong sign would do."""
+    torch.manual_seed(11)
+    weights = [0.6, 0.3, 0.1]
+    policy = planted([-2.0, 0.0, 2.0], [0.1] * 3, modes=3, weights=weights)
+    u = policy.draw(policy(torch.zeros(1_000, 2)), 50)
+    shares = [((u > low) & (u < low + 2)).float().mean() for low in (-3, -1, 1)]
+    assert torch.allclose(torch.stack(shares), torch.tensor(weights), atol=0.01)
+
+
 def test_what_the_page_says_of_each_divergence(monkeypatch):
     """docs/constraints.md: numbers by the grid of benchmarks/runs/divergences.py, KL also by hand:
     -log of the mode's share where modes do not overlap."""
@@ -558,6 +568,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(n, tmp_path):
 
 IDLE = """--extract exp --weight 2 | --temperature 2 | --mmd-sigma 3 | --divergence-samples 9
 --extract best-of-n | --extract best-of-n --act best-of-n --where value | --behaviour-steps 0
+--extract exp --advantage-baseline soft --behaviour-steps 0
 --constraint w2 --behaviour-modes 2 | --backup-entropy | --extract binary --normalise-weights
 --candidates 4 | --extract exp --alpha 0.1 | --extract exp --normalise-weights --max-weight 3
 --advantage-samples 2 | --action-low data --action-high data | --weight-lr 0.1

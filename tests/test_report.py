@@ -437,6 +437,15 @@ def test_curves_reach_the_figures_as_they_were(plant, monkeypatch, tmp_path):
     assert figures.table(rows, "E", {"a": "A"}) == "| E | A | 4.0 [4.0, 4.0] | 4, 4 |"
 
 
+def test_the_best_tenth_of_the_episodes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "runs"))
+    best_tenth = importlib.import_module("best_tenth")
+    ends = np.array([0, 1, 0, 0, 1, 0, 0, 0])  # lengths 2, 3 and 3, the last one open
+    columns = {"terminals": ends * 0, "timeouts": ends, "rewards": np.r_[3, 3, 1, 1, 1, 4, 4, 4]}
+    assert best_tenth.best(columns, 0.1).tolist() == [5, 6, 7]
+    assert best_tenth.best(columns, 0.7).tolist() == [0, 1, 5, 6, 7]
+
+
 SCRIPTS = sorted(x.stem for x in ROOT.glob("*.py") if "\nclass Args" in x.read_text())
 
 

@@ -434,7 +434,7 @@ def atari_heads():
 def divergences():
     """benchmarks/runs/divergences.py"""
     rows = read("divergences.csv")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    figure, (axes, lower) = plt.subplots(2, 3, figsize=(12, 6.6))
     panels = {  # case: title, what moves, where D is taken as 1
         "gap": ("modes at -0.5 (90 %) and 0.5 (10 %)", "mean", 0.5),
         "uniform": ("b uniform on [-1, 1]", "mean", 0.0),
@@ -458,6 +458,29 @@ def divergences():
     axes[1].set(ylabel="D over D at 0")
     axes[2].set(ylabel="D over D at 0.1")
     axes[0].axvline(0, color="grey", linewidth=0.8)
+
+    def bell(x, mean: float, std: float):
+        return np.exp(-0.5 * ((x - mean) / std) ** 2)
+
+    x = np.linspace(-1.2, 1.2, 601)
+    modes = bell(x, -0.5, 0.1) + bell(x, 0.5, 0.1) / 9
+    panels = {  # case: b over its highest value, the reward's peak
+        "reward in the gap": (modes, 0.0),
+        "reward at the small mode": (modes, 0.5),
+        "reward near the border": (np.abs(x) <= 1, 0.8),
+    }
+    for axis, (case, (b, peak)) in zip(lower, panels.items()):
+        axis.fill_between(x, b, color="#DDDDDD", label="b")
+        axis.plot(
+            x, bell(x, peak, 0.1), color="black", linewidth=0.8, linestyle=":", label="reward"
+        )
+        for i, r in enumerate(r for r in rows if r["case"] == f"best, {case}"):
+            y = bell(x, float(r["mean"]), float(r["std"]))
+            label = f"{r['divergence']}: {float(r['value']):.2f}"
+            axis.plot(x, y, label=label, color=COLOURS[i], linestyle=LINES[i])
+        axis.set(title=case, xlabel="action", yticks=[], ylim=(0, 1.5))
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     save(figure, "divergences")
 
 

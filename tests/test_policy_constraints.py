@@ -144,6 +144,13 @@ def test_what_the_page_says_of_each_divergence(monkeypatch):
         widths = torch.linspace(0.5, 1.2, 15).tolist()
         found = min(widths, key=lambda std: d.measures("width", 0.0, std)[f"mmd, N = {n}"])
         assert abs(found - least) < 0.01
+    means = {
+        case: [d.best(*args)[0] for args in ((b, "kl", peak), (b, "mmd, N = 4", peak))]
+        for case, (b, peak) in d.BEST.items()
+    }
+    assert means["reward in the gap"][0] < -0.2 and abs(means["reward in the gap"][1]) < 1e-6
+    assert means["reward at the small mode"] == pytest.approx([0.5, 0.5])
+    assert means["reward near the border"] == pytest.approx([0.7, 0.65])
 
 
 def test_the_clone_has_a_floor_and_the_actor_its_authors_bounds():

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# qt_opt.py: from scratch on Pendulum; on Reacher offline and then online, beside online from scratch; and on narrow
-# data, those of one deterministic policy, with CQL's term and without, beside a clone; and with two and five
-# iterations of CEM in six dimensions, on the replay of offline.sh.
-#   bash benchmarks/runs/qt_opt.sh "scratch pair narrow" "1 2 3"
+# qt_opt.py: from scratch on Pendulum; on Reacher and Hopper offline and then online, beside online from scratch; on
+# narrow data, those of one deterministic policy, with CQL's term and without, beside a clone; with one, two and five
+# iterations of CEM online, in two dimensions (Reacher) and in six (HalfCheetah); and with two and five offline in six
+# dimensions, on the replay of offline.sh.
+#   bash benchmarks/runs/qt_opt.sh "scratch pair hopper narrow iterations" "1 2 3"
 #   bash benchmarks/runs/qt_opt.sh cheetah "1"
 #   python tools/report.py runs/*__qt_* --csv benchmarks/raw/qt_opt.csv --curves benchmarks/raw/qt_opt_curves.csv
 #   python benchmarks/figures.py qt_opt
 # Each run takes one thread: start one part, or other seeds, beside another.
 set -euo pipefail
-parts=${1:-"scratch pair narrow cheetah"} seeds=${2-"1 2 3"}
+parts=${1:-"scratch pair hopper narrow iterations cheetah"} seeds=${2-"1 2 3"}
 export OMP_NUM_THREADS=1
 online="--collect-steps 1_000 --num-updates 0 --offline-share 0.1"
 file=datasets/Pendulum-v1_narrow.hdf5
@@ -20,6 +21,16 @@ for part in $parts; do for seed in $seeds; do
     run="$run --env Reacher-v5 --eval-frequency 1_000 --eval-episodes 50"
     $run --collect-steps 4_000 --num-updates 8_000 --online-steps 8_000 --exp-name qt_pair
     $run $online --online-steps 11_000 --exp-name qt_scratch
+  elif [ $part = hopper ]; then
+    run="$run --env Hopper-v5 --cem-iterations 3 --eval-frequency 2_000"
+    $run --collect-steps 10_000 --num-updates 10_000 --online-steps 10_000 --exp-name qt_pair
+    $run $online --online-steps 19_000 --exp-name qt_scratch
+  elif [ $part = iterations ]; then
+    for k in 1 2 5; do
+      run="python qt_opt.py --seed $seed $online --eval-episodes 20 --cem-iterations $k --exp-name qt_online$k"
+      $run --env Reacher-v5 --online-steps 5_000
+      $run --env HalfCheetah-v5 --online-steps 9_000 --eval-frequency 3_000
+    done
   elif [ $part = cheetah ]; then
     run="$run --env HalfCheetah-v5 --dataset datasets/HalfCheetah-v5_replay_100000.hdf5 --holdout 0"
     run="$run --num-updates 6_000 --width 256 --eval-frequency 2_000 --diagnostics-frequency 1_000"

@@ -9,10 +9,10 @@ Each row is D(pi, b) of a Gaussian pi on the line:
 - `gap`: b has 90 % at -0.5, 10 % at 0.5, each with a deviation of 0.1; pi has the same and moves;
 - `uniform`: b is uniform on [-1, 1], pi has a deviation of 0.1 and moves;
 - `width`: b is N(0, 1), pi is N(0, std^2); N is the number of samples that mmd compares;
-- `best`: eps is a tenth more than it takes to let pi = N(0.5, 0.1^2) in: with the data of `gap` into
-  the small mode, with those of `uniform` half-way to the border. Of all pi with D <= eps the one
-  with the largest E r(a), r = exp(-(a - peak)^2 / 0.02), whose peak is in the gap between the modes,
-  at 0, at the small mode, at 0.5, or near the border, at 0.8.
+- `best`: eps is a tenth more than it takes to let pi = N(0.5, 0.1^2) in: on the data of `gap` into
+  the small mode, on those of `uniform` half-way to the border. Of all pi with D <= eps the one with
+  the largest E r(a), r = exp(-(a - peak)^2 / 0.02); the peak is in the gap between the modes, at 0,
+  at the small mode, at 0.5, or near the border, at 0.8.
 
 All are integrals over a grid; mmd is the root of the expectation of the script's V-statistic, with
 a laplacian kernel and sigma 20.

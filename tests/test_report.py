@@ -157,12 +157,13 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.text, self.loads = [], defaultdict(list), []
+        self.open, self.text, self.loads, self.tags = [], defaultdict(list), [], set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.loads += [x for name, x in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
+        self.tags.add(tag)
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -386,7 +387,15 @@ def test_the_networks_of_one_run(plant, run, tmp_path):
     assert out[4].startswith("- with bootstrapping") and "0 of 2 seeds" in out[4]
     assert "E,td unit,2,3,diagnostics/srank,36" in csv.read_text().split("\n")
     assert png.stat().st_size > 20_000
-    assert "by itself" in run(folder, plant("b", 1, curves()), "--figure", png)
+    other = plant("b", 1, curves())
+    assert "by itself" in run(folder, other, "--figure", png)
+    for folders, pictures in ([folder], 1), ([folder, other], 2):
+        run(*folders, "--html", tmp_path / "page.html")
+        page = Page((tmp_path / "page.html").read_text())
+        assert not page.open and len(page.loads) == pictures and len(page.text["pre"]) > pictures
+        assert ("td" in page.tags) == (len(folders) == 2)
+        said = "".join(page.text["p"]), "".join(page.text["pre"])
+        assert out[4] in said[0] and "td none" in said[1]
     steps, results = report.measured(report.read_run(folder)[1])
     axes = report.draw_networks(steps, results).axes
     assert [a.get_title() for a in axes if a.axison] == [report.FEATURE_PANELS[k] for k in panels]

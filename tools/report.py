@@ -218,6 +218,7 @@ body {{ font: 16px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0
 table {{ border-collapse: collapse }}
 td, th {{ padding: 0.2em 0.8em; border-bottom: 1px solid #ccc; text-align: left }}
 img {{ max-width: 100% }} pre {{ white-space: pre-wrap; background: #f4f4f4; padding: 0.5em }}
+pre.wide {{ white-space: pre; overflow-x: auto }}
 </style></head><body><h1>{title}</h1>
 <h2>Verdicts</h2>{verdicts}
 <h2>Means over seeds</h2>{table}
@@ -227,14 +228,31 @@ img {{ max-width: 100% }} pre {{ white-space: pre-wrap; background: #f4f4f4; pad
 """
 
 
+def picture(figure) -> str:
+    """A figure as an image that stands in the page itself."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img alt="curves" src="data:image/png;base64,{data}">'
+
+
 def page(runs: list[tuple[dict, dict]], folders: list[Path]) -> str:
-    """One HTML file that needs no other and no network."""
-    rows = [row for row, _ in runs]
-    groups = list(dict.fromkeys(f"{r['env_id']} {r['exp_name']}" for r in rows))
-    verdicts, commands, curves = [], [], "<p>no figure: matplotlib is not installed</p>"
-    for row, folder in zip(rows, folders):
+    """One HTML file that needs no other and no network. A run of dr3_analysis.py has the papers'
+    claims for a verdict, and a table and a figure of its own."""
+    others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
+    groups = list(dict.fromkeys(f"{r['env_id']} {r['exp_name']}" for r, _ in runs))
+    drawn = importlib.util.find_spec("matplotlib")
+    figures = [draw(others)] if drawn and others else []
+    verdicts, tables, commands = [], [], []
+    for (row, curves), folder in zip(runs, folders):
         name = f"{row['env_id']} {row['exp_name']}, seed {row['seed']}"
         said = f"<b>{row['verdict'] or 'none'}</b> {html.escape(row['verdict_text'] or '')}"
+        if row["script"] == "dr3_analysis":
+            networks = measured(curves)
+            said = "<br>".join(html.escape(line) for line in claims(*networks))
+            wide = html.escape(table_of_networks(networks[1]))
+            tables.append(f'<pre class="wide">{wide}</pre>')
+            figures += [draw_networks(*networks)] if drawn else []
         verdicts.append(f"<p>{html.escape(name)}: {said}</p>")
         header = json.loads((folder / "args.json").read_text())
         versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
@@ -242,20 +260,17 @@ def page(runs: list[tuple[dict, dict]], folders: list[Path]) -> str:
         called = [called] if isinstance(called, str) else called
         made = [*(f"python {line}" for line in called), f"{header['device']}, {versions}"]
         commands.append(f"<pre>{html.escape(chr(10).join(made))}</pre>")
-    head, _, *lines = (x.strip("| ").split(" | ") for x in table(rows).splitlines())
-    cells = [[f"<th>{html.escape(x)}</th>" for x in head]]
-    cells += [[f"<td>{html.escape(x)}</td>" for x in line] for line in lines]
-    as_table = "".join(f"<tr>{''.join(x)}</tr>" for x in cells)
-    if importlib.util.find_spec("matplotlib"):
-        png = io.BytesIO()
-        draw(runs).savefig(png, format="png", dpi=110)
-        data = base64.b64encode(png.getvalue()).decode()
-        curves = f'<img alt="curves" src="data:image/png;base64,{data}">'
+    if others:
+        lines = table([row for row, _ in others]).splitlines()
+        head, _, *lines = (html.escape(x).strip("| ").split(" | ") for x in lines)
+        cells = [[f"<th>{x}</th>" for x in head], *([f"<td>{x}</td>" for x in y] for y in lines)]
+        as_table = "".join(f"<tr>{''.join(x)}</tr>" for x in cells)
+        tables.insert(0, f"<table>{as_table}</table>")
     return PAGE.format(
         title=html.escape(groups[0] if len(groups) == 1 else f"{len(groups)} experiments"),
         verdicts="".join(verdicts),
-        table=f"<table>{as_table}</table>",
-        curves=curves,
+        table="".join(tables),
+        curves="".join(map(picture, figures)) or "<p>no figure: matplotlib is not installed</p>",
         commands="".join(commands),
     )
 
@@ -479,8 +494,6 @@ def main():
             print(f"the runs of {env} {name} differ in {flags}: one mean of different settings\n")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
-    if args.html and features:
-        fail("--html: not for dr3_analysis.py, whose run is drawn by --figure")
     if args.sweep and any(row["cql_alpha"] is None for row, _ in runs):
         fail("--sweep compares values of --cql-alpha: some of these runs have none")
     blind = [x for x, (row, _) in zip(folders, runs) if None in (row["td_error"], row["cql_gap"])]

@@ -249,7 +249,7 @@ def page(runs: list[tuple[dict, dict]], folders: list[Path]) -> str:
         said = f"<b>{row['verdict'] or 'none'}</b> {html.escape(row['verdict_text'] or '')}"
         if row["script"] == "dr3_analysis":
             networks = measured(curves)
-            said = "<br>".join(html.escape(line) for line in claims(*networks))
+            said = "".join(f"<br>{html.escape(line)}" for line in claims(*networks))
             wide = html.escape(table_of_networks(networks[1]))
             tables.append(f'<pre class="wide">{wide}</pre>')
             figures += [draw_networks(*networks)] if drawn else []

@@ -38,7 +38,7 @@ def make(algo: str, width: int, depth: int, samples: int, batch_size: int):
         batch_size=batch_size,
         observation_scaler=d3rlpy.preprocessing.StandardObservationScaler(),
     )
-    if algo == "awac":
+    if algo.startswith("awac"):
         config = d3rlpy.algos.AWACConfig(**common)
     elif algo == "crr":
         both = dict(weight_type="binary", n_critics=2, target_update_type="soft")
@@ -77,6 +77,9 @@ def train(args):
     )
     d3rlpy.seed(args.seed)
     algo = make(args.algo, args.width, args.depth, args.samples, args.batch_size)
+    if args.algo == "awac-hard":  # no entropy in the target: findings/d3rlpy_awac_targets_are_soft
+        algo.build_with_dataset(dataset)
+        next(algo.impl.modules.log_temp.parameters()).data.fill_(-100)
     env, seconds = gym.make(args.env), 0.0
     every = args.eval_frequency or args.updates
     for done in range(every, args.updates + 1, every):
@@ -165,7 +168,7 @@ if __name__ == "__main__":
     p.add_argument("--samples", type=int, default=4)
     p.add_argument("--updates", type=int, default=25_000)
     p.add_argument("--eval-frequency", type=int, default=0, help="updates; 0: only at the end")
-    p.add_argument("--algo", choices=["cql", "awac", "crr"], default="cql")
+    p.add_argument("--algo", choices=["cql", "awac", "awac-hard", "crr"], default="cql")
     p.set_defaults(run=train)
     p = commands.add_parser("speed")
     p.add_argument("--depth", type=int, default=3)

@@ -12,6 +12,7 @@ seeds themselves.
 """
 
 import csv
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -624,20 +625,60 @@ def cem():
 
 
 def qt_opt():
-    """qt_opt.sh, part pair: offline on 4,000 steps, then online; beside all steps online."""
-    rows, env = [], "Reacher-v5"
+    """qt_opt.sh, parts pair and hopper: offline, then online; beside all steps online. Part
+    iterations: returns by iterations of CEM."""
+    rows, steps_of = (
+        [],
+        {  # first evaluation to show, environment steps at it
+            ("Reacher-v5", "qt_pair"): (8_000, 4_000),
+            ("Hopper-v5", "qt_pair"): (10_000, 10_000),
+            ("Reacher-v5", "qt_scratch"): (0, 1_000),
+            ("Hopper-v5", "qt_scratch"): (0, 1_000),
+        },
+    )
     for r in read("qt_opt_curves.csv"):
-        first, steps = {"qt_pair": (8_000, 4_000), "qt_scratch": (0, 1_000)}[r["exp_name"]]
+        first, steps = steps_of.get((r["env_id"], r["exp_name"]), (math.inf, 0))
         if int(r["step"]) >= first:  # of the online phase
             rows.append(r | {"step": int(r["step"]) - first + steps})
     names = {"qt_pair": "offline, then online", "qt_scratch": "online from scratch"}
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    plot(axis, rows, env, names)
-    axis.set(title=env, xlabel="environment steps, the data's included", ylabel="return")
-    axis.legend(fontsize=8, frameon=False)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+    times = {"Reacher-v5": (4_000, 6_000, 12_000), "Hopper-v5": (10_000, 12_000, 15_000, 20_000)}
+    for axis, (env, ats) in zip(axes, times.items()):
+        plot(axis, rows, env, names)
+        axis.set(title=env, xlabel="environment steps, the data's included", ylabel="return")
+        axis.legend(fontsize=8, frameon=False)
+        for at in ats:
+            print(f"at {at}\n{table(rows, env, names, at)}")
     save(figure, "qt_opt")
-    for at in (4_000, 6_000, 12_000):
-        print(f"at {at}\n{table(rows, env, names, at)}")
+    returns = defaultdict(list)
+    for r in read("qt_opt.csv"):
+        if r["exp_name"].startswith("qt_online"):
+            key = r["env_id"], r["exp_name"].removeprefix("qt_online")
+            returns[key].append(f"{float(r['final_return_mean']):,.1f}")
+    for (env, iterations), found in sorted(returns.items()):
+        print(f"| {env} | {iterations} | {', '.join(found)} |")
+
+
+def weighted():
+    """weighted.sh"""
+    rows = read("weighted.csv")
+    for r in read("weighted_peer.csv"):
+        peer = {"env_id": r["env"], "exp_name": r["peer"], "seed": r["seed"], "tag": RETURN}
+        rows.append(peer | {"step": r["updates"], "value": r["return_mean"]})
+    panels = {
+        "AWAC": {"weighted_awac": "policy_constraints.py", "d3rlpy awac": "d3rlpy"},
+        "CRR": {"weighted_crr": "policy_constraints.py", "d3rlpy crr": "d3rlpy"},
+    }
+    panels["AWAC"]["d3rlpy awac-hard"] = "d3rlpy, no entropy in the target"
+    env = rows[0]["env_id"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+    for axis, (title, names) in zip(axes, panels.items()):
+        plot(axis, rows, env, names)
+        axis.set(title=f"{title}, {env}", xlabel="updates", ylabel="return")
+        axis.legend(fontsize=8, frameon=False)
+        for at in (5_000, 10_000, 20_000):
+            print(f"{title} at {at}\n{table(rows, env, names, at)}")
+    save(figure, "weighted")
 
 
 REPLAYS = ("uniform", "per", "lap", "pal", "discor")
@@ -835,6 +876,7 @@ FIGURES = (
     workflow,
     cem,
     qt_opt,
+    weighted,
     replay,
     cliffwalk,
     replay_pictures,

@@ -22,7 +22,7 @@ for part in $parts; do for seed in $seeds; do
     $run --collect-steps 4_000 --num-updates 8_000 --online-steps 8_000 --exp-name qt_pair
     $run $online --online-steps 11_000 --exp-name qt_scratch
   elif [ $part = hopper ]; then
-    run="$run --env Hopper-v5 --cem-iterations 3 --eval-frequency 2_000"
+    run="$run --env Hopper-v5 --cem-iterations 3 --eval-frequency 1_000"
     $run --collect-steps 10_000 --num-updates 10_000 --online-steps 10_000 --exp-name qt_pair
     $run $online --online-steps 19_000 --exp-name qt_scratch
   elif [ $part = iterations ]; then

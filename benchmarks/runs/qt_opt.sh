@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # qt_opt.py: from scratch on Pendulum; on Reacher and Hopper offline and then online, beside online from scratch; on
-# narrow data, those of one deterministic policy, with CQL's term and without, beside a clone; with one, two and five
+# narrow data, those of one trained policy, with CQL's term and without, beside a clone; with one, two and five
 # iterations of CEM online, in two dimensions (Reacher) and in six (HalfCheetah); and with two and five offline in six
 # dimensions, on the replay of offline.sh.
 #   bash benchmarks/runs/qt_opt.sh "scratch pair hopper narrow iterations" "1 2 3"

@@ -7,7 +7,7 @@
 # The file is that of offline.sh. Each run takes one thread: start seeds side by side.
 set -euo pipefail
 env=${1:-HalfCheetah-v5} file=${2:-datasets/${1:-HalfCheetah-v5}_replay_100000.hdf5} seeds=${3-"1 2 3"}
-updates=${4:-20_000} peer=${5:-peer/bin/python} kinds=${6:-"ours awac crr awac-hard"}
+updates=${4:-20_000} peer=${5:-} kinds=${6:-"ours awac crr awac-hard"}
 export OMP_NUM_THREADS=1
 run="python policy_constraints.py --env $env --dataset $file --holdout 0 --behaviour-steps 0 --num-updates $updates"
 run="$run --eval-frequency 5_000 --diagnostics-frequency 500"
@@ -16,7 +16,7 @@ for seed in $seeds; do for kind in $kinds; do
     awac="--extract exp --normalise-weights --advantage-samples 1"
     $run --seed $seed --exp-name weighted_awac $awac
     $run --seed $seed --exp-name weighted_crr --extract binary
-  else
+  elif [ "$peer" ]; then
     $peer benchmarks/peers/d3rlpy.py train $file $env --algo $kind --seed $seed --updates ${updates//_/} \
       --eval-frequency 5000 --out benchmarks/raw/weighted_peer.csv
   fi

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RETURN = "eval/episodic_return"
+SPS = "charts/SPS"
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999"]
 LINES = ["-", "--", "-.", ":"]
 
@@ -75,10 +76,18 @@ def read(name: str) -> list[dict]:
     if name != "sb3.csv":
         return rows
     rows = [r | {"exp_name": f"SB3 {r['algo']}"} for r in rows]
-    rates = [
-        r | {"tag": "charts/SPS", "value": float(r["step"]) / float(r["seconds"])} for r in rows
-    ]
+    rates = [r | {"tag": SPS, "value": float(r["step"]) / float(r["seconds"])} for r in rows]
     return [r | {"tag": RETURN, "value": r["return_mean"]} for r in rows] + rates
+
+
+def d3rlpy_rows(name: str) -> list[dict]:
+    """Those of peers/d3rlpy.py: returns, and updates a second so far."""
+    rows = []
+    for r in read(name):
+        own = {"env_id": r["env"], "exp_name": r["peer"], "seed": r["seed"], "step": r["updates"]}
+        rows.append(own | {"tag": RETURN, "value": r["return_mean"]})
+        rows.append(own | {"tag": SPS, "value": float(r["updates"]) / float(r["seconds"])})
+    return rows
 
 
 def curves(rows: list[dict], env: str, name: str, tag: str) -> dict:
@@ -301,7 +310,7 @@ def policy_gradients():
     envs = sorted({r["env_id"] for r in rows if r["exp_name"] in names})
 
     def seconds(env, name):
-        rates = curves(alone, env, name, "charts/SPS")
+        rates = curves(alone, env, name, SPS)
         return 1 / statistics.median(rates[max(rates)].values()) if rates else np.nan
 
     figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.5), squeeze=False)
@@ -661,10 +670,7 @@ def qt_opt():
 
 def weighted():
     """weighted.sh"""
-    rows = read("weighted.csv")
-    for r in read("weighted_peer.csv"):
-        peer = {"env_id": r["env"], "exp_name": r["peer"], "seed": r["seed"], "tag": RETURN}
-        rows.append(peer | {"step": r["updates"], "value": r["return_mean"]})
+    rows = read("weighted.csv") + d3rlpy_rows("weighted_peer.csv")
     panels = {
         "AWAC": {"weighted_awac": "policy_constraints.py", "d3rlpy awac": "d3rlpy"},
         "CRR": {"weighted_crr": "policy_constraints.py", "d3rlpy crr": "d3rlpy"},
@@ -679,6 +685,31 @@ def weighted():
         for at in (5_000, 10_000, 20_000):
             print(f"{title} at {at}\n{table(rows, env, names, at)}")
     save(figure, "weighted")
+
+
+def equal_time():
+    """equal_time.sh"""
+    rows = read("equal_time.csv") + d3rlpy_rows("equal_time_peer.csv")
+    names = {"equal_time_sac": "cql_continuous.py", "d3rlpy": "d3rlpy"}
+    names["equal_time_mean"] = "cql_continuous.py --backup mean"
+    env = rows[0]["env_id"]
+
+    def minutes(name: str) -> float:
+        """Of one update: the last rate, mean over seeds."""
+        rates = curves(rows, env, name, SPS)
+        return 1 / statistics.mean(rates[max(rates)].values()) / 60
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+    plot(axes[0], rows, env, names)
+    plot(axes[1], rows, env, names, scale=minutes)
+    axes[0].set(title=env, xlabel="updates", ylabel="return")
+    axes[1].set(title=env, xlabel="minutes, one thread")
+    axes[0].legend(fontsize=8, frameon=False)
+    for name in names:
+        print(f"{name}: {1 / minutes(name) / 60:.1f} updates/s")
+    for at in (2_500, 5_000, 10_000, 25_000):
+        print(f"at {at}\n{table(rows, env, names, at)}")
+    save(figure, "equal_time")
 
 
 REPLAYS = ("uniform", "per", "lap", "pal", "discor")
@@ -877,6 +908,7 @@ FIGURES = (
     cem,
     qt_opt,
     weighted,
+    equal_time,
     replay,
     cliffwalk,
     replay_pictures,

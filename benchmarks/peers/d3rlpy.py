@@ -91,6 +91,8 @@ def train(args):
         row = [peer, args.env, args.seed, done, np.mean(returns), np.std(returns), seconds]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "a", newline="") as f:
+            if f.tell() == 0:
+                f.write("peer,env,seed,updates,return_mean,return_std,seconds\n")
             csv.writer(f).writerow(row)
         print(row, flush=True)
 

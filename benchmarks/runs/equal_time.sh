@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# CQL(H) beside d3rlpy's on one file by minutes and by updates: the same networks, minibatch, rates and starts, one
+# thread each; once with the target of SAC, a' drawn from the policy, and once with d3rlpy's, its mean.
+#   bash benchmarks/runs/equal_time.sh HalfCheetah-v5 "1 2 3" peer/bin/python
+#   python tools/report.py runs/*__equal_time_* --curves benchmarks/raw/equal_time.csv
+#   python benchmarks/figures.py equal_time
+# The file is that of offline.sh. A seed's runs come one after the other: let nothing beside them change.
+set -euo pipefail
+env=${1:-HalfCheetah-v5} seeds=${2-"1 2 3"} peer=${3:-} updates=${4:-25_000} theirs=${5:-10000}
+export OMP_NUM_THREADS=1
+file=datasets/${env}_replay_100000.hdf5
+run="python cql_continuous.py --env $env --dataset $file --width 256 --batch-size 128 --holdout 0 --bc-steps 0"
+run="$run --num-updates $updates --eval-frequency 2_500 --diagnostics-frequency 500"
+for seed in $seeds; do
+  $run --seed $seed --exp-name equal_time_sac
+  $run --seed $seed --exp-name equal_time_mean --backup mean
+  [ -z "$peer" ] || $peer benchmarks/peers/d3rlpy.py train $file $env --seed $seed --updates $theirs \
+    --batch-size 128 --eval-frequency 2500 --out benchmarks/raw/equal_time_peer.csv
+done

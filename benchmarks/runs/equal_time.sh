@@ -6,14 +6,16 @@
 #   python benchmarks/figures.py equal_time
 # The file is that of offline.sh. A seed's runs come one after the other: let nothing beside them change.
 set -euo pipefail
-env=${1:-HalfCheetah-v5} seeds=${2-"1 2 3"} peer=${3:-} updates=${4:-25_000} theirs=${5:-10000}
+env=${1:-HalfCheetah-v5} seeds=${2-"1 2 3"} peer=${3:-} kinds=${4:-"sac mean d3rlpy"}
 export OMP_NUM_THREADS=1
 file=datasets/${env}_replay_100000.hdf5
 run="python cql_continuous.py --env $env --dataset $file --width 256 --batch-size 128 --holdout 0 --bc-steps 0"
-run="$run --num-updates $updates --eval-frequency 2_500 --diagnostics-frequency 500"
-for seed in $seeds; do
-  $run --seed $seed --exp-name equal_time_sac
-  $run --seed $seed --exp-name equal_time_mean --backup mean
-  [ -z "$peer" ] || $peer benchmarks/peers/d3rlpy.py train $file $env --seed $seed --updates $theirs \
-    --batch-size 128 --eval-frequency 2500 --out benchmarks/raw/equal_time_peer.csv
-done
+run="$run --num-updates 25_000 --eval-frequency 2_500 --diagnostics-frequency 500"
+for seed in $seeds; do for kind in $kinds; do
+  if [ $kind != d3rlpy ]; then
+    $run --seed $seed --exp-name equal_time_$kind --backup $kind
+  elif [ "$peer" ]; then
+    $peer benchmarks/peers/d3rlpy.py train $file $env --seed $seed --updates 10000 --batch-size 128 \
+      --eval-frequency 2500 --out benchmarks/raw/equal_time_peer.csv
+  fi
+done; done

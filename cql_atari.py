@@ -160,6 +160,7 @@ def check(args: Args):
         fail(f"--env-id {' '.join(args.env_id)}: expected one or several different environments")
     if sets not in (0, games):
         fail(f"--dataset names {sets} sets, --env-id {games} environments")
+    check_effect(args, "collect_steps collect_repeat", sets == 0, "with --dataset")
     check_effect(args, "fraction", sets > 0, "without a DQN Replay --dataset")
     check_effect(args, "subset", args.fraction < 1, "with --fraction 1")
     if args.v_min >= args.v_max:
@@ -672,6 +673,7 @@ def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, 
         "q_max": q.max(),
         "cql_gap": (q.logsumexp(1) - math.log(q.shape[1]) - q_data).mean(),
         "td_error": (q_data - y).pow(2).mean() / y.var(correction=0).clamp(min=1e-12),
+        "target_variance": y.var(correction=0),
     }
     if args.head in ("dqn", "rem"):  # of the others Q gives way by less than alpha
         numbers["cql_push"] = args.cql_alpha / (q_data - y).pow(2).mean().sqrt().clamp(min=1e-12)
@@ -700,8 +702,11 @@ def diagnose(learner: Learner, games: list[Data], args: Args) -> dict:
             features, activity = features + some, activity + active
             if len(data.holdout):
                 held, _, _ = measure(learner, g, data, probe(data.holdout), args)
-                known = ("td_error", "q_minus_return", "return_std")
+                known = ["q_minus_return", "return_std"]
+                if held["target_variance"] > 0:  # else the TD error has no unit
+                    known.append("td_error")
                 numbers |= {f"{name}_holdout": held[name] for name in known if name in held}
+            del numbers["target_variance"]
             numbers["v_s0"] = learner.q(data.stack(probe(data.starts)[:256]), g).amax(1).mean()
             low, high = data.reward_range
             numbers["q_bound"] = high / (1 - args.gamma)
@@ -1873,11 +1878,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

@@ -187,6 +187,7 @@ def check(args: Args):
     check_effect(args, "cql_target_gap", args.cql_variant != "eq1", no_gap)
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
+    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
     if plain_mean and args.cql_backward:
         fail("--cql-backward on Eqs. 1 and 2, plain means, is a smaller --cql-samples")
     if (args.cql_backward or 0) > args.cql_samples:
@@ -1902,11 +1903,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

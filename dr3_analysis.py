@@ -598,7 +598,7 @@ def dataset(args: Args, device) -> Problem:
         fail(f"--dataset {path}: shapes {shapes}, expected rows of vectors, and of one number each")
     problem = from_episodes(c, None, args, device)
     low, high = problem.act.amin(0), problem.act.amax(0)
-    policy = clone(problem, discrete, args.batch_size)
+    policy = clone(problem, discrete)
     return problem._replace(behaviour=Behaviour(low, high, discrete, policy))
 
 
@@ -608,8 +608,8 @@ def gaussian(out):
     return mean, log_std.clamp(-5, 2)
 
 
-def clone(problem: Problem, discrete: bool, batch_size: int, steps: int = 3_000):
-    """A Gaussian or categorical policy by maximum likelihood."""
+def clone(problem: Problem, discrete: bool, batch_size: int = 128, steps: int = 3_000):
+    """A Gaussian or categorical policy by maximum likelihood; on resume it is fitted again."""
     (n, obs_dim), act_dim = problem.obs.shape, problem.act.shape[1]
     layers = [nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
     layers.append(nn.Linear(256, act_dim if discrete else 2 * act_dim))
@@ -1279,11 +1279,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

@@ -215,6 +215,7 @@ def check(args: Args):
     check_effect(args, "candidates", args.act == "best-of-n", f"with --act {args.act}")
     check_effect(args, "offline_share", args.online_steps > 0, "without --online-steps")
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
+    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
     if args.extract == "best-of-n" and (args.act != "best-of-n" or args.where == "value"):
         fail("--extract best-of-n has no actor: it needs --act best-of-n, and not --where value")
     if args.constraint == "w2" and args.behaviour_modes > 1:
@@ -224,7 +225,7 @@ def check(args: Args):
     sampled = args.extract == "best-of-n" or args.advantage_baseline == "soft"
     if args.behaviour_steps == 0 and (penalised and args.weight or sampled):
         fail("--behaviour-steps 0: this needs a clone to stay near")
-    if args.behaviour_steps >= args.num_updates:
+    if args.behaviour_steps >= args.num_updates + args.online_steps:
         say(f"--behaviour-steps {args.behaviour_steps}: all updates of the policy are cloning")
     played = not args.dataset or args.eval_episodes or args.online_steps
     if (args.action_low or args.action_high) and played:
@@ -683,11 +684,14 @@ def nearer(args: Args, factor: float) -> str:
     """The flag that keeps the policy nearer to the data; with a factor below 1 less near."""
     if args.threshold is not None:
         return f"--threshold {args.threshold / factor:.3g}"
+    cloning = "" if args.behaviour_steps else " --behaviour-steps 2000"
+    samples = "backup_samples" if args.backup_samples > 1 or factor < 1 else "candidates"
+    fewer = max(1, round(getattr(args, samples) / factor))
     return {
-        "gradient": f"--weight {factor * (args.weight or 1):.3g}",
+        "gradient": f"--weight {factor * (args.weight or 1):.3g}{cloning}",
         "exp": f"--temperature {factor * args.temperature:.3g}",
         "binary": f"--extract exp --temperature {factor:.2g}",
-        "best-of-n": f"--backup-samples {max(1, round(args.backup_samples / factor))}",
+        "best-of-n": f"--{samples.replace('_', '-')} {fewer}",
     }[args.extract]
 
 
@@ -1985,11 +1989,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

@@ -171,9 +171,11 @@ def check(args: Args):
     online = "offline_share epsilon exploration_noise"
     check_effect(args, online, args.online_steps > 0, "without --online-steps")
     several, one = args.cem_iterations > 1, "with --cem-iterations 1"
-    check_effect(args, "cem_min_std", several, one)
-    check_effect(args, "cem_elites", several or args.cem_choice == "mean", one)
+    narrow, few = args.cem_std < Args.cem_min_std, args.cem_samples <= Args.cem_elites
+    check_effect(args, "cem_min_std", several or narrow, one)
+    check_effect(args, "cem_elites", several or args.cem_choice == "mean" or few, one)
     check_effect(args, "clip_actions", args.dataset is not None, "without --dataset")
+    check_effect(args, "collect_steps data_dir", args.dataset is None, "with --dataset")
     if args.lag % COPIES:
         fail(f"--lag {args.lag}: a multiple of {COPIES}, or 0")
     played = not args.dataset or args.eval_episodes or args.online_steps
@@ -427,7 +429,8 @@ def diagnose(learner, data, args: Args) -> dict:
         numbers["v_s0"] = learner.critic(s0, learner.act(s0, explore=False)).mean()
         numbers["q_max"] = torch.maximum(torch.maximum(q_rand.max(), q.max()), q_pi.max())
         numbers["argmax_share"] = argmax_share(learner, batch.obs[:64], args, draw)
-        numbers["novelty"] = novelty(learner, data.batch(probe(rows[:size], 8192)))
+        if size > 10:  # ten neighbours, and the state itself
+            numbers["novelty"] = novelty(learner, data.batch(probe(rows[:size], 8192)))
         hidden = learner.critic.hidden(batch.obs, batch.act)
         phi_next = learner.critic.hidden(batch.next_obs, next_act)[-1]
         numbers |= spectrum(hidden[-1]) | alignment(hidden[-1], phi_next, 1 - batch.done)
@@ -447,7 +450,8 @@ def diagnose(learner, data, args: Args) -> dict:
 
 def advice(args: Args) -> dict:
     """The flags that each verdict recommends."""
-    stronger = f"--cql-alpha {max(5, 3 * args.cql_alpha):g}"
+    squared = "--loss squared " if args.loss == "cross-entropy" else ""
+    stronger = f"{squared}--cql-alpha {max(5, 3 * args.cql_alpha):g}"
     wider, smaller = f"--width {max(256, 2 * args.width)}", f"--width {max(1, args.width // 4)}"
     return {
         "divergence": stronger,
@@ -1752,11 +1756,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

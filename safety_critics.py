@@ -397,7 +397,8 @@ class Accidents(gym.Wrapper):
 
     def step(self, action):
         obs, rew, terminated, truncated, info = self.env.step(action)
-        cost = np.asarray(info.get("cost", terminated), dtype=float)
+        with failing('info["cost"]: expected one number', TypeError, ValueError):
+            cost = np.asarray(info.get("cost", terminated), dtype=float)
         if cost.size != 1 or np.isnan(cost):
             fail(f'info["cost"] is {info["cost"]}: expected one number')
         self.notes.append((np.array(obs), cost.item() > 0))  # a copy: obs may be written again
@@ -452,7 +453,8 @@ class Ledger:
         return 1000 * accidents / (last - first)
 
     def state_dict(self) -> dict:
-        arrays = {"now": torch.tensor(self.now), "episodes": torch.tensor(self.episodes)}
+        episodes = torch.tensor(self.episodes, dtype=torch.float64)  # as Python has them
+        arrays = {"now": torch.tensor(self.now), "episodes": episodes}
         return arrays | {"accidents": self.accidents}
 
     def load_state_dict(self, saved: dict):
@@ -599,7 +601,7 @@ class Learner(nn.Module):
     def shield_numbers(self, counts) -> dict:
         """Of Agent.counts: share of states whose first draw the shield refused, and of actions that
         are the least risky of many."""
-        if self.args.shield == "off":
+        if self.args.shield == "off" or counts[0] == 0:  # 0: a finished run, resumed
             return {}
         return dict(zip(("refused", "fallbacks"), (counts[1:] / counts[0]).tolist()))
 
@@ -666,9 +668,9 @@ def verdict(summary: dict, args: Args) -> tuple[str, str]:
         seen = f"in the second half V_C(s0) was {predicted:.2f}, what followed {realised:.2f}"
         mend = "--conservative eq2" if plain_critic else "a larger --safety-alpha"
         return "critic under-estimates", f"{seen}: {mend}, more --safety-updates"
-    if args.shield != "off" and summary["fallbacks"] > 0.5:
+    if summary.get("fallbacks", 0) > 0.5:
         return "threshold too low", "most actions are the least risky of many: a larger --threshold"
-    if args.shield != "off" and summary["refused"] < 0.001:
+    if summary.get("refused", 1) < 0.001:
         return "shield never active", "it refused next to no draw: a smaller --threshold"
     early, late = summary["rate_early"], summary["rate_late"]
     course = f"{early:.3g} accidents in 1,000 steps in the first fifth, {late:.3g} in the last"
@@ -1404,11 +1406,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

@@ -1121,11 +1121,15 @@ class Run(ExitStack):
             temporary.write_text(json.dumps(summary, indent=2))
         return summary
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in (getattr(self, "csv", None), getattr(self, "writer", None)):
             with suppress(OSError):  # a full disk has been reported
                 file and file.close()
-        return super().__exit__(*error)
+        swallowed = super().__exit__(kind, error, trace)
+        of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if of_memory or "can't allocate memory" in str(error):  # of a CPU, in PyTorch
+            fail(f"out of memory: smaller networks or batches? What was saved stands. {error}")
+        return swallowed
 
 
 # === end shared ===

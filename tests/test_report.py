@@ -100,7 +100,7 @@ def test_what_is_no_group_of_seeds_is_said(plant, run):
     said = run(*folders, "typo")
     assert "the runs of E cql differ in --width, --gamma" in said
     assert "| 3 | 15 +- 7.07 (of 2) |" in said
-    assert "left out, for there is no metrics.csv: typo" in said
+    assert "left out, for there is no metrics.csv or args.json: typo" in said
 
 
 @pytest.mark.parametrize(

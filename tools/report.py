@@ -54,10 +54,11 @@ LINES = ["-", "--", "-.", ":"]  # with six colours twelve pairs
 def read_run(folder: Path, at: int | None = None) -> tuple[dict, dict]:
     """One run as (row of COLUMNS, tag -> list of (step, value)), up to step `at`."""
     curves = defaultdict(list)
-    with open(folder / "metrics.csv") as f:
-        for r in csv.DictReader(f):
-            if at is None or int(r["step"]) <= at:
-                curves[r["tag"]].append((int(r["step"]), float(r["value"])))
+    written = (folder / "metrics.csv").read_text()
+    whole_lines = written[: written.rfind("\n") + 1].splitlines()  # the last may be half there
+    for r in csv.DictReader(whole_lines):
+        if at is None or int(r["step"]) <= at:
+            curves[r["tag"]].append((int(r["step"]), float(r["value"])))
     header = json.loads((folder / "args.json").read_text())
     row = header["args"] | {"script": header["script"]}
     if isinstance(row["env_id"], list):  # cql_atari.py's games
@@ -183,8 +184,9 @@ def draw(runs: list[tuple[dict, dict]]):
     from matplotlib.figure import Figure
 
     panels = {tag: title for tag, title in PANELS.items() if any(c[tag] for _, c in runs)}
-    figure = Figure(figsize=(12, 3 * math.ceil(len(panels) / 3)), layout="tight")
-    axes = figure.subplots(math.ceil(len(panels) / 3), 3, sharex=True, squeeze=False)
+    lines = max(1, math.ceil(len(panels) / 3))  # 1: nothing was measured yet
+    figure = Figure(figsize=(12, 3 * lines), layout="tight")
+    axes = figure.subplots(lines, 3, sharex=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     groups = list(dict.fromkeys((row["env_id"], row["exp_name"]) for row, _ in runs))
@@ -300,11 +302,12 @@ def networks_of(curves: dict) -> dict:
 
 def measured(curves: dict) -> tuple[list, dict]:
     """The steps, and results[target][cure][metric], an array (steps, seeds)."""
-    results, steps = {}, []
-    for tag, (target, cure, _, metric) in networks_of(curves).items():
-        steps = [step for step, _ in curves[tag]]
+    results, networks = {}, networks_of(curves)
+    whole = min((curves[tag] for tag in networks), key=len, default=[])  # a run may end in between
+    steps = [step for step, _ in whole]
+    for tag, (target, cure, _, metric) in networks.items():
         metrics = results.setdefault(target, {}).setdefault(cure, defaultdict(list))
-        metrics[metric].append([value for _, value in curves[tag]])
+        metrics[metric].append([value for _, value in curves[tag][: len(steps)]])
     for cures in results.values():
         for metrics in cures.values():
             metrics.update({name: np.array(columns).T for name, columns in metrics.items()})
@@ -431,7 +434,7 @@ def draw_networks(steps: list, results: dict):
     kinds = [(target, cure, m) for target, cures in results.items() for cure, m in cures.items()]
     dashes = dict(zip(dict.fromkeys(cure for _, cure, _ in kinds), DASHES * 99))
     panels = [name for name in FEATURE_PANELS if any(name in m for _, _, m in kinds)]
-    lines = math.ceil(len(panels) / 4)
+    lines = max(1, math.ceil(len(panels) / 4))
     figure = Figure(figsize=(16, 3.5 * lines), layout="tight")
     axes = figure.subplots(lines, 4, sharex=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -474,12 +477,13 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="compare values of --cql-alpha")
     parser.add_argument("--html", type=Path, help="one page of all, for a browser")
     args = parser.parse_args()
-    folders = [x for x in args.runs if (x / "metrics.csv").exists()]
+    files = ("metrics.csv", "args.json")
+    folders = [x for x in args.runs if all((x / name).exists() for name in files)]
     runs = [read_run(x, args.at) for x in folders]
     if not runs:
-        fail("none of these folders holds a metrics.csv")
+        fail("none of these folders holds a metrics.csv and an args.json")
     if skipped := [str(x) for x in args.runs if x not in folders]:
-        print(f"left out, for there is no metrics.csv: {', '.join(skipped)}\n")
+        print(f"left out, for there is no metrics.csv or args.json: {', '.join(skipped)}\n")
     same = ("env_id", "exp_name", "cql_alpha") if args.sweep else ("env_id", "exp_name")
     found = {}
     for folder, (row, _) in zip(folders, runs):
@@ -494,6 +498,8 @@ def main():
             print(f"the runs of {env} {name} differ in {flags}: one mean of different settings\n")
     features = [measured(curves) for row, curves in runs if row["script"] == "dr3_analysis"]
     others = [run for run in runs if run[0]["script"] != "dr3_analysis"]
+    if args.sweep and len({row["env_id"] for row, _ in runs}) > 1:
+        fail("--sweep: these runs are of several environments, give those of one")
     if args.sweep and any(row["cql_alpha"] is None for row, _ in runs):
         fail("--sweep compares values of --cql-alpha: some of these runs have none")
     blind = [x for x, (row, _) in zip(folders, runs) if None in (row["td_error"], row["cql_gap"])]

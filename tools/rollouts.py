@@ -66,6 +66,8 @@ def main():
         module.fail(f"--out {options.out} exists already, or its folder does not")
     if options.steps < 1:
         module.fail(f"--steps {options.steps}: expected at least 1")
+    if options.seed is not None and options.seed < 0:
+        module.fail(f"--seed {options.seed}: expected at least 0")
     made_by = {"policy": str(path), "policy_step": saved["step"], "env_id": args.env_id}
     try:
         returns = roll_out(module, args, saved, options, made_by)

@@ -458,6 +458,8 @@ VARIANTS = {  # with weights that fit a toy's rewards
     "BCQ": """--extract best-of-n --act best-of-n --backup-samples 10 --min-share 0.75
         --candidates 50""",
     "naive": "--weight 0 --alpha auto",
+    "naive, no clone": "--weight 0 --behaviour-steps 0",
+    "best of n, one for the target": "--extract best-of-n --act best-of-n",
 }
 
 

@@ -493,7 +493,7 @@ def test_judgement():
 
 
 def test_what_a_verdict_recommends_is_accepted():
-    for args in (Args(num_updates=8_000), Args(cql_alpha=1.0)):
+    for args in (Args(num_updates=8_000), Args(cql_alpha=1.0), Args(loss="cross-entropy")):
         for advised in qt.advice(args).values():
             for words in advised.split(" or "):
                 changed = tyro.cli(Args, default=args, args=words.split())
@@ -531,6 +531,18 @@ WRONG = """--lag 15 | --cem-elites 64 | --cem-min-std 0.6 | --num-updates 0 --on
 def test_what_no_run_could_use_is_refused(words, capsys):
     refused(capsys, lambda: train(tyro.cli(Args, args=words.split())))
     assert not list(Path().glob("runs/*"))
+
+
+def test_one_iteration_of_few_samples_or_a_small_deviation_can_be_had():
+    for given in (dict(cem_samples=4, cem_elites=2), dict(cem_std=0.005, cem_min_std=0.001)):
+        qt.check(Args(cem_iterations=1, **given))
+
+
+def test_the_smallest_data_are_judged_too():
+    tiny = dict(num_updates=20, diagnostics_frequency=2, eval_episodes=0, batch_size=4, width=8)
+    assert train(Args(collect_steps=8, **tiny))["verdict"]
+    tags = {tag for _, tag, _ in metrics(only_run("."))}
+    assert "diagnostics/q_data" in tags and "diagnostics/novelty" not in tags
 
 
 def test_returns_that_are_no_probabilities_are_refused(capsys):

@@ -217,6 +217,25 @@ def test_a_sweep_of_what_has_no_alpha_is_refused(plant, run):
     assert "some of these runs have none" in said
 
 
+def test_a_sweep_over_environments_is_refused(plant, run):
+    folders = [
+        plant(f"{env}{a}", 1, curves(), env_id=env, cql_alpha=a) for env in "EF" for a in (1, 5)
+    ]
+    assert "several environments" in run(*folders, "--sweep")
+
+
+def test_runs_that_have_only_begun(plant, run, tmp_path):
+    """No number yet, a line that is half written, no args.json."""
+    blank, begun, bare = (plant(name, 1, {"losses/x": [(100, 1.0)]}) for name in "abc")
+    with open(begun / "metrics.csv", "a") as f:
+        f.write("200,losses/x,1.2345\n300,los")
+    (bare / "args.json").unlink()
+    said = run(blank, begun, bare, "--figure", tmp_path / "x.png", "--html", tmp_path / "x.html")
+    assert f"left out, for there is no metrics.csv or args.json: {bare}" in said
+    assert report.read_run(begun)[1]["losses/x"] == [(100, 1.0), (200, 1.2345)]
+    assert (tmp_path / "x.png").exists() and (tmp_path / "x.html").exists()
+
+
 def test_panels_are_those_with_numbers(plant):
     few = {"eval/episodic_return": [(100, 3.0), (200, 4.0)]}
     figure = report.draw([report.read_run(plant("few", 1, few))])
@@ -396,6 +415,9 @@ def test_the_networks_of_one_run(plant, run, tmp_path):
         assert ("td" in page.tags) == (len(folders) == 2)
         said = "".join(page.text["p"]), "".join(page.text["pre"])
         assert out[4] in said[0] and "td none" in said[1]
+    half = {tag: points[: 3 if "sarsa" in tag else 2] for tag, points in tags.items()}
+    steps, results = report.measured(half)  # it ended between the networks of one measurement
+    assert steps == [1, 2] and results["sarsa"]["none"]["srank"].shape == (2, 2)
     steps, results = report.measured(report.read_run(folder)[1])
     axes = report.draw_networks(steps, results).axes
     assert [a.get_title() for a in axes if a.axison] == [report.FEATURE_PANELS[k] for k in panels]

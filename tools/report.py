@@ -209,7 +209,7 @@ def draw(runs: list[tuple[dict, dict]]):
         axis.set_title(title, fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("updates (offline) or environment steps")
-    if len(groups) > 1:
+    if len(groups) > 1 and panels:
         axes[0, 0].legend(fontsize=8)
     return figure
 

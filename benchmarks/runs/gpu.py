@@ -92,7 +92,8 @@ def settings(script, n: int, home: Path) -> tuple[dict, str, int]:
         cql_continuous: CQL | {"dataset": f"{home}/random.hdf5"},
         policy_constraints: {"dataset": f"{home}/random.hdf5", "behaviour_steps": n // 4},
         qt_opt: {"dataset": f"{home}/random.hdf5", "cem_iterations": 5, "lag": 500},
-        cql_atari: {"width": 32, "n_step": 1, "collect_steps": min(5_000, 50 * n)},
+        cql_atari: {"width": 32, "n_step": 1, "collect_steps": min(5_000, 50 * n)}
+        | {"data_dir": f"{home}/data"},
         ppo: {"num_envs": 1, "num_steps": size, "num_minibatches": max(1, size // 64)},
         kfac_npg: {"num_envs": 1, "num_steps": size},
         safety_critics: {"num_envs": 1, "num_steps": size},
@@ -101,7 +102,6 @@ def settings(script, n: int, home: Path) -> tuple[dict, str, int]:
     own |= {"update_epochs": 10, "anneal_lr": False} if script is ppo else {}
     total = 4 * size if script in (ppo, kfac_npg, safety_critics) else n
     common = QUIET | {"log_frequency": total // 2, "diagnostics_frequency": 0, "bc_steps": 0}
-    common |= {"data_dir": f"{home}/data"}
     if script is not cql_atari:
         common["env_id"] = "HalfCheetah-v5"
     known = {name: x for name, x in common.items() if hasattr(script.Args, name)}

@@ -252,7 +252,7 @@ def test_a_policy_of_data_alone_acts_within_the_bounds_of_its_data(tool, case, s
         f.update({"observations": rng.normal(size=(n, 3)), "actions": act, "rewards": act[:, 0]})
         f.update({"terminals": ends, "timeouts": 0 * ends})
     module = importlib.import_module(script)
-    given = OFFLINE | flags | {"dataset": "d.hdf5", "env_id": env_id, "eval_episodes": 0}
+    given = SMALL | flags | {"dataset": "d.hdf5", "env_id": env_id, "eval_episodes": 0}
     given |= {"width": 16, "num_updates": 40}
     given |= {"bc_steps": 30} if script == "cql_continuous" else {"behaviour_steps": 30}
     module.train(module.Args(**given))

@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, refused
 
 SCRIPTS = "cql_continuous policy_constraints qt_opt cql_atari dr3_analysis".split()
@@ -78,6 +79,39 @@ def test_the_defaults_pass(script):
     importlib.import_module(script).check(args)
     if hasattr(args, "diagnostics_frequency"):
         assert args.num_updates >= 10 * args.diagnostics_frequency
+
+
+@pytest.mark.parametrize("script", ["cql_continuous", "policy_constraints", "qt_opt"])
+def test_nothing_is_collected_beside_a_dataset(script, capsys):
+    module = importlib.import_module(script)
+    for flag, value in (("collect_steps", 50), ("data_dir", "elsewhere")):
+        args = dataclasses.replace(module.Args(dataset="x.hdf5"), **{flag: value})
+        said = refused(capsys, lambda args=args: module.check(args))
+        assert f"--{flag.replace('_', '-')} has no effect with --dataset" in said
+
+
+FULL = (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"))
+FULL += (RuntimeError("DefaultCPUAllocator: can't allocate memory"),)
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_one_line_and_other_errors_are_not(error, monkeypatch, capsys):
+    """Where the networks are made; a run's folder is not there yet."""
+    sac = importlib.import_module("sac")
+    args, other = sac.Args(total_timesteps=10, eval_episodes=0), RuntimeError("something else")
+
+    def raised(error):
+        def learner(*_):
+            raise error
+
+        return learner
+
+    monkeypatch.setattr(sac, "Learner", raised(error))
+    assert "out of memory" in refused(capsys, lambda: sac.train(args))
+    assert not Path("runs").exists()
+    monkeypatch.setattr(sac, "Learner", raised(other))
+    with pytest.raises(RuntimeError, match="something else"):
+        sac.train(args)
 
 
 SHORT = dict(log_frequency=1, checkpoint_frequency=1, eval_frequency=1, eval_episodes=1)

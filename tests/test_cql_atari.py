@@ -1403,6 +1403,17 @@ def test_diagnostics_of_several_games_are_means_but_for_the_largest_q_and_the_bo
         assert one[k] != other[k] and both[k] == max(one[k], other[k]), k
 
 
+def test_held_out_targets_that_are_all_alike_have_no_td_error():
+    """Its unit would be their variance, 0; it once said overfitting."""
+    args = tiny(head="dqn", gamma=0.9, n_step=2, holdout=0.3)
+    data, _ = hand_made([(9, True, 1), (40, True, 1)], args, True)
+    learner = c.Learner((3,), [4], args, CPU)
+    assert "td_error_holdout" in c.diagnose(learner, [data], args)
+    data.holdout = data.holdout[:1]
+    found = c.diagnose(learner, [data], args)
+    assert "td_error_holdout" not in found and found["td_error"] > 0
+
+
 def test_a_recommended_flag_is_one_that_this_run_would_accept():
     found = c.advice(c.Args(cql_alpha=4.0, width=64, encoder="nature"))
     assert found["divergence"] == "--cql-alpha 8 or --unit-norm"
@@ -1570,6 +1581,7 @@ MISTAKES = [
     (dict(v_max=3.0), "--v-max"),
     (dict(head="c51", v_min=3.0, v_max=3.0), "not below"),
     (dict(gamma=math.nan), "--gamma"),
+    (dict(dataset=("x",)), "--collect-steps has no effect with --dataset"),
 ]
 
 

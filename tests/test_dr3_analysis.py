@@ -417,6 +417,17 @@ def test_one_file_from_end_to_end(quick_clone, capsys):
     assert "episodes are taken to end at terminals only" in capsys.readouterr().out
 
 
+def test_the_clone_is_the_same_when_a_resumed_run_has_other_batches(quick_clone):
+    """It is no part of the checkpoint: what it depends on must not change."""
+    write_d4rl("x.hdf5", n=400)
+    actions = []
+    for batch_size in (8, 32):
+        torch.manual_seed(0)
+        problem = d.dataset(from_file("x.hdf5", batch_size=batch_size), CPU)
+        actions.append(problem.behaviour.fresh(problem.obs[:9], torch.Generator().manual_seed(0)))
+    assert torch.equal(*actions)
+
+
 def test_the_clone_finds_a_gaussian_and_a_categorical_policy():
     rng = np.random.default_rng(0)
     p = a_problem(n=4000, obs=torch.from_numpy(rng.normal(size=(4000, 2)).astype(np.float32)))

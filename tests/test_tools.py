@@ -324,6 +324,8 @@ def test_rollouts_are_what_the_policy_did(trained, tool, script):
         words = ("rollouts", run, "--steps", 450, "--out", f"{name}.hdf5")
         assert "2 whole episodes" in tool(*words)
     assert "exists already" in tool(*words, status=2)
+    words = ("rollouts", run, "--steps", 9, "--out", "c.hdf5", "--seed", -1)
+    assert "--seed -1" in tool(*words, status=2)
     with h5py.File("a.hdf5") as a, h5py.File("b.hdf5") as b:
         c = {name: a[name][()] for name in a}
         assert all((c[name] == b[name][()]).all() for name in c)

@@ -690,7 +690,7 @@ def weighted():
 def equal_time():
     """equal_time.sh"""
     rows = read("equal_time.csv") + d3rlpy_rows("equal_time_peer.csv")
-    names = {"equal_time_sac": "cql_continuous.py", "d3rlpy": "d3rlpy"}
+    names = {"equal_time": "cql_continuous.py", "d3rlpy": "d3rlpy"}
     names["equal_time_mean"] = "cql_continuous.py --backup mean"
     env = rows[0]["env_id"]
 

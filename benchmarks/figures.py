@@ -701,11 +701,12 @@ def equal_time():
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
     plot(axes[0], rows, env, names)
-    plot(axes[1], rows, env, names, scale=minutes)
+    timed = {name: label for name, label in names.items() if name != "equal_time_mean"}
+    plot(axes[1], rows, env, timed, scale=minutes)
     axes[0].set(title=env, xlabel="updates", ylabel="return")
     axes[1].set(title=env, xlabel="minutes, one thread")
     axes[0].legend(fontsize=8, frameon=False)
-    for name in names:
+    for name in timed:
         print(f"{name}: {1 / minutes(name) / 60:.1f} updates/s")
     for at in (2_500, 5_000, 10_000, 25_000):
         print(f"at {at}\n{table(rows, env, names, at)}")

@@ -1766,14 +1766,15 @@ def test_documented_commands_run(command, monkeypatch):
         recorder.columns["observation"] = np.zeros((800, 84, 84), np.uint8)
         recorder.dump(Path(folder), 3)
     small = dict(num_updates=2, width=8, batch_size=8, eval_episodes=0, cuda=False)
-    small |= dict(collect_steps=160, fraction=max(args.fraction, 0.2) if args.dataset else 1.0)
+    small |= {"fraction": max(args.fraction, 0.2)} if args.dataset else {"collect_steps": 160}
     assert c.train(replace(args, **small))["num_updates"] == 2
 
 
 def test_learns_to_catch_from_random_play():
-    """Pixels: random play is below the ball in one step of nine; 0.9 of 8 against 3.6 here."""
+    """Pixels: random play is below the ball in one step of nine; 0.9 of 8 against 4.6 to 5.7 here
+    with four seeds. (After 800 updates 2.4 or 3.6, by the processor's rounding.)"""
     args = dict(env_id=("Catch-v0",), collect_steps=8_000, collect_repeat=0.8, width=8, head="dqn")
-    args |= dict(num_updates=800, learning_rate=1e-3, n_step=1, target_network_frequency=50)
+    args |= dict(num_updates=1_600, learning_rate=1e-3, n_step=1, target_network_frequency=50)
     args |= dict(eval_episodes=30, diagnostics_frequency=0, eval_frequency=0, cuda=False)
     result = c.train(c.Args(**args))
     assert result["dataset_return_mean"] < 1.2 and result["final_return_mean"] > 2.5

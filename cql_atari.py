@@ -665,6 +665,7 @@ def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, 
         features.append((phi, phi_next, (batch.discount > 0).float()))
         activity.append([h.abs().mean(0, keepdim=True) for h in record])
     q, y = torch.cat(q), torch.cat(y)
+    variance = y.var(correction=0)
     q_data = q.gather(1, data.act[rows][:, None])[:, 0]
     numbers = {
         "q_data": q_data.mean(),
@@ -672,8 +673,8 @@ def measure(learner, g: int, data: Data, rows, args: Args) -> tuple[dict, list, 
         "q_rand": q.mean(),
         "q_max": q.max(),
         "cql_gap": (q.logsumexp(1) - math.log(q.shape[1]) - q_data).mean(),
-        "td_error": (q_data - y).pow(2).mean() / y.var(correction=0).clamp(min=1e-12),
-        "target_variance": y.var(correction=0),
+        "td_error": (q_data - y).pow(2).mean() / variance.clamp(min=1e-12),
+        "target_variance": variance,
     }
     if args.head in ("dqn", "rem"):  # of the others Q gives way by less than alpha
         numbers["cql_push"] = args.cql_alpha / (q_data - y).pow(2).mean().sqrt().clamp(min=1e-12)

@@ -636,15 +636,13 @@ def cem():
 def qt_opt():
     """qt_opt.sh, parts pair and hopper: offline, then online; beside all steps online. Part
     iterations: returns by iterations of CEM."""
-    rows, steps_of = (
-        [],
-        {  # first evaluation to show, environment steps at it
-            ("Reacher-v5", "qt_pair"): (8_000, 4_000),
-            ("Hopper-v5", "qt_pair"): (10_000, 10_000),
-            ("Reacher-v5", "qt_scratch"): (0, 1_000),
-            ("Hopper-v5", "qt_scratch"): (0, 1_000),
-        },
-    )
+    rows = []
+    steps_of = {  # first evaluation to show, environment steps at it
+        ("Reacher-v5", "qt_pair"): (8_000, 4_000),
+        ("Hopper-v5", "qt_pair"): (10_000, 10_000),
+        ("Reacher-v5", "qt_scratch"): (0, 1_000),
+        ("Hopper-v5", "qt_scratch"): (0, 1_000),
+    }
     for r in read("qt_opt_curves.csv"):
         first, steps = steps_of.get((r["env_id"], r["exp_name"]), (math.inf, 0))
         if int(r["step"]) >= first:  # of the online phase

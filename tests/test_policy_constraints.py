@@ -530,6 +530,12 @@ def test_what_a_verdict_recommends_is_accepted(words, capsys):
                 pc.check(changed)
 
 
+def test_that_all_updates_clone_is_said_where_it_is_so(capsys):
+    for online_steps, said in ((0, True), (10, False)):
+        pc.check(Args(num_updates=10, behaviour_steps=10, online_steps=online_steps))
+        assert ("all updates of the policy are cloning" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("words", ["--weight 0.1", "--extract exp --temperature 0.1"])
 def test_fine_tuning_goes_on_from_the_data(words):
     """From an offline phase that was far too short, on its own data alone."""

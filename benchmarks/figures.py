@@ -506,28 +506,31 @@ METHODS = {
     "crr": "CRR",
     "cql_h": "CQL(H)",
 }
+SETS = {
+    "HalfCheetah-v5, replay": "constraints.csv",
+    "HalfCheetah-v5, medium": "constraints_medium.csv",
+}
 
 
 def constraints():
     """constraints.sh: returns, selected returns, learned minus achieved value, the constraint."""
-    rows = [r for r in read("constraints.csv") if r["final_return_mean"]]
 
     def cell(group, key: str) -> str:
         values = [float(r[key]) for r in group if r[key]]
         form = ",.0f" if max(map(abs, values), default=0) >= 20 else ".2g"
         return ", ".join(f"{x:{form}}" for x in values) or "-"
 
-    for env in sorted({r["env_id"] for r in rows}):
-        print(
-            f"| {env} | last | mean of the middle half | selected | learned - achieved | D | ",
-            end="",
-        )
-        print("weight | distance |\n" + "|---" * 8 + "|")
+    for name_of_set, file in SETS.items():
+        rows = [r for r in read(file) if r["final_return_mean"]]
+        heads = ["last", "mean of the middle half", "score", "selected", "learned - achieved"]
+        heads = [name_of_set, *heads, "D", "weight", "distance"]
+        print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
         for name, label in METHODS.items():
-            group = [r for r in rows if (r["env_id"], r["exp_name"]) == (env, f"pc_{name}")]
+            group = [r for r in rows if r["exp_name"] == f"pc_{name}"]
             if group:
                 found = [cell(group, "final_return_mean")]
                 found.append(f"{iqm([float(r['final_return_mean']) for r in group]):,.0f}")
+                found.append(f"{iqm([float(r['normalized_score']) for r in group]):.0f}")
                 found += [cell(group, key) for key in ("selected_return_mean", "overestimation")]
                 found.append(cell(group, "divergence"))
                 found.append(cell(group, "weight") if name.startswith(("bear", "brac")) else "")
@@ -538,7 +541,7 @@ def constraints():
 def protocol():
     """constraints.sh: D4RL scores of all sets together, as arXiv 2108.13264 asks: interquartile
     mean, probability of improvement, performance profiles, each with stratified bootstraps."""
-    rows = [r for r in read("constraints.csv") if r["normalized_score"]]
+    rows = [r for file in SETS.values() for r in read(file) if r["normalized_score"]]
     # bear_half was run on one set alone, bc_best has a part of a set, with a hash of its own
     everywhere = [name for name in METHODS if name not in ("bear_half", "bc_best")]
     scores = {name: [] for name in everywhere}
@@ -582,7 +585,7 @@ def workflow():
     """Does the workflow help? The selected checkpoint against the last one, and the verdict against
     whether the policy is better than its data, over all offline runs. In these files selected is
     the peak itself, however little Q fell from it."""
-    files = "constraints datasets diseases offline_halfcheetah".split()
+    files = "constraints constraints_medium datasets diseases offline_halfcheetah".split()
     rows = [r for name in files for r in read(f"{name}.csv") if r["selected_return_mean"]]
     gains = {"overfitting": [], "any other verdict": []}
     for r in rows:

@@ -5,7 +5,7 @@
 
 `serious` are the sizes of profile_scripts.py (HalfCheetah; CQL 3 x 256, N = 10), `bare` those
 of the bare command. The steady loop alone is timed, each time in a process of its own, since OpenMP
-keeps its threads. Rows of benchmarks/raw/threads.csv are replaced by those of the scripts measured.
+keeps its threads. In benchmarks/raw/threads.csv what is measured again is replaced.
 """
 
 import argparse
@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE))
 from profile_scripts import RUNS, between  # noqa: E402
 
 BUSY = [sys.executable, "-c", "while True: pass"]
+KEY = ("script", "size", "cores", "busy", "threads")
 SHORT = {"collect_steps": 1_100, "learning_starts": 300, "bc_steps": 0, "behaviour_steps": 1}
 BARE = {  # script: the first and the last call of Learner.update
     "cql_continuous": (20, 220), "policy_constraints": (50, 450), "cql_atari": (20, 120),
@@ -45,11 +46,10 @@ def main():
     if options.here:
         print(updates_per_second(options.scripts[0], options.here[0], int(options.here[1])))
         return
-    path, kept = HERE / "raw" / "threads.csv", []
+    path, rows = HERE / "raw" / "threads.csv", {}
     if path.exists():
         with open(path) as f:
-            kept = [r for r in csv.DictReader(f) if r["script"] not in options.scripts]
-    rows = []
+            rows = {tuple(row[name] for name in KEY): row for row in csv.DictReader(f)}
     for busy in options.busy:
         others = [subprocess.Popen(BUSY) for _ in range(busy)]
         for script in options.scripts:
@@ -61,14 +61,15 @@ def main():
                         done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True)
                     rate = round(float(done.stdout.split()[-1]), 2)
                     row = {"script": script, "size": size, "cores": os.cpu_count(), "busy": busy}
-                    rows.append(row | {"threads": threads, "updates_per_second": rate})
-                    print(rows[-1], flush=True)
+                    row |= {"threads": threads, "updates_per_second": rate}
+                    rows[tuple(str(row[name]) for name in KEY)] = row
+                    print(row, flush=True)
         for other in others:
             other.kill()
         with open(path, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
+            writer = csv.DictWriter(f, row)
             writer.writeheader()
-            writer.writerows(kept + rows)
+            writer.writerows(rows.values())
 
 
 if __name__ == "__main__":
